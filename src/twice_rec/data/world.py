@@ -1,0 +1,256 @@
+"""A synthetic grocery domain in the Amazon Reviews 2023 raw schema, with known true next-item probabilities.
+
+A user's next purchase is drawn from softmax(u) over the items not bought yet, where for user p and item i
+
+    u(p, i) = taste * t(p, i) + complement * [category of i completes the last purchase's] + cohort * [same cohort]
+              + popularity * b(i)
+
+- t: liked diets and brands count +1 each, disliked ones -1. Ratings and reviews say so in words.
+- complements: each category calls for two others; item descriptions name them.
+- cohort: users and items carry one of a few hidden labels that no text shows; only interactions reveal it.
+- b: a standard normal draw for each item.
+
+The four strengths are recipe values. Everything is drawn from one seed. Only the oracle may look at
+`next_item_log_probabilities`; a model sees what the raw files hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twice_rec.artifacts import atomic_path
+
+# Category -> its product types.
+PRODUCT_TYPES: dict[str, tuple[str, ...]] = {
+    "Tea": ("Green Tea", "Black Tea", "Chai", "Oolong", "Rooibos"),
+    "Coffee": ("Ground Coffee", "Espresso Beans", "Cold Brew", "Instant Coffee"),
+    "Pasta": ("Penne", "Spaghetti", "Fusilli", "Lasagna Sheets"),
+    "Sauces": ("Tomato Sauce", "Pesto", "Curry Sauce", "Salsa"),
+    "Crackers": ("Rye Crackers", "Rice Crackers", "Seed Crackers", "Breadsticks"),
+    "Spreads": ("Peanut Butter", "Almond Butter", "Apricot Jam", "Hummus"),
+    "Cereal": ("Granola", "Muesli", "Corn Flakes", "Porridge Oats"),
+    "Plant Milk": ("Oat Milk", "Almond Milk", "Soy Milk", "Coconut Milk"),
+    "Chocolate": ("Dark Chocolate", "Milk Chocolate", "Truffles", "Cocoa Nibs"),
+    "Snack Bars": ("Protein Bars", "Date Bars", "Nut Bars", "Oat Bars"),
+    "Spices": ("Paprika", "Curry Powder", "Oregano", "Cinnamon"),
+    "Rice": ("Basmati Rice", "Jasmine Rice", "Risotto Rice", "Wild Rice"),
+}
+BRANDS = (
+    "Alderbrook", "Birchway", "Calloway", "Dunmore", "Elmhurst", "Fairmoor", "Glenrock", "Hazelton",
+    "Ironwood", "Juniper", "Kestrel", "Larkfield", "Marlowe", "Northgate", "Oakhaven", "Pinecrest",
+)  # fmt: skip
+DIETS = ("Organic", "Vegan", "Gluten Free", "Sugar Free", "Keto", "Low Sodium")
+SIZES = ("6 oz", "8 oz", "12 oz", "16 oz", "2 lb", "Pack of 3", "Pack of 6")
+COHORTS = 8
+
+# Review titles by (what the user feels about the diet or the brand, which of the two).
+_PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x}")
+_BLAME = ("{x} is not for me", "I do not like {x}", "Never again {x}")
+_NEUTRAL_GOOD = ("Good product", "Does the job", "Would buy again")
+_NEUTRAL_BAD = ("Nothing special", "Expected more", "Just okay")
+_START_MS = 1_577_836_800_000  # 2020-01-01
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSettings:
+    """Size, seed and the strength of each of the four forces; 0 switches one off."""
+
+    users: int
+    items: int
+    taste: float
+    complement: float
+    cohort: float
+    popularity: float
+    seed: int
+    min_purchases: int = 6
+    max_purchases: int = 15
+
+
+class World:
+    """The domain: items and users with all that is hidden about them.
+
+    Attributes:
+        category, brand, diet, cohort: int [N], of each item (position j, not a catalogue index).
+        complements: bool [C, C], whether a purchase in the row's category calls for the column's.
+        diet_taste, brand_taste: float [U, D] and [U, B], +1 liked, -1 disliked, else 0.
+        user_cohort: int [U].
+        item_ids: ASIN-like ids. user_ids: ids of Amazon's form.
+    """
+
+    def __init__(self, settings: WorldSettings):
+        self.settings = settings
+        # One generator a purpose, so that the items of a world do not depend on the number of its users.
+        item_seed, user_seed, self._purchase_seed, self._review_seed = np.random.SeedSequence(settings.seed).spawn(4)
+        self._make_items(np.random.default_rng(item_seed))
+        self._make_users(np.random.default_rng(user_seed))
+
+    def _make_items(self, rng: np.random.Generator) -> None:
+        n, categories = self.settings.items, list(PRODUCT_TYPES)
+        names: dict[tuple[int, int, int, int, int], None] = {}
+        while len(names) < n:
+            category = int(rng.integers(len(categories)))
+            kind = int(rng.integers(len(PRODUCT_TYPES[categories[category]])))
+            names[
+                (category, kind, int(rng.integers(len(BRANDS))), int(rng.integers(len(DIETS))), int(rng.integers(len(SIZES))))
+            ] = None
+        table = np.array(list(names))
+        self.category, self._kind, self.brand, self.diet, self._size = table.T
+        self.cohort = rng.integers(COHORTS, size=n)
+        self.base = rng.standard_normal(n)
+        self.price = rng.integers(200, 2500, size=n) / 100
+        self.item_ids = _ids(rng, n, "B0", 8)
+        self.complements = np.zeros((len(categories), len(categories)), dtype=bool)
+        for row in range(len(categories)):
+            others = [c for c in range(len(categories)) if c != row]
+            self.complements[row, rng.choice(others, size=2, replace=False)] = True
+
+    def _make_users(self, rng: np.random.Generator) -> None:
+        u = self.settings.users
+        self.user_cohort = rng.integers(COHORTS, size=u)
+        # Two diets liked and one disliked, three brands liked and two disliked.
+        self.diet_taste = _likes_and_dislikes(rng, u, len(DIETS), 2, 1)
+        self.brand_taste = _likes_and_dislikes(rng, u, len(BRANDS), 3, 2)
+        self.num_purchases = rng.integers(self.settings.min_purchases, self.settings.max_purchases + 1, size=u)
+        self.user_ids = _ids(rng, u, "A", 27)
+
+    def taste(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
+        """t(p, i) of the module's formula: float32 [len(users), N], between -2 and 2."""
+        both = self.diet_taste[users][:, self.diet] + self.brand_taste[users][:, self.brand]
+        return both.astype(np.float32)
+
+    def next_item_log_probabilities(
+        self, users: Sequence[int] | NDArray[np.int64], histories: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """The true log-probabilities of each user's next purchase.
+
+        Args:
+            users: positions in `user_ids`.
+            histories: item positions (0..N-1) bought so far, in order; may be empty.
+
+        Returns:
+            float32 [B, N]; items in the history have -inf.
+        """
+        s, people = self.settings, np.asarray(users, dtype=np.int64)
+        utility = s.taste * self.taste(people)
+        utility += s.cohort * (self.user_cohort[people][:, None] == self.cohort[None, :])
+        utility += (s.popularity * self.base).astype(np.float32)[None, :]
+        for row, history in enumerate(histories):
+            if len(history):
+                utility[row] += s.complement * self.complements[self.category[history[-1]], self.category]
+                utility[row, list(history)] = -np.inf
+        top = utility.max(axis=1, keepdims=True)
+        return utility - top - np.log(np.exp(utility - top).sum(axis=1, keepdims=True))
+
+    def purchases(self) -> list[list[int]]:
+        """Every user's purchases in order, as item positions. Users are drawn together, one purchase at a time."""
+        rng = np.random.default_rng(self._purchase_seed)
+        histories: list[list[int]] = [[] for _ in range(self.settings.users)]
+        for step in range(int(self.num_purchases.max())):
+            active = np.flatnonzero(self.num_purchases > step)
+            for start in range(0, len(active), 4096):  # bounds the memory of [B, N]
+                part = active[start : start + 4096]
+                logs = self.next_item_log_probabilities(part, [histories[user] for user in part])
+                # Adding Gumbel noise and taking the largest draws from the softmax.
+                noise = rng.gumbel(size=logs.shape).astype(np.float32)
+                for user, item in zip(part.tolist(), (logs + noise).argmax(axis=1).tolist(), strict=True):
+                    histories[user].append(item)
+        return histories
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """One record an item, in the schema of the raw 2023 metadata."""
+        categories = list(PRODUCT_TYPES)
+        for j, item_id in enumerate(self.item_ids):
+            category = categories[self.category[j]]
+            kind = PRODUCT_TYPES[category][self._kind[j]]
+            brand, diet, size = BRANDS[self.brand[j]], DIETS[self.diet[j]], SIZES[self._size[j]]
+            calls_for = " and ".join(categories[c] for c in np.flatnonzero(self.complements[self.category[j]]))
+            yield {
+                "main_category": "Grocery",
+                "title": f"{brand} {diet} {kind}, {size}",
+                "average_rating": 4.0,
+                "rating_number": 0,
+                "features": [diet, f"Made by {brand}"],
+                "description": [f"{kind} for every day. Goes well with {calls_for}."],
+                "price": float(self.price[j]),
+                "images": [],
+                "videos": [],
+                "store": brand,
+                "categories": ["Grocery & Gourmet Food", category],
+                "details": {"Brand": brand, "Diet": diet, "Category": category, "Size": size},
+                "parent_asin": item_id,
+                "bought_together": None,
+            }
+
+    def reviews(self) -> Iterator[dict[str, Any]]:
+        """One record a purchase, in the schema of the raw 2023 reviews, user after user."""
+        rng = np.random.default_rng(self._review_seed)
+        for user, history in enumerate(self.purchases()):
+            day = int(rng.integers(0, 365))
+            for item in history:
+                day += int(rng.integers(1, 30))
+                rating, title, text = self._review(rng, user, item)
+                yield {
+                    "rating": float(rating),
+                    "title": title,
+                    "text": text,
+                    "images": [],
+                    "asin": self.item_ids[item],
+                    "parent_asin": self.item_ids[item],
+                    "user_id": self.user_ids[user],
+                    "timestamp": _START_MS + day * _DAY_MS + int(rng.integers(0, _DAY_MS)),
+                    "helpful_vote": int(rng.integers(0, 3)),
+                    "verified_purchase": bool(rng.random() < 0.95),
+                }
+
+    def _review(self, rng: np.random.Generator, user: int, item: int) -> tuple[int, str, str]:
+        """Rating, title and text that agree with the user's taste for the item's diet and brand."""
+        diet, brand = self.diet_taste[user, self.diet[item]], self.brand_taste[user, self.brand[item]]
+        rating = int(np.clip(round(3.4 + 1.2 * (diet + brand) + 0.6 * rng.standard_normal()), 1, 5))
+        felt = [(DIETS[self.diet[item]], diet), (BRANDS[self.brand[item]], brand)]
+        felt = [(name, feeling) for name, feeling in felt if feeling and (feeling > 0) == (rating >= 3)]
+        if felt:
+            name, feeling = felt[int(rng.integers(len(felt)))]
+            title = str(rng.choice(_PRAISE if feeling > 0 else _BLAME)).format(x=name)
+        else:
+            title = str(rng.choice(_NEUTRAL_GOOD if rating >= 4 else _NEUTRAL_BAD))
+        # The text speaks of the user's taste at large, whatever the item.
+        tastes = [(DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])]
+        names, taste = tastes[int(rng.integers(2))]
+        spoken = int(rng.choice(np.flatnonzero(taste)))
+        verb = "I usually buy" if taste[spoken] > 0 else "I usually avoid"
+        return rating, title, f"{title}. {verb} {names[spoken]}."
+
+    def write(self, folder: Path, domain: str) -> None:
+        """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, as the 2023 set has them."""
+        for name, rows in ((f"meta_{domain}.jsonl", self.metadata()), (f"{domain}.jsonl", self.reviews())):
+            with atomic_path(folder / name) as temporary, open(temporary, "w", encoding="utf-8") as out:
+                for row in rows:
+                    out.write(json.dumps(row) + "\n")
+
+
+def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list[str]:
+    """Distinct ids of capital letters and digits behind a prefix."""
+    alphabet = np.array(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    ids: dict[str, None] = {}
+    while len(ids) < count:
+        ids[prefix + "".join(alphabet[rng.integers(36, size=length)])] = None
+    return list(ids)
+
+
+def _likes_and_dislikes(
+    rng: np.random.Generator, users: int, things: int, liked: int, disliked: int
+) -> NDArray[np.float32]:
+    """float32 [users, things]: +1 for `liked` random things of each user, -1 for `disliked` others."""
+    order = rng.permuted(np.tile(np.arange(things), (users, 1)), axis=1)
+    taste = np.zeros((users, things), dtype=np.float32)
+    np.put_along_axis(taste, order[:, :liked], 1.0, axis=1)
+    np.put_along_axis(taste, order[:, liked : liked + disliked], -1.0, axis=1)
+    return taste

@@ -1,0 +1,137 @@
+"""Ranking metrics from ranks, and the bootstrap.
+
+Everything here takes ranks: whoever produced them (a CF model, an LLM's votes, likelihoods), a hit means the same.
+Rank 1 is best. Ties count against the target, and every user counts: nothing is dropped, capped or averaged twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# What every evaluation reports, in the order of its tables.
+METRICS: tuple[str, ...] = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
+
+
+def ranks_from_scores(scores: ArrayLike, target: ArrayLike) -> IntArray:
+    """Rank of one target column per row: the number of columns that score at least as high as it, itself included.
+
+    Args:
+        scores: float [B, C]; `-inf` marks columns that must not be recommended.
+        target: int [B], the column of each row's target.
+
+    Returns:
+        int64 [B], 1 is best. A target tied with m others ranks behind all m of them.
+
+    Raises:
+        ValueError: for NaN scores, which would compare as if they were low.
+    """
+    matrix = np.asarray(scores)
+    columns = np.asarray(target)
+    if matrix.ndim != 2 or columns.shape != (matrix.shape[0],):
+        raise ValueError(f"scores {matrix.shape} and target {columns.shape} are not [B, C] and [B]")
+    if np.isnan(matrix).any():
+        raise ValueError(f"{int(np.isnan(matrix).sum())} of {matrix.size} scores are NaN")
+    of_target = matrix[np.arange(len(columns)), columns]
+    return (matrix >= of_target[:, None]).sum(axis=1).astype(np.int64)
+
+
+def hit_rate(ranks: ArrayLike, k: int) -> FloatArray:
+    """HR@k per user: 1 where the target is among the first k. Returns float64 [B]."""
+    return (np.asarray(ranks) <= k).astype(np.float64)
+
+
+def ndcg(ranks: ArrayLike, k: int) -> FloatArray:
+    """NDCG@k per user with one relevant item: 1 / log2(1 + rank) within the first k, else 0. Returns float64 [B]."""
+    r = np.asarray(ranks, dtype=np.float64)
+    return np.where(r <= k, 1.0 / np.log2(1.0 + r), 0.0)
+
+
+def reciprocal_rank(ranks: ArrayLike) -> FloatArray:
+    """1 / rank per user, whose mean is MRR. Returns float64 [B]."""
+    return 1.0 / np.asarray(ranks, dtype=np.float64)
+
+
+_WITH_CUTOFF: Mapping[str, Callable[[ArrayLike, int], FloatArray]] = {"hr": hit_rate, "ndcg": ndcg}
+
+
+def per_user(name: str, ranks: ArrayLike) -> FloatArray:
+    """The named metric of each user, float64 [B]; `name` is `hr@k`, `ndcg@k` or `mrr`.
+
+    Raises:
+        ValueError: for another name, or a rank below 1.
+    """
+    r = np.asarray(ranks)
+    if r.size and r.min() < 1:
+        raise ValueError(f"ranks start at 1, found {r.min()}")
+    if name == "mrr":
+        return reciprocal_rank(r)
+    metric, _, cutoff = name.partition("@")
+    if metric not in _WITH_CUTOFF or not cutoff.isdigit() or int(cutoff) < 1:
+        raise ValueError(f"unknown metric {name!r}; there are mrr, hr@k and ndcg@k with k of at least 1")
+    return _WITH_CUTOFF[metric](r, int(cutoff))
+
+
+def summarise(ranks: ArrayLike, names: Sequence[str] = METRICS) -> dict[str, float]:
+    """Means over users of the named metrics. Raises ValueError without users, where a mean says nothing."""
+    if np.asarray(ranks).size == 0:
+        raise ValueError("no user to average over")
+    return {name: float(per_user(name, ranks).mean()) for name in names}
+
+
+def random_ranking(num_candidates: int, names: Sequence[str] = METRICS) -> dict[str, float]:
+    """What a uniformly random order of `num_candidates` items is expected to reach."""
+    return summarise(np.arange(1, num_candidates + 1), names)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A paired comparison: mean of a - b, its 95 % interval, and the two-sided bootstrap p-value."""
+
+    difference: float
+    ci95: tuple[float, float]
+    p: float
+
+
+def _bootstrap_means(values: FloatArray, samples: int, seed: int) -> FloatArray:
+    """Means of `samples` resamples with replacement of `values` [n]; float64 [samples]."""
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"the bootstrap takes one value a user, got an array of shape {values.shape}")
+    rng = np.random.default_rng(seed)
+    n = values.size
+    means = np.empty(samples)
+    chunk = max(1, 5_000_000 // n)  # bounds the memory of the resampled indices
+    for start in range(0, samples, chunk):
+        count = min(chunk, samples - start)
+        means[start : start + count] = values[rng.integers(0, n, size=(count, n))].mean(axis=1)
+    return means
+
+
+def bootstrap_interval(values: ArrayLike, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of one value a user, resampling users."""
+    means = _bootstrap_means(np.asarray(values, dtype=np.float64), samples, seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 1000, seed: int = 0) -> Difference:
+    """Compare two models on the same users, resampling users.
+
+    Args:
+        a: one value a user, float [n].
+        b: the same users' values under the other model, float [n], in the same order.
+    """
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape:
+        raise ValueError(f"a paired comparison needs the same users on both sides, got {left.shape} and {right.shape}")
+    means = _bootstrap_means(left - right, samples, seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p = min(1.0, 2 * (tail + 1) / (samples + 1))
+    return Difference(float((left - right).mean()), (float(low), float(high)), p)
