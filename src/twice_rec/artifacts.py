@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
+import time
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -115,17 +117,18 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def write_records(path: Path | str, records: Iterable[Any]) -> int:
     """Write dataclass records (see `records`) as JSON lines; fields that hold their default are left out."""
-    return write_jsonl(path, (_to_row(record) for record in records))
+    return write_jsonl(path, (to_row(record) for record in records))
 
 
-def _to_row(record: Any) -> dict[str, object]:
+def to_row(record: Any) -> dict[str, object]:
+    """A record as a JSON object; fields that hold their default are left out."""
     row: dict[str, object] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if field.default is not dataclasses.MISSING and value == field.default:
             continue
         if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            value = [_to_row(entry) for entry in value]
+            value = [to_row(entry) for entry in value]
         row[field.name] = value
     return row
 
@@ -266,3 +269,107 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
     }
+
+
+class Work:
+    """One folder of results: finished, unfinished, or not begun.
+
+    A folder is begun with `begin`, which notes the settings and inputs, and finished with `finish`, which writes the
+    manifest. A stage that is run again finds finished work and leaves it; unfinished work of the same settings it may
+    take up where it stopped. Work of other settings or inputs is never touched unasked.
+
+    Args:
+        run_dir: the run's folder.
+        folder: the results' folder, relative to it.
+        stage: who makes them.
+        settings: what changes the result.
+        inputs: what is read. Files under `run_dir` are named relative to it, others by their name.
+    """
+
+    _BEGUN = ".begun.json"
+
+    def __init__(
+        self, run_dir: Path, folder: str, stage: str, settings: Mapping[str, Any], inputs: Iterable[Path] = ()
+    ):
+        self.run_dir = run_dir
+        self.path = run_dir / folder
+        self.stage = stage
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
+        self.inputs = {self._name(path): hash_file(path) for path in inputs}
+        self._started = time.time()
+
+    def _name(self, path: Path) -> str:
+        absolute, root = Path(path).resolve(), self.run_dir.resolve()
+        return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else f"source/{absolute.name}"
+
+    def is_finished(self) -> bool:
+        """Whether these very results are there, whole.
+
+        Raises:
+            InputError: where an output of theirs was changed or removed since.
+        """
+        manifest = Manifest.load(self.path)
+        if manifest is None or self._differences(manifest.config, manifest.inputs):
+            return False
+        for name, expected in manifest.outputs.items():
+            path = self.run_dir / name
+            if not path.exists() or hash_file(path) != expected:
+                what = "is missing" if not path.exists() else "was changed"
+                raise InputError(
+                    f"{path} {what} since the {self.stage} stage finished; restore it, or make it again with "
+                    "--overwrite true"
+                )
+        return True
+
+    def begin(self, overwrite: bool) -> None:
+        """Prepare the folder for making the results, keeping unfinished work of the same settings and inputs.
+
+        Raises:
+            InputError: where the folder holds other results and `overwrite` is false; says what differs.
+        """
+        begun = self.path / self._BEGUN
+        if self.path.exists() and any(self.path.iterdir()):
+            manifest = Manifest.load(self.path)
+            if manifest is not None:
+                kind, was = "results", (manifest.config, manifest.inputs)
+            elif begun.exists():
+                note = read_json(begun)
+                kind, was = "unfinished results", (note["settings"], note["inputs"])
+            else:
+                kind, was = "files of another origin", ({}, {})
+            differences = self._differences(*was)
+            if manifest is None and begun.exists() and not differences:
+                return
+            if not overwrite:
+                raise InputError(
+                    f"{self.path} holds {kind}: {'; '.join(differences) or 'damaged'}. Keep them and choose another "
+                    "--run_dir, or replace them with --overwrite true"
+                )
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(begun, {"settings": self.settings, "inputs": self.inputs})
+
+    def finish(self, outputs: Iterable[Path], figures: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Write the manifest, last of all."""
+        seconds = round(time.time() - self._started, 1)
+        Manifest(
+            stage=self.stage,
+            config=self.settings,
+            inputs=self.inputs,
+            outputs={self._name(path): hash_file(path) for path in outputs},
+            figures=dict(figures),
+            about={**about, "seconds": seconds, **environment()},
+        ).save(self.path)
+        (self.path / self._BEGUN).unlink(missing_ok=True)
+
+    def _differences(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+        found = [
+            f"{name} was {settings.get(name)!r}, is {self.settings.get(name)!r}"
+            for name in sorted(settings.keys() | self.settings.keys())
+            if settings.get(name) != self.settings.get(name)
+        ]
+        for name in sorted(inputs.keys() | self.inputs.keys()):
+            was, now = inputs.get(name), self.inputs.get(name)
+            if was != now:
+                found.append(f"input {name} was {was and was[:12]}, is {now and now[:12]}")
+        return found

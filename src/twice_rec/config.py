@@ -66,7 +66,7 @@ def within(name: str, low: float, high: float) -> Check:
 
 
 ListKind = Literal["uniform", "popularity", "hard"]
-PromptField = Literal["title", "item_id", "brand", "categories", "price", "description", "details"]
+PromptField = Literal["title", "item_id", "brand", "category", "price", "description", "details"]
 ReviewField = Literal["rating", "review_title", "review_text"]
 
 
@@ -104,7 +104,7 @@ class PrepareRecipe(Recipe):
     """Stage 0: from a source of purchases to catalogue, sequences and candidate lists."""
 
     source: Literal["world", "amazon2023", "amazon2014", "atomic", "release"] = required("where the purchases come from")
-    source_dir: str | None = key(None, "folder of the source's files; the world needs none")
+    source_dir: str | None = key(None, "folder of the source's files; the world needs none", changes_result=False)
     reviews_file: str | None = key(None, "name in source_dir, where it is not the source's usual one")
     metadata_file: str | None = key(None, "name in source_dir, where it is not the source's usual one")
     untitled_items: Literal["drop", "keep"] = key("drop", "items without a title: drop them, or keep the id as title")
@@ -176,6 +176,33 @@ class PrepareRecipe(Recipe):
         at_least("prompt_review_chars", 1),
         at_least("world_users", 1),
         at_least("world_items", 50),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelRecipe(Recipe):
+    """The tiny base model: a Gemma 3 of our own, for machines that cannot run a real one."""
+
+    vocab_size: int = key(2048, "of the byte-level BPE, before the answer tags")
+    hidden_size: int = key(128, "width")
+    intermediate_size: int = key(512, "width of the feed-forward layers")
+    num_hidden_layers: int = key(4, "layers")
+    num_attention_heads: int = key(4, "query heads")
+    num_key_value_heads: int = key(1, "key and value heads")
+    head_dim: int = key(32, "width of a head")
+    sliding_window: int = key(512, "tokens that sliding-window layers see")
+    full_attention_every: int = key(2, "every so many layers one has full attention (Gemma 3: 6)")
+    max_position_embeddings: int = key(8192, "longest row")
+
+    CHECKS: typing.ClassVar[tuple[Check, ...]] = (
+        *Recipe.CHECKS,
+        at_least("vocab_size", 300),
+        at_least("full_attention_every", 1),
+        Check(
+            lambda c: c.num_attention_heads % c.num_key_value_heads == 0 and c.hidden_size % c.num_attention_heads == 0,
+            lambda c: f"num_attention_heads {c.num_attention_heads} must divide hidden_size {c.hidden_size} and be a "
+            f"multiple of num_key_value_heads {c.num_key_value_heads}",
+        ),
     )
 
 
@@ -314,11 +341,15 @@ class GrpoRecipe(ModelKeys, Recipe):
     confidence: Literal["sigmoid", "calibrated", "softmax"] = key("sigmoid", "how SASRec's scores become confidences")
     confidence_debiased: bool = key(False, "remove each item's mean score over users first")
     cf_variant: str = key("sasrec", "the CF model under run_dir that gives the confidences")
-    rollout: Literal["transformers", "vllm"] = key(
-        "transformers", "who samples: the trainer's own process, or the server that grpo_step1.sh starts"
+    rollout: Literal["transformers", "trl_server"] = key(
+        "transformers",
+        "who samples: the trainer's own process, or a vLLM server that grpo_step1.sh starts on other GPUs and that "
+        "gets full weights by NCCL (TRL's server mode)",
     )
     rollout_host: str = key("127.0.0.1", "of the server", changes_result=False)
     rollout_port: int = key(8000, "of the server", changes_result=False)
+    rollout_tensor_parallel_size: int = key(1, "GPUs of the server", changes_result=False)
+    rollout_max_model_len: int | None = key(None, "longest prompt and answer the server takes", changes_result=False)
 
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
@@ -345,6 +376,7 @@ class GrpoRecipe(ModelKeys, Recipe):
         within("reward_tau", 0, 1),
         within("reward_tau_quantile", 0, 1),
         within("rollout_port", 1, 65535),
+        at_least("rollout_tensor_parallel_size", 1),
         at_least("reward_lambda", 0),
     )
 

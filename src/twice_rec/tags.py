@@ -110,6 +110,13 @@ def parse(text: str) -> ParsedAnswer:
     return ParsedAnswer(fields=fields, counts=counts, other_tags=other_tags)
 
 
+def without_tags(text: str) -> str:
+    """The text with everything that looks like a tag removed, so that it can be rendered again."""
+    while (plain := _TAG.sub("", text)) != text:
+        text = plain
+    return text.strip()
+
+
 def describe(expected: tuple[Field, ...]) -> str:
     """The format as prompts show it, one element a line."""
     return "\n".join(f"{opening(field)} {FIELDS[field]} {closing(field)}" for field in expected)

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from twice_rec.artifacts import InputError
 from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text, find_file
+from twice_rec.progress import progress
 from twice_rec.records import Item
 
 Record = dict[str, Any]
@@ -186,8 +185,8 @@ def _lines(path: Path, problems: Problems) -> Iterator[bytes]:
         magic = raw.read(2)
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw
-        with tqdm(
-            total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"reading {path.name}", delay=2, leave=False
+        with progress(
+            desc=f"reading {path.name}", total=os.path.getsize(path), unit="B", unit_scale=True
         ) as bar:
             try:
                 for number, line in enumerate(stream):

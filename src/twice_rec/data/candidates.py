@@ -125,5 +125,5 @@ def _draw_hard(
     masked = scores.astype(np.float64)
     masked[np.array(sorted(own)) - 1] = -np.inf
     size = min(max(pool, need), len(masked) - len(own))
-    best = np.argsort(-masked, kind="stable")[:size] + 1
+    best = np.sort(np.argpartition(-masked, size - 1)[:size]) + 1
     return rng.choice(best, size=need, replace=False).tolist()

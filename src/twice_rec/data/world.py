@@ -19,13 +19,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.artifacts import atomic_path
+from twice_rec.catalog import ItemCatalog
+from twice_rec.progress import progress
+from twice_rec.records import UserSequence
+
+T = TypeVar("T")
 
 # Category -> its product types.
 PRODUCT_TYPES: dict[str, tuple[str, ...]] = {
@@ -149,6 +155,7 @@ class World:
         top = utility.max(axis=1, keepdims=True)
         return utility - top - np.log(np.exp(utility - top).sum(axis=1, keepdims=True))
 
+    @cached_property
     def purchases(self) -> list[list[int]]:
         """Every user's purchases in order, as item positions. Users are drawn together, one purchase at a time."""
         rng = np.random.default_rng(self._purchase_seed)
@@ -163,6 +170,29 @@ class World:
                 for user, item in zip(part.tolist(), (logs + noise).argmax(axis=1).tolist(), strict=True):
                     histories[user].append(item)
         return histories
+
+    def test_log_probabilities(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
+        """The oracle's scores: true log-probabilities of each user's test target, in the files' order.
+
+        Returns:
+            float32 [len(sequences), len(catalog)], column j for catalogue index j + 1; a user without a test target
+            gets those of the purchase after the last.
+        """
+        user_at = {user_id: position for position, user_id in enumerate(self.user_ids)}
+        item_at = {item_id: position for position, item_id in enumerate(self.item_ids)}
+        columns = [item_at[item_id] for item_id in catalog.ids]
+        users = [user_at[sequence.user_id] for sequence in sequences]
+        histories = []
+        for user, sequence in zip(users, sequences, strict=True):
+            bought = self.purchases[user]
+            if sequence.test is not None:
+                bought = bought[: bought.index(item_at[sequence.target("test").item_id])]
+            histories.append(bought)
+        parts = [
+            self.next_item_log_probabilities(users[start : start + 4096], histories[start : start + 4096])[:, columns]
+            for start in range(0, len(users), 4096)
+        ]
+        return np.concatenate(parts)
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """One record an item, in the schema of the raw 2023 metadata."""
@@ -192,11 +222,13 @@ class World:
     def reviews(self) -> Iterator[dict[str, Any]]:
         """One record a purchase, in the schema of the raw 2023 reviews, user after user."""
         rng = np.random.default_rng(self._review_seed)
-        for user, history in enumerate(self.purchases()):
-            day = int(rng.integers(0, 365))
-            for item in history:
-                day += int(rng.integers(1, 30))
-                rating, title, text = self._review(rng, user, item)
+        for user, history in enumerate(self.purchases):
+            draws = rng.random((len(history) + 1, 8)).tolist()
+            noise = rng.standard_normal(len(history)).tolist()
+            time = _START_MS + int(draws[-1][0] * 365 * _DAY_MS)
+            for item, draw, deviation in zip(history, draws, noise, strict=False):
+                time += int((1 + 29 * draw[0]) * _DAY_MS)
+                rating, title, text = self._review(user, item, deviation, draw[1:6])
                 yield {
                     "rating": float(rating),
                     "title": title,
@@ -205,35 +237,46 @@ class World:
                     "asin": self.item_ids[item],
                     "parent_asin": self.item_ids[item],
                     "user_id": self.user_ids[user],
-                    "timestamp": _START_MS + day * _DAY_MS + int(rng.integers(0, _DAY_MS)),
-                    "helpful_vote": int(rng.integers(0, 3)),
-                    "verified_purchase": bool(rng.random() < 0.95),
+                    "timestamp": time,
+                    "helpful_vote": int(3 * draw[6]),
+                    "verified_purchase": draw[7] < 0.95,
                 }
 
-    def _review(self, rng: np.random.Generator, user: int, item: int) -> tuple[int, str, str]:
-        """Rating, title and text that agree with the user's taste for the item's diet and brand."""
-        diet, brand = self.diet_taste[user, self.diet[item]], self.brand_taste[user, self.brand[item]]
-        rating = int(np.clip(round(3.4 + 1.2 * (diet + brand) + 0.6 * rng.standard_normal()), 1, 5))
+    def _review(self, user: int, item: int, deviation: float, draw: Sequence[float]) -> tuple[int, str, str]:
+        """Rating, title and text that agree with the user's taste for the item's diet and brand.
+
+        Args:
+            deviation: a standard normal draw, what else moves the rating.
+            draw: five uniform draws that choose words.
+        """
+        diet = float(self.diet_taste[user, self.diet[item]])
+        brand = float(self.brand_taste[user, self.brand[item]])
+        rating = min(5, max(1, round(3.4 + 1.2 * (diet + brand) + 0.6 * deviation)))
         felt = [(DIETS[self.diet[item]], diet), (BRANDS[self.brand[item]], brand)]
         felt = [(name, feeling) for name, feeling in felt if feeling and (feeling > 0) == (rating >= 3)]
         if felt:
-            name, feeling = felt[int(rng.integers(len(felt)))]
-            title = str(rng.choice(_PRAISE if feeling > 0 else _BLAME)).format(x=name)
+            name, feeling = _pick(felt, draw[0])
+            title = _pick(_PRAISE if feeling > 0 else _BLAME, draw[1]).format(x=name)
         else:
-            title = str(rng.choice(_NEUTRAL_GOOD if rating >= 4 else _NEUTRAL_BAD))
+            title = _pick(_NEUTRAL_GOOD if rating >= 4 else _NEUTRAL_BAD, draw[1])
         # The text speaks of the user's taste at large, whatever the item.
-        tastes = [(DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])]
-        names, taste = tastes[int(rng.integers(2))]
-        spoken = int(rng.choice(np.flatnonzero(taste)))
+        names, taste = _pick(((DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])), draw[2])
+        spoken = _pick(np.flatnonzero(taste), draw[3])
         verb = "I usually buy" if taste[spoken] > 0 else "I usually avoid"
         return rating, title, f"{title}. {verb} {names[spoken]}."
 
     def write(self, folder: Path, domain: str) -> None:
         """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, as the 2023 set has them."""
         for name, rows in ((f"meta_{domain}.jsonl", self.metadata()), (f"{domain}.jsonl", self.reviews())):
+            rows = progress(rows, desc=f"writing {name}", unit="row")
             with atomic_path(folder / name) as temporary, open(temporary, "w", encoding="utf-8") as out:
                 for row in rows:
                     out.write(json.dumps(row) + "\n")
+
+
+def _pick(options: Sequence[T] | NDArray[Any], draw: float) -> T:
+    """The option that a uniform draw in [0, 1) falls on."""
+    return options[int(draw * len(options))]
 
 
 def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list[str]:

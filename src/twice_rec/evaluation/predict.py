@@ -6,17 +6,24 @@ the candidates' order where a full ranking is needed (LLM votes).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from twice_rec.artifacts import InputError
-from twice_rec.catalog import ItemCatalog
+from twice_rec.artifacts import InputError, to_row, write_json, write_records
+from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.evaluation.baselines import CFScorer
-from twice_rec.metrics import per_user, ranks_from_scores
-from twice_rec.records import CandidateLists, Prediction, Split, UserSequence
+from twice_rec.metrics import per_user, ranks_from_scores, summarise
+from twice_rec.progress import progress
+from twice_rec.prompts import Message, PromptFormat, item_answer, rationale_answer, recommend
+from twice_rec.records import CandidateLists, Example, Prediction, Split, UserSequence
+from twice_rec.tags import closing, opening, parse, without_tags
 
 
 class CFQuestions:
@@ -61,7 +68,7 @@ class CFQuestions:
         """Rank of every user's target per kind of list: int64 [users]. Ties count against the target."""
         parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in self.lists}
         steps = range(0, len(self), batch_size)
-        for start in tqdm(steps, desc="ranking", unit="batch", delay=5, leave=False):
+        for start in progress(steps, desc="ranking", unit="batch"):
             rows = slice(start, start + batch_size)
             scores = np.asarray(scorer.scores(self.users[rows], self.histories[rows]))
             targets = self.targets[rows]
@@ -101,3 +108,171 @@ def _without_seen(scores: NDArray[np.floating], histories: Sequence[Sequence[int
     for row, history in enumerate(histories):
         masked[row, np.array(history) - 1] = -np.inf
     return masked
+
+
+PREDICTIONS = "predictions.jsonl"
+METRICS_FILE = "metrics.json"
+
+
+def write_evaluation(folder: Path, predictions: Iterable[Prediction]) -> dict[str, float]:
+    """Write `predictions.jsonl` and `metrics.json` of one variant; returns the metrics.
+
+    The metrics are means over all predictions, so over users and, where a file holds several training runs, over them
+    too; `n` counts users.
+    """
+    rows = list(predictions)
+    write_records(folder / PREDICTIONS, rows)
+    metrics = metrics_of(rows)
+    write_json(folder / METRICS_FILE, metrics)
+    return metrics
+
+
+def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The flat map `<lists>/<metric>@<k>` -> mean, and `n`, the number of users."""
+    ranks: dict[str, list[int]] = {}
+    for prediction in predictions:
+        for kind, rank in prediction.ranks.items():
+            ranks.setdefault(kind, []).append(rank)
+    metrics = {f"{kind}/{name}": value for kind, of in ranks.items() for name, value in summarise(of).items()}
+    return {**metrics, "n": len({prediction.user_id for prediction in predictions})}
+
+
+def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Append a batch to a file of unfinished predictions, on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(to_row(prediction), ensure_ascii=False) + "\n" for prediction in predictions))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_batches(path: Path, sizes: Sequence[int]) -> int:
+    """How many batches an interrupted run has written whole; what stands behind them in the file is cut off."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = sum(line.endswith(b"\n") for line in lines)
+    done = int(np.searchsorted(np.cumsum(sizes), rows, side="right"))
+    with open(path, "r+b") as file:
+        file.truncate(sum(len(line) for line in lines[: sum(sizes[:done])]))
+    return done
+
+
+class Generator(Protocol):
+    """What evaluation needs of a language model; `llm.generation.TransformersGenerator` has it."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Sequence[Sequence[Answer]]:
+        """Answers to every prompt; greedy without a seed."""
+        ...
+
+    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
+        """Log-probability of each answer to one prompt, up to a constant they share."""
+        ...
+
+
+class Answer(Protocol):
+    """One generated answer; `llm.generation.Generation` has it."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+    @property
+    def mean_log_probability(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class AskSettings:
+    """How a language model is asked and its answers ranked; see `config.EvaluateRecipe`."""
+
+    ranking: Literal["likelihood", "sampled"]
+    with_rationale: bool
+    num_samples: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def ask(
+    generator: Generator,
+    examples: Sequence[Example],
+    kind: str,
+    catalog: ItemCatalog,
+    shown: PromptFormat,
+    settings: AskSettings,
+) -> list[Prediction]:
+    """Ask a language model one batch of questions and rank each list by its answers.
+
+    `likelihood`: the model writes its rationale greedily, then every candidate is scored as the answer that follows it.
+    `sampled`: several answers are sampled; candidates are ordered by votes, then by the mean log-probability of the
+    answers that voted for them, then as listed.
+
+    Args:
+        kind: of the candidate lists, for the records.
+    """
+    prompts = [recommend(example, catalog, shown, settings.with_rationale) for example in examples]
+    if settings.ranking == "sampled":
+        sampling = (settings.num_samples, settings.temperature, settings.top_p, settings.seed)
+        answers = generator.generate(prompts, *sampling)
+    elif settings.with_rationale:
+        answers = generator.generate(prompts)
+    else:
+        answers = [[] for _ in prompts]
+    predictions = []
+    for example, prompt, given in zip(examples, prompts, answers, strict=True):
+        if settings.ranking == "sampled":
+            ranking = rank_by_votes(given, example, catalog)
+            rank = 1 + ranking.index(example.target)
+        else:
+            items = [catalog[item_id] for item_id in example.candidates]
+            texts = [rationale_answer(rationale_of(given[0].text), i) if given else item_answer(i) for i in items]
+            scores = np.array([generator.score(prompt, texts)])
+            ranking = [example.candidates[position] for position in np.argsort(-scores[0], kind="stable")]
+            rank = int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0])
+        predictions.append(
+            Prediction(
+                user_id=example.user_id,
+                target=example.target,
+                ranks={kind: rank},
+                seed=settings.seed,
+                ranking=tuple(ranking),
+                answers=tuple(answer.text for answer in given),
+            )
+        )
+    return predictions
+
+
+def rank_by_votes(answers: Sequence[Answer], example: Example, catalog: ItemCatalog) -> list[str]:
+    """All candidates: by votes, then mean log-probability of the answers that voted for them, then as listed.
+
+    Answers that are malformed or name no candidate vote for nothing.
+    """
+    votes: dict[str, list[float]] = {item_id: [] for item_id in example.candidates}
+    for answer in answers:
+        parsed = parse(answer.text)
+        if catalog.outcome(parsed, example.candidates, example.target) in (Outcome.HIT, Outcome.MISS):
+            votes[parsed.item_id or ""].append(answer.mean_log_probability)
+    mean = {item_id: sum(values) / len(values) if values else 0.0 for item_id, values in votes.items()}
+    return sorted(example.candidates, key=lambda item_id: (-len(votes[item_id]), -mean[item_id]))  # sorting is stable
+
+
+def rationale_of(text: str) -> str:
+    """The rationale in a generated answer; where its element is not complete, what was written of it, without tags."""
+    rationale = parse(text).rationale
+    if rationale is None:
+        rationale = text.partition(closing("think"))[0].partition(opening("item_nm"))[0]
+    return without_tags(rationale)
+
+
+def answer_rates(predictions: Sequence[Prediction], catalog: ItemCatalog) -> dict[str, float]:
+    """Share of the generated answers that hit, miss, leave the candidates or are malformed, as `answers/<outcome>`."""
+    outcomes = [
+        catalog.outcome(parse(text), prediction.ranking, prediction.target)
+        for prediction in predictions
+        for text in prediction.answers
+    ]
+    return {f"answers/{o.value}": outcomes.count(o) / len(outcomes) for o in Outcome} if outcomes else {}

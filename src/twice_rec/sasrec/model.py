@@ -2,7 +2,8 @@
 
 The architecture is the release's (PAPER section 2): GELU, post-LayerNorm, one shared item embedding for input and
 output. Pre-LayerNorm is a setting. Sequences are padded on the right with 0, so that a causal mask alone keeps padding
-out of every real position, and batches are as long as their longest sequence.
+out of every real position. Everything but the attention itself works on the real positions only, laid end to end: with
+histories of 5 to 18 items that is a third of the padded work.
 """
 
 from __future__ import annotations
@@ -46,20 +47,27 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(settings.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
+    def forward(self, x: Tensor, real: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Real positions end to end, [T, D] -> [T, D].
+
+        Args:
+            real: int64 [T], where each stands in the flattened [B * L] batch.
+            shape: (B, L).
+        """
         if self.pre:
-            x = x + self.dropout(self._attend(self.attention_norm(x)))
+            x = x + self.dropout(self._attend(self.attention_norm(x), real, shape))
             return x + self.dropout(self._feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self._attend(x)))
+        x = self.attention_norm(x + self.dropout(self._attend(x, real, shape)))
         return self.feed_forward_norm(x + self.dropout(self._feed_forward(x)))
 
-    def _attend(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+    def _attend(self, x: Tensor, real: Tensor, shape: tuple[int, int]) -> Tensor:
+        batch, length = shape
+        width = x.shape[-1]
+        padded = x.new_zeros(batch * length, 3 * width).index_copy(0, real, self.query_key_value(x))
+        q, k, v = padded.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.output(mixed.transpose(1, 2).reshape(batch * length, width).index_select(0, real))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.outer(self.dropout(F.gelu(self.inner(x))))
@@ -80,12 +88,12 @@ class SasRec(nn.Module):
         self.apply(_initialise)
 
     def forward(self, items: Tensor) -> Tensor:
-        """States after every item: int64 [B, L] padded on the right with 0 -> float [B, L, D]."""
-        positions = torch.arange(items.shape[1], device=items.device)
-        x = self.item_embedding(items) + self.position_embedding(positions)
-        x = self.dropout(x if self.settings.norm == "pre" else self.input_norm(x))
+        """States after every real item, end to end: int64 [B, L], 0 behind the shorter sequences -> float [T, D]."""
+        real = (items.reshape(-1) > 0).nonzero().squeeze(1)
+        embedded = self.item_embedding(items.reshape(-1)[real]) + self.position_embedding(real % items.shape[1])
+        x = self.dropout(embedded if self.settings.norm == "pre" else self.input_norm(embedded))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, real, tuple(items.shape))
         return self.final_norm(x)
 
     def user_states(self, histories: Sequence[Sequence[int]]) -> Tensor:
@@ -97,10 +105,9 @@ class SasRec(nn.Module):
         if not all(len(history) for history in histories):
             raise ValueError("SASRec needs at least one item of history")
         recent = [history[-self.settings.max_length :] for history in histories]
-        items = pad_right(recent).to(self.item_embedding.weight.device)
-        states = self(items)
-        last = torch.tensor([len(history) - 1 for history in recent], device=states.device)
-        return states[torch.arange(len(recent), device=states.device), last]
+        device = self.item_embedding.weight.device
+        last = torch.tensor([len(history) for history in recent], device=device).cumsum(0) - 1
+        return self(pad_right(recent).to(device))[last]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from twice_rec.artifacts import InputError, atomic_path
+from twice_rec.progress import progress
 from twice_rec.sasrec.model import SasRec, SasRecSettings
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ def sampled_loss(states: Tensor, targets: Tensor, negatives: Tensor, item_embedd
         negatives: int64 [T, n].
         item_embedding: float [N + 1, D].
     """
-    positive = (states * item_embedding[targets]).sum(-1)
-    negative = torch.einsum("td,tnd->tn", states, item_embedding[negatives])
+    # F.embedding, since the backward pass of plain indexing sorts and is many times slower on a CPU.
+    positive = (states * F.embedding(targets, item_embedding)).sum(-1)
+    negative = (F.embedding(negatives, item_embedding) @ states[:, :, None]).squeeze(-1)
     total = beta * F.softplus(-positive) + F.softplus(negative).sum(-1)
     return total.mean() / (1 + negatives.shape[1])
 
@@ -148,7 +149,7 @@ def training_loss(
     inputs, following = sequences[:, :-1], sequences[:, 1:]
     real = following > 0
     device = model.item_embedding.weight.device
-    states = model(inputs.to(device))[real.to(device)]
+    states = model((inputs * real).to(device))
     targets = following[real].to(device)
     if settings.loss == "softmax":
         return softmax_loss(states, targets, model.item_embedding.weight)
@@ -186,7 +187,7 @@ class Training:
         self.settings = settings
         self.batches = Batches(sequences, shape.max_length, settings.batch_size)
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.log: list[Epoch] = []
         self.best = _copy(self.model)
@@ -197,11 +198,11 @@ class Training:
         """Train to the last epoch or the end of patience; returns the model with the best validation's weights."""
         if self._state_file is not None and self._state_file.exists() and self._restore(self._state_file):
             logger.info("resuming after epoch %d of at most %d", len(self.log), self.settings.epochs)
-        with tqdm(total=self.settings.epochs, initial=len(self.log), unit="epoch", desc="SASRec") as bar:
+        with progress(desc="SASRec", total=self.settings.epochs, initial=len(self.log), unit="epoch") as bar:
             while len(self.log) < self.settings.epochs and not self._out_of_patience():
                 epoch = self._epoch(len(self.log) + 1)
+                bar.set_postfix(loss=f"{epoch.loss:.4f}", validation=f"{epoch.validation:.4f}", refresh=False)
                 bar.update()
-                bar.set_postfix(loss=f"{epoch.loss:.4f}", validation=f"{epoch.validation:.4f}")
                 on_epoch(epoch)
         self.model.load_state_dict(self.best)
         return self.model.eval()

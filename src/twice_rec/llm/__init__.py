@@ -1,0 +1,1 @@
+"""Language models: loading, LoRA, merging, generation, and the log-probabilities of many answers to one prompt."""

@@ -1,0 +1,113 @@
+"""A small base model of our own, for machines that cannot run or download a real one.
+
+The architecture is Gemma 3 with sliding-window and full layers and a chat template that folds the system turn into
+the user's, so that every path of the paper's gemma-3-1b-it is walked. The tokenizer is a byte-level BPE trained on the
+domain's item texts and the prompts' own wording; digits stand alone and the answer tags are one token each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from twice_rec.tags import FIELDS, closing, opening
+
+PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+
+# As Gemma's: the system message goes before the first user turn, roles are user and model, contents are trimmed.
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- set prefix = '' -%}
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set prefix = messages[0]['content'] + '\\n\\n' -%}
+  {%- set messages = messages[1:] -%}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{ raise_exception('roles must alternate, user first') }}
+  {%- endif -%}
+  {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
+  {{ (prefix if loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ '<start_of_turn>model\\n' }}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSettings:
+    """Shape of the model; see `config.BaseModelRecipe`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int
+    full_attention_every: int
+    max_position_embeddings: int
+    seed: int
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Gemma's special tokens and the answer tags as tokens of their own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, BOS, START_OF_TURN, END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tags = [tag for field in FIELDS for tag in (opening(field), closing(field))]
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        additional_special_tokens=[START_OF_TURN, END_OF_TURN],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> Gemma3ForCausalLM:
+    """A Gemma 3 with random weights for this tokenizer; stops at EOS and at the end of a turn."""
+    layers = range(1, settings.num_hidden_layers + 1)
+    kinds = ["full_attention" if i % settings.full_attention_every == 0 else "sliding_attention" for i in layers]
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.head_dim,
+        query_pre_attn_scalar=settings.head_dim,
+        sliding_window=settings.sliding_window,
+        layer_types=kinds,
+        max_position_embeddings=settings.max_position_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = Gemma3ForCausalLM(config)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model

@@ -1,0 +1,133 @@
+"""Loading models and tokenizers, LoRA settings, merging an adapter into a copy of its base.
+
+Nothing here knows which model it is: chat templates, end-of-turn tokens and layer kinds come from the model's files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from twice_rec.artifacts import InputError
+from twice_rec.config import ModelKeys
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left as generation needs it.
+
+    Raises:
+        InputError: where there is none, it is gated, or it has no chat template.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, padding_side="left")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{name}: the tokenizer has no chat template, so prompts cannot be written; use an instruction-tuned model "
+            "(gemma-3-1b-it, Qwen3-0.6B), or add a chat_template to its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str | Path, dtype: str, attn_implementation: str, revision: str | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, safetensors only, without code from the hub.
+
+    Raises:
+        InputError: where there is none, or it is gated.
+    """
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+    )
+    return model.to(device) if device else model
+
+
+def _from_pretrained(factory, name: str | Path, **options):
+    looks_local = str(name).startswith((".", "/")) or str(name).count("/") != 1
+    if looks_local and not Path(name).is_dir():
+        raise InputError(f"{name}: no such model folder; make it first, or name a model of the hub (owner/name)")
+    try:
+        return factory.from_pretrained(name, **options)
+    except OSError as error:
+        text = str(error)
+        if "401" in text or "403" in text or "gated" in text:
+            raise InputError(
+                f"{name} is gated: accept its licence on the hub and log in (`hf auth login`, or HF_TOKEN), or use an "
+                "ungated model such as Qwen/Qwen3-0.6B"
+            ) from error
+        raise InputError(f"{name}: cannot be loaded: {text.splitlines()[0]}") from error
+
+
+def lora_config(keys: ModelKeys) -> LoraConfig:
+    """The adapter of a recipe."""
+    return LoraConfig(
+        r=keys.lora_r,
+        lora_alpha=keys.lora_alpha,
+        lora_dropout=keys.lora_dropout,
+        target_modules=list(keys.lora_target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: the tokenizer's EOS, and those of the model's generation settings.
+
+    Gemma ends a turn with 106 while its tokenizer's EOS is 1; only both together tell a finished answer from one that
+    was cut off.
+    """
+    ids = {tokenizer.eos_token_id}
+    declared = model.generation_config.eos_token_id
+    ids.update(declared if isinstance(declared, list) else [declared])
+    return sorted(index for index in ids if index is not None)
+
+
+def merge_adapter(base: str | Path, adapter: Path, out: Path, dtype: str, revision: str | None = None) -> None:
+    """Write base + adapter as a plain model with its tokenizer; the base's files and weights stay as they are."""
+    model = load_model(base, dtype, "sdpa", revision)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    merged.save_pretrained(temporary)
+    load_tokenizer(adapter).save_pretrained(temporary)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete `checkpoint-N` of a trainer; incomplete ones, left by a kill in mid-save, are removed.
+
+    A trainer writes `trainer_state.json` last of all.
+    """
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete.append((int(path.name.rpartition("-")[2]), path))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete, left by an interrupted save; it is removed", path)
+            shutil.rmtree(path)
+    return max(complete)[1] if complete else None
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], answer: str = "") -> list[int]:
+    """Token ids of a prompt, opened for the model's turn, and the beginning of its answer.
+
+    The chat template writes the BOS token itself, so the text is encoded without another.
+    """
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,95 @@
+"""Stage 2: multi-task SFT of the base model -> sft/ (adapter, checkpoints, training log) and sft/merged/ (plain model).
+
+Three tasks are mixed (see `data/sft.py`) as prompt/completion rows; TRL's SFTTrainer trains a LoRA adapter with the loss
+on the completion only. The merged model is made from a fresh copy of the base, in the recipe's dtype.
+
+Deviations from the release: bf16 or float32 base instead of 8 bit, since an adapter trained on a quantised base and
+merged into the plain one is not the model that was trained.
+Resumes from the newest complete checkpoint in sft/.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from twice_rec.artifacts import Work, read_records
+from twice_rec.config import SftRecipe, load_training_recipe
+from twice_rec.data import dataset
+from twice_rec.data.dataset import PreparedData
+from twice_rec.data.sft import training_rows
+from twice_rec.records import Rationale
+from twice_rec.stages.lifecycle import (
+    IS_MAIN, OWNED_BY_STAGES, about, need, owned_arguments, run_stage, say_finished, trainer_figures,
+)  # fmt: skip
+
+logger = logging.getLogger("sft")
+
+
+def sft(loaded: tuple[SftRecipe, dict]) -> None:
+    """Train, save, merge."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from twice_rec.llm.modeling import last_checkpoint, load_model, load_tokenizer, lora_config, merge_adapter
+
+    recipe, trainer_keys = loaded
+    run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
+    files = [need(run / "data" / name, "prepare.sh") for name in names]
+    files.append(need(run / "rationales" / "accepted.jsonl", "rationales.sh"))
+    if Path(recipe.model_name_or_path).is_dir():
+        files.append(Path(recipe.model_name_or_path))
+    work = Work(run, "sft", "sft", {**recipe.settings(), **trainer_keys}, files)
+    if work.is_finished():
+        return say_finished(work.path)
+    if IS_MAIN:
+        work.begin(recipe.overwrite)
+    data = PreparedData(run / "data")
+    rows = training_rows(
+        data.catalog,
+        data.prompt_format,
+        list(data.training_examples()),
+        read_records(run / "rationales" / "accepted.jsonl", Rationale),
+        recipe.item_info_rows,
+        recipe.direct_rows,
+        recipe.rationale_rows,
+        recipe.seed,
+    )
+    logger.info("%s rows", f"{len(rows):,}")
+    tokenizer = load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
+    trainer = SFTTrainer(
+        model=load_model(recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision),
+        args=SFTConfig(**owned_arguments(recipe, work.path), **trainer_keys),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe),
+    )
+    checkpoint = last_checkpoint(work.path)
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(work.path))
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        merged = work.path / "merged"
+        merge_adapter(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
+        outputs = [work.path / name for name in ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")]
+        work.finish([*outputs, merged], trainer_figures(trainer), about(recipe, trainer_keys))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+
+    def load(path: str, flags: Sequence[str]) -> tuple[SftRecipe, dict]:
+        from trl import SFTConfig
+
+        return load_training_recipe(path, SftRecipe, SFTConfig, flags, OWNED_BY_STAGES)
+
+    return run_stage("sft", SftRecipe, load, sft, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

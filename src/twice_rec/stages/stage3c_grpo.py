@@ -1,0 +1,129 @@
+"""Stage 3c: confidence-weighted GRPO of the stage-2 model -> grpo/ (adapter, checkpoints, completions) and grpo/merged/.
+
+A share of the training examples is prompted as in task 3; the policy samples a group of answers to each; rewards are
+those of `rewards.py`, the CF model asked once a step. A new LoRA adapter is trained on the merged stage-2 model.
+
+Deviations from the release: one item decides an answer (its id); items outside the candidate list earn nothing; a
+failure of the infrastructure stops the run instead of counting as reward 0.
+Resumes from the newest complete checkpoint in grpo/.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+import numpy as np
+
+from twice_rec import prompts
+from twice_rec.artifacts import InputError, Work
+from twice_rec.config import GrpoRecipe
+from twice_rec.data import dataset
+from twice_rec.data.dataset import PreparedData
+from twice_rec.rewards import RewardSettings, StepRewards
+from twice_rec.sasrec.scorer import SasRecScorer
+from twice_rec.stages.lifecycle import (
+    IS_MAIN, about, need, owned_arguments, run_stage, say_finished, torch_device, trainer_figures,
+)  # fmt: skip
+from twice_rec.stages.stage3b_serve import load
+
+logger = logging.getLogger("grpo")
+
+
+def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
+    """Train, save, merge."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from twice_rec.llm.modeling import last_checkpoint, load_model, load_tokenizer, lora_config, merge_adapter
+
+    recipe, trainer_keys = loaded
+    run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
+    files = [need(run / "data" / name, "prepare.sh") for name in names]
+    model_folder = need(run / "sft" / "merged", "sft.sh")
+    cf_model = need(run / recipe.cf_variant / "model.safetensors", "sasrec.sh")
+    work = Work(run, "grpo", "grpo", {**recipe.settings(), **trainer_keys}, [*files, model_folder, cf_model])
+    if work.is_finished():
+        return say_finished(work.path)
+    data = PreparedData(run / "data")
+    scorer = SasRecScorer.load(cf_model, data.catalog, torch_device("auto"))
+    settings = RewardSettings(recipe.reward_lambda, _tau(recipe, data, scorer))
+    if recipe.rollout == "trl_server":
+        _check_server(recipe)
+        trainer_keys |= {"use_vllm": True, "vllm_mode": "server"}
+        trainer_keys |= {"vllm_server_host": recipe.rollout_host, "vllm_server_port": recipe.rollout_port}
+    if IS_MAIN:
+        work.begin(recipe.overwrite)
+    rewards = StepRewards(
+        recipe.reward_funcs, settings, data.catalog, scorer, recipe.confidence, recipe.confidence_debiased
+    )
+    rows = _prompt_rows(recipe, data)
+    logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
+    trainer = GRPOTrainer(
+        model=load_model(model_folder, recipe.dtype, recipe.attn_implementation),
+        reward_funcs=rewards.functions,
+        args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(model_folder),
+        peft_config=lora_config(recipe),
+    )
+    checkpoint = last_checkpoint(work.path)
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(work.path))
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        merged = work.path / "merged"
+        merge_adapter(model_folder, work.path, merged, recipe.dtype)
+        outputs = [work.path / name for name in ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")]
+        work.finish([*outputs, merged], {"tau": settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
+
+
+def _tau(recipe: GrpoRecipe, data: PreparedData, scorer: SasRecScorer) -> float:
+    """tau as given, or as a quantile of the confidences of all validation candidates."""
+    if recipe.reward_tau is not None:
+        return recipe.reward_tau
+    (kind,) = data.candidates("train")[0].lists
+    examples = list(data.examples("valid", kind))
+    histories = [data.catalog.indices(entry.item_id for entry in example.history) for example in examples]
+    shown = np.array([data.catalog.indices(example.candidates) for example in examples])
+    confidences = scorer.confidences(histories, shown, recipe.confidence, recipe.confidence_debiased)
+    return float(np.quantile(confidences, recipe.reward_tau_quantile))
+
+
+def _prompt_rows(recipe: GrpoRecipe, data: PreparedData) -> list[dict]:
+    """The drawn examples: prompt, and what the rewards need beside the completion."""
+    examples = list(data.training_examples())
+    count = max(1, round(recipe.train_fraction * len(examples)))
+    drawn = np.random.default_rng(recipe.seed).permutation(len(examples))[:count]
+    return [
+        {
+            "prompt": prompts.recommend(example, data.catalog, data.prompt_format, with_rationale=True),
+            "candidates": list(example.candidates),
+            "target": example.target,
+            "history": [entry.item_id for entry in example.history],
+        }
+        for example in (examples[position] for position in drawn)
+    ]
+
+
+def _check_server(recipe: GrpoRecipe) -> None:
+    url = f"http://{recipe.rollout_host}:{recipe.rollout_port}/health"
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise InputError(f"no rollout server answers at {url} ({error}); start it with grpo_step1.sh first") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_stage("grpo", GrpoRecipe, load, grpo, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
