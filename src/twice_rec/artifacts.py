@@ -93,7 +93,7 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
         InputError: for a missing or empty file, and for a line that is not a JSON object, with its number.
     """
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, encoding="utf-8")  # noqa: SIM115 - closed below
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     number = 0

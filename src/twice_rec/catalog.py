@@ -44,7 +44,9 @@ class ItemCatalog:
                     f"title {item.title!r}"
                 )
             if item.item_id in self._index:
-                raise InputError(f"catalogue row {index}: id {item.item_id} stands in row {self._index[item.item_id]} too")
+                raise InputError(
+                    f"catalogue row {index}: id {item.item_id} stands in row {self._index[item.item_id]} too"
+                )
             self._index[item.item_id] = index
         if not self._items:
             raise InputError("the catalogue has no items")

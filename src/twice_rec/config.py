@@ -58,7 +58,7 @@ def at_least(name: str, bound: float) -> Check:
 
 
 def within(name: str, low: float, high: float) -> Check:
-    """low <= `name` <= high, or None."""
+    """Low <= `name` <= high, or None."""
     return Check(
         lambda c: getattr(c, name) is None or low <= getattr(c, name) <= high,
         lambda c: f"{name} is {getattr(c, name)}; it must be between {low} and {high}",
@@ -103,7 +103,9 @@ class Recipe:
 class PrepareRecipe(Recipe):
     """Stage 0: from a source of purchases to catalogue, sequences and candidate lists."""
 
-    source: Literal["world", "amazon2023", "amazon2014", "atomic", "release"] = required("where the purchases come from")
+    source: Literal["world", "amazon2023", "amazon2014", "atomic", "release"] = required(
+        "where the purchases come from"
+    )
     source_dir: str | None = key(None, "folder of the source's files; the world needs none", changes_result=False)
     reviews_file: str | None = key(None, "name in source_dir, where it is not the source's usual one")
     metadata_file: str | None = key(None, "name in source_dir, where it is not the source's usual one")
@@ -137,20 +139,26 @@ class PrepareRecipe(Recipe):
         at_least("k_core", 1),
         Check(
             lambda c: c.min_history >= (3 if c.split == "leave_one_out" else 2),
-            lambda c: f"min_history is {c.min_history}; {c.split} needs at least "
-            f"{3 if c.split == 'leave_one_out' else 2}: a history, and a target for each split",
+            lambda c: (
+                f"min_history is {c.min_history}; {c.split} needs at least "
+                f"{3 if c.split == 'leave_one_out' else 2}: a history, and a target for each split"
+            ),
         ),
         Check(
             lambda c: c.max_history is None or c.max_history >= max(c.min_history, c.k_core),
-            lambda c: f"max_history is {c.max_history}; it must be at least min_history ({c.min_history}) and "
-            f"k_core ({c.k_core})",
+            lambda c: (
+                f"max_history is {c.max_history}; it must be at least min_history ({c.min_history}) and "
+                f"k_core ({c.k_core})"
+            ),
         ),
         at_least("num_candidates", 2),
         at_least("hard_pool", 1),
         Check(
             lambda c: "hard" not in c.candidate_lists or c.hard_pool >= c.num_candidates - 1,
-            lambda c: f"hard_pool is {c.hard_pool}; num_candidates {c.num_candidates} draws "
-            f"{c.num_candidates - 1} negatives from it",
+            lambda c: (
+                f"hard_pool is {c.hard_pool}; num_candidates {c.num_candidates} draws "
+                f"{c.num_candidates - 1} negatives from it"
+            ),
         ),
         Check(
             lambda c: c.prompt_list in c.candidate_lists,
@@ -162,13 +170,17 @@ class PrepareRecipe(Recipe):
         ),
         Check(
             lambda c: {"title", "item_id"} <= set(c.prompt_candidate_fields),
-            lambda c: f"prompt_candidate_fields is {c.prompt_candidate_fields}; answers name a candidate by title and "
-            "item_id, so both must be shown",
+            lambda c: (
+                f"prompt_candidate_fields is {c.prompt_candidate_fields}; answers name a candidate by title and "
+                "item_id, so both must be shown"
+            ),
         ),
         Check(
             lambda c: c.temporal_valid > 0 and c.temporal_test > 0 and c.temporal_valid + c.temporal_test < 1,
-            lambda c: f"temporal_valid {c.temporal_valid} and temporal_test {c.temporal_test} must be above 0 and "
-            "leave a share for training",
+            lambda c: (
+                f"temporal_valid {c.temporal_valid} and temporal_test {c.temporal_test} must be above 0 and "
+                "leave a share for training"
+            ),
         ),
         at_least("prompt_history_items", 1),
         at_least("prompt_description_chars", 1),
@@ -200,8 +212,10 @@ class BaseModelRecipe(Recipe):
         at_least("full_attention_every", 1),
         Check(
             lambda c: c.num_attention_heads % c.num_key_value_heads == 0 and c.hidden_size % c.num_attention_heads == 0,
-            lambda c: f"num_attention_heads {c.num_attention_heads} must divide hidden_size {c.hidden_size} and be a "
-            f"multiple of num_key_value_heads {c.num_key_value_heads}",
+            lambda c: (
+                f"num_attention_heads {c.num_attention_heads} must divide hidden_size {c.hidden_size} and be a "
+                f"multiple of num_key_value_heads {c.num_key_value_heads}"
+            ),
         ),
     )
 
@@ -292,6 +306,7 @@ class ModelKeys:
     model_revision: str | None = key(None, "branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "of the weights")
     attn_implementation: str = key("sdpa", "sdpa, eager, flash_attention_2, ...")
+    use_peft: bool = key(True, "train a LoRA adapter; false trains all weights")
     lora_r: int = key(8, "rank of the adapter")
     lora_alpha: int = key(16, "its scale is lora_alpha / lora_r")
     lora_dropout: float = key(0.0, "on the adapter's input")
@@ -360,8 +375,10 @@ class GrpoRecipe(ModelKeys, Recipe):
         ),
         Check(
             lambda c: len(c.reward_funcs) == len(c.reward_weights),
-            lambda c: f"reward_funcs has {len(c.reward_funcs)} names and reward_weights {len(c.reward_weights)} "
-            "values; they go in pairs",
+            lambda c: (
+                f"reward_funcs has {len(c.reward_funcs)} names and reward_weights {len(c.reward_weights)} "
+                "values; they go in pairs"
+            ),
         ),
         Check(lambda c: bool(c.reward_funcs), lambda c: "reward_funcs is empty; there is nothing to optimise"),
         Check(
@@ -370,8 +387,10 @@ class GrpoRecipe(ModelKeys, Recipe):
         ),
         Check(
             lambda c: (c.reward_tau is None) != (c.reward_tau_quantile is None),
-            lambda c: f"reward_tau is {c.reward_tau} and reward_tau_quantile {c.reward_tau_quantile}; set one of them "
-            "and the other to null",
+            lambda c: (
+                f"reward_tau is {c.reward_tau} and reward_tau_quantile {c.reward_tau_quantile}; set one of them "
+                "and the other to null"
+            ),
         ),
         within("reward_tau", 0, 1),
         within("reward_tau_quantile", 0, 1),
@@ -429,9 +448,11 @@ class EvaluateRecipe(Recipe):
         ),
         Check(
             lambda c: all(v in ("base", "stage2", "stage3", "oracle") or v in c.outside_scores for v in c.variants),
-            lambda c: "variants names "
-            + ", ".join(v for v in c.variants if v not in ("base", "stage2", "stage3", "oracle", *c.outside_scores))
-            + "; known are base, stage2, stage3, oracle and the names in outside_scores",
+            lambda c: (
+                "variants names "
+                + ", ".join(v for v in c.variants if v not in ("base", "stage2", "stage3", "oracle", *c.outside_scores))
+                + "; known are base, stage2, stage3, oracle and the names in outside_scores"
+            ),
         ),
     )
 
@@ -701,7 +722,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_mismatch(v, arguments[0]) is None for v in value if arguments)
     if origin is dict or hint is dict:
         return isinstance(value, dict) and all(
-            _mismatch(k, arguments[0]) is None and _mismatch(v, arguments[1]) is None for k, v in value.items() if arguments
+            _mismatch(k, arguments[0]) is None and _mismatch(v, arguments[1]) is None
+            for k, v in value.items()
+            if arguments
         )
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

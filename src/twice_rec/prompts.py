@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 
 from twice_rec import tags
-from twice_rec.catalog import ItemCatalog
 from twice_rec.records import Example, Interaction, Item
 
 # Ratings 1 to 5 in words (the release's scale).
@@ -25,6 +24,12 @@ class Message(TypedDict):
     content: str
 
 
+class ItemLookup(Protocol):
+    """Items by id; `catalog.ItemCatalog` is one."""
+
+    def __getitem__(self, item_id: str) -> Item: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
     """What prompts show; see the `prompt_*` keys of `config.PrepareRecipe`. None means no limit."""
@@ -36,6 +41,12 @@ class PromptFormat:
     description_chars: int | None
     details_chars: int | None
     review_chars: int | None
+
+    @classmethod
+    def of(cls, recipe: Any) -> PromptFormat:
+        """The format that the `prompt_*` keys of a `config.PrepareRecipe` describe."""
+        values = {name: getattr(recipe, f"prompt_{name}") for name in cls.__slots__}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 _LABELS = {
@@ -94,7 +105,7 @@ def describe_purchase(purchase: Interaction, item: Item, shown: PromptFormat) ->
     return " | ".join([describe_item(item, shown.history_fields, shown), *said])
 
 
-def recommend(example: Example, catalog: ItemCatalog, shown: PromptFormat, with_rationale: bool) -> list[Message]:
+def recommend(example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool) -> list[Message]:
     """The prompt of task 3 (`with_rationale`) or task 2 for one user."""
     history = example.history[-shown.history_items :] if shown.history_items else example.history
     purchases = [

@@ -92,7 +92,9 @@ class AmazonSource:
             usable += 1
             rating = record.get(schema.rating)
             if not isinstance(rating, (int, float)) or not 1 <= rating <= 5:
-                self.problems.add("review with a rating that is not 1 to 5, kept without", f"line {line + 1}: {rating!r}")
+                self.problems.add(
+                    "review with a rating that is not 1 to 5, kept without", f"line {line + 1}: {rating!r}"
+                )
                 rating = None
             table.add(user, item, int(time * schema.milliseconds), rating, line)
         if not usable:
@@ -185,9 +187,7 @@ def _lines(path: Path, problems: Problems) -> Iterator[bytes]:
         magic = raw.read(2)
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw
-        with progress(
-            desc=f"reading {path.name}", total=os.path.getsize(path), unit="B", unit_scale=True
-        ) as bar:
+        with progress(desc=f"reading {path.name}", total=os.path.getsize(path), unit="B", unit_scale=True) as bar:
             try:
                 for number, line in enumerate(stream):
                     if number % 1000 == 0:

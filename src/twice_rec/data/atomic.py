@@ -24,9 +24,7 @@ _FEATURE_TYPES = ("token", "token_seq", "float", "float_seq")
 class AtomicSource:
     """One data set `NAME.inter` / `NAME.item` in one folder; `domain` is NAME."""
 
-    def __init__(
-        self, folder: Path, domain: str, reviews_file: str | None = None, metadata_file: str | None = None
-    ):
+    def __init__(self, folder: Path, domain: str, reviews_file: str | None = None, metadata_file: str | None = None):
         self.problems = Problems()
         if reviews_file:
             self._inter = [find_file(folder, [reviews_file], "interactions")]

@@ -50,8 +50,8 @@ class PreparedData:
             for entry in sequence.interactions:
                 if entry.item_id not in self.catalog:
                     raise InputError(
-                        f"{path}, line {line}: item {entry.item_id} of user {sequence.user_id} is not in {CATALOG}; the "
-                        "files belong to different runs: run prepare.sh again"
+                        f"{path}, line {line}: item {entry.item_id} of user {sequence.user_id} is not in "
+                        f"{CATALOG}; the files belong to different runs: run prepare.sh again"
                     )
             sequences.append(sequence)
         return sequences
@@ -76,8 +76,8 @@ class PreparedData:
         for entry in self.candidates(split):
             if kind not in entry.lists:
                 raise InputError(
-                    f"{self.folder / candidates_file(split)} has the lists {', '.join(entry.lists)}, not {kind}; add it "
-                    "to candidate_lists in prepare.yaml and run prepare.sh again"
+                    f"{self.folder / candidates_file(split)} has the lists {', '.join(entry.lists)}, not {kind}; add "
+                    "it to candidate_lists in prepare.yaml and run prepare.sh again"
                 )
             sequence = by_user[entry.user_id]
             yield Example(entry.user_id, sequence.history(split), entry.lists[kind], entry.target)

@@ -67,15 +67,15 @@ class ReleaseSource:
                 self.problems.add("item whose details do not start a line", f"{self._meta.name}, row {number}")
                 info = _META_ONE_LINE.search(text)
             if not named or not info:
-                raise InputError(f"{self._meta}, row {number}: no [Item Title] in `input` or no <item_info> in `output`")
+                raise InputError(
+                    f"{self._meta}, row {number}: no [Item Title] in `input` or no <item_info> in `output`"
+                )
             if named.group(1).strip() != title.strip():
                 raise InputError(
                     f"{self._meta}, row {number}: title {named.group(1)[:60]!r}, but item {number} of "
                     f"{self._vocab.name} is {title[:60]!r}; the files belong to different versions"
                 )
-            items.append(
-                Item(info.group(1), clean_text(title), clean_text(info.group(2)), clean_text(info.group(3)))
-            )
+            items.append(Item(info.group(1), clean_text(title), clean_text(info.group(2)), clean_text(info.group(3))))
         return items
 
     def purchases(self) -> PurchaseTable:
@@ -105,7 +105,9 @@ class ReleaseSource:
                 line += 1
         return table.build()
 
-    def _read_reviews(self, by_sequence: Mapping[tuple[int, ...], list[int]]) -> dict[tuple[int, str], tuple[str, float]]:
+    def _read_reviews(
+        self, by_sequence: Mapping[tuple[int, ...], list[int]]
+    ) -> dict[tuple[int, str], tuple[str, float]]:
         """(row of the user, item id) -> review title and rating, from the prompts' histories."""
         found: dict[tuple[int, str], tuple[str, float]] = {}
         for path in self._prompts:

@@ -110,9 +110,7 @@ def assemble(
     for rows in np.split(np.arange(len(table)), np.flatnonzero(np.diff(table.user)) + 1):
         points = temporal(table.timestamp[rows], *cuts) if cuts else leave_one_out(len(rows))
         interactions = tuple(
-            Interaction(
-                table.items[item], time, None if rating != rating else rating, *reviews.get(line, ("", ""))
-            )
+            Interaction(table.items[item], time, None if rating != rating else rating, *reviews.get(line, ("", "")))
             for item, time, rating, line in zip(
                 table.item[rows].tolist(),
                 table.timestamp[rows].tolist(),
@@ -180,8 +178,8 @@ def temporal_cuts(timestamps: NDArray[np.int64], valid_share: float, test_share:
     test_from = int(ordered[int(len(ordered) * (1 - test_share))])
     if not ordered[0] < valid_from < test_from:
         raise InputError(
-            f"the temporal cuts fall on the same moment ({valid_from} and {test_from} ms, first purchase {ordered[0]}); "
-            "use larger shares in temporal_valid and temporal_test"
+            f"the temporal cuts fall on the same moment ({valid_from} and {test_from} ms, the first "
+            f"purchase at {ordered[0]}); use larger shares in temporal_valid and temporal_test"
         )
     return valid_from, test_from
 

@@ -38,7 +38,10 @@ def training_rows(
     """
     rng = np.random.default_rng(seed)
     by_user = {example.user_id: example for example in examples}
-    rows = [_row(prompts.item_info(i), prompts.item_info_answer(i, shown), "item_info") for i in _draw(rng, list(catalog), item_info_rows)]
+    rows = [
+        _row(prompts.item_info(i), prompts.item_info_answer(i, shown), "item_info")
+        for i in _draw(rng, list(catalog), item_info_rows)
+    ]
     for example in _draw(rng, examples, direct_rows):
         answer = prompts.item_answer(catalog[example.target])
         rows.append(_row(prompts.recommend(example, catalog, shown, with_rationale=False), answer, "direct"))

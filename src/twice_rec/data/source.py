@@ -115,7 +115,9 @@ class TableBuilder:
         self._flush()
         rows = np.concatenate(self._blocks)
         return PurchaseTable(
-            list(self._users), list(self._items), *(np.ascontiguousarray(rows[name]) for name in self._DTYPE.names or ())
+            list(self._users),
+            list(self._items),
+            *(np.ascontiguousarray(rows[name]) for name in self._DTYPE.names or ()),
         )
 
 

@@ -105,7 +105,13 @@ class World:
             category = int(rng.integers(len(categories)))
             kind = int(rng.integers(len(PRODUCT_TYPES[categories[category]])))
             names[
-                (category, kind, int(rng.integers(len(BRANDS))), int(rng.integers(len(DIETS))), int(rng.integers(len(SIZES))))
+                (
+                    category,
+                    kind,
+                    int(rng.integers(len(BRANDS))),
+                    int(rng.integers(len(DIETS))),
+                    int(rng.integers(len(SIZES))),
+                )
             ] = None
         table = np.array(list(names))
         self.category, self._kind, self.brand, self.diet, self._size = table.T

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,9 @@ class RandomScorer:
 class PopularityScorer:
     """Number of training interactions of each item."""
 
-    def __init__(self, counts: NDArray[np.int64]):
-        self._counts = counts.astype(np.float64)
+    def __init__(self, training: Sequence[Sequence[int]], num_items: int):
+        indices = [index for history in training for index in history]
+        self._counts = np.bincount(indices, minlength=num_items + 1)[1:].astype(np.float64)
 
     def scores(self, users: NDArray[np.int64], histories: Sequence[Sequence[int]]) -> FloatMatrix:
         """See `CFScorer`."""
@@ -161,11 +162,12 @@ REGULARISATIONS = (100.0, 300.0, 1000.0)
 
 
 def choose_item_similarity(
-    kind: Literal["itemknn", "ease"], interactions: sparse.csr_matrix, validate: Callable[[CFScorer], float]
+    kind: str, interactions: sparse.csr_matrix, validate: Callable[[CFScorer], float]
 ) -> tuple[ItemSimilarityScorer, dict[str, float], float]:
     """Fit item-kNN or EASE with each of its settings and keep the best on validation; the earlier one wins a tie.
 
     Args:
+        kind: `itemknn` or `ease`.
         interactions: training 0/1 matrix [users, N].
         validate: larger is better.
 
@@ -186,3 +188,16 @@ def choose_item_similarity(
                 best = (model, {name: value, "decay": decay}, reached)
     assert best is not None
     return best
+
+
+def fit_baseline(
+    kind: str, training: Sequence[Sequence[int]], num_items: int, seed: int, validate: Callable[[CFScorer], float]
+) -> CFScorer:
+    """One of `config.Baseline`, fitted on training histories; `validate` and `seed` are used where it needs them."""
+    if kind == "random":
+        return RandomScorer(num_items, seed)
+    if kind == "popularity":
+        return PopularityScorer(training, num_items)
+    model, chosen, reached = choose_item_similarity(kind, interaction_matrix(training, num_items), validate)
+    logger.info("%s: %s chosen, validation %.4f", kind, chosen, reached)
+    return model

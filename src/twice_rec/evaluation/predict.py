@@ -7,6 +7,7 @@ the candidates' order where a full ranking is needed (LLM votes).
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from twice_rec.artifacts import InputError, to_row, write_json, write_records
+from twice_rec.artifacts import InputError, atomic_path, read_records, to_row, write_json, write_records
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.baselines import CFScorer
 from twice_rec.metrics import per_user, ranks_from_scores, summarise
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, PromptFormat, item_answer, rationale_answer, recommend
 from twice_rec.records import CandidateLists, Example, Prediction, Split, UserSequence
 from twice_rec.tags import closing, opening, parse, without_tags
+
+logger = logging.getLogger(__name__)
 
 
 class CFQuestions:
@@ -60,6 +64,11 @@ class CFQuestions:
                 self.candidates[kind] = np.array(
                     [catalog.indices(_list_of(by_user, user_id, kind)) for user_id in self.user_ids]
                 )
+
+    @classmethod
+    def of(cls, data: PreparedData, split: Split, lists: Sequence[str]) -> CFQuestions:
+        """The questions of prepared data."""
+        return cls(data.sequences, data.candidates(split), data.catalog, split, lists)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -114,17 +123,22 @@ PREDICTIONS = "predictions.jsonl"
 METRICS_FILE = "metrics.json"
 
 
-def write_evaluation(folder: Path, predictions: Iterable[Prediction]) -> dict[str, float]:
-    """Write `predictions.jsonl` and `metrics.json` of one variant; returns the metrics.
+def evaluate_scorers(
+    folder: Path, questions: CFQuestions, scorers: Iterable[CFScorer], seed: int
+) -> tuple[list[Path], dict[str, float]]:
+    """Rank all targets with one model, or one a training run, and write `predictions.jsonl` and `metrics.json`.
 
-    The metrics are means over all predictions, so over users and, where a file holds several training runs, over them
-    too; `n` counts users.
+    Args:
+        seed: of the first run; the others count on from it.
+
+    Returns:
+        The files, and the metrics: means over users and runs.
     """
-    rows = list(predictions)
+    rows = [row for i, scorer in enumerate(scorers) for row in questions.predictions(questions.ranks(scorer), seed + i)]
     write_records(folder / PREDICTIONS, rows)
     metrics = metrics_of(rows)
     write_json(folder / METRICS_FILE, metrics)
-    return metrics
+    return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
 
 
 def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -137,15 +151,27 @@ def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
     return {**metrics, "n": len({prediction.user_id for prediction in predictions})}
 
 
-def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Append a batch to a file of unfinished predictions, on disk when this returns."""
+def export_scores(path: Path, scorer: CFScorer, data: PreparedData) -> None:
+    """Write a model's test scores as `.npz` with `scores`, float32 [users, items] in the files' order.
+
+    A user without a test target gets zeros.
+    """
+    test = CFQuestions.of(data, "test", [])
+    scores = np.zeros((len(data.sequences), len(data.catalog)), dtype=np.float32)
+    scores[test.users] = scorer.scores(test.users, test.histories)
+    with atomic_path(path) as temporary:
+        np.savez(temporary, scores=scores)
+
+
+def _append(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Append a batch, on disk when this returns."""
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(to_row(prediction), ensure_ascii=False) + "\n" for prediction in predictions))
         file.flush()
         os.fsync(file.fileno())
 
 
-def whole_batches(path: Path, sizes: Sequence[int]) -> int:
+def _whole_batches(path: Path, sizes: Sequence[int]) -> int:
     """How many batches an interrupted run has written whole; what stands behind them in the file is cut off."""
     if not path.exists():
         return 0
@@ -197,6 +223,36 @@ class AskSettings:
     seed: int
 
 
+def evaluate_language_model(
+    folder: Path,
+    generator: Generator,
+    batches: Sequence[tuple[str, Sequence[Example]]],
+    data: PreparedData,
+    settings: AskSettings,
+) -> tuple[list[Path], dict[str, float]]:
+    """Ask all questions and write `predictions.jsonl` and `metrics.json`; goes on behind what a killed run has written.
+
+    Args:
+        batches: (kind of list, questions), asked together in this order.
+
+    Returns:
+        The files, and the metrics with the rates of the answers' outcomes.
+    """
+    partial = folder / "predictions.partial.jsonl"
+    done = _whole_batches(partial, [len(examples) for _, examples in batches])
+    if done:
+        logger.info("%s: going on behind batch %d of %d", folder, done, len(batches))
+    for number in progress(range(done, len(batches)), desc=folder.name, unit="batch", total=len(batches), initial=done):
+        kind, examples = batches[number]
+        seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
+        _append(partial, ask(generator, examples, kind, data.catalog, data.prompt_format, settings, seed))
+    rows = list(read_records(partial, Prediction))
+    metrics = {**metrics_of(rows), **answer_rates(rows, data.catalog)}
+    write_json(folder / METRICS_FILE, metrics)
+    partial.replace(folder / PREDICTIONS)
+    return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
+
+
 def ask(
     generator: Generator,
     examples: Sequence[Example],
@@ -204,6 +260,7 @@ def ask(
     catalog: ItemCatalog,
     shown: PromptFormat,
     settings: AskSettings,
+    sampling_seed: int,
 ) -> list[Prediction]:
     """Ask a language model one batch of questions and rank each list by its answers.
 
@@ -213,10 +270,11 @@ def ask(
 
     Args:
         kind: of the candidate lists, for the records.
+        sampling_seed: of this batch.
     """
     prompts = [recommend(example, catalog, shown, settings.with_rationale) for example in examples]
     if settings.ranking == "sampled":
-        sampling = (settings.num_samples, settings.temperature, settings.top_p, settings.seed)
+        sampling = (settings.num_samples, settings.temperature, settings.top_p, sampling_seed)
         answers = generator.generate(prompts, *sampling)
     elif settings.with_rationale:
         answers = generator.generate(prompts)

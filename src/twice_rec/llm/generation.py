@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +88,9 @@ class TransformersGenerator:
         ids = [encode_chat(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, ids))
         device = self.model.device
-        padded = torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids], device=device)
+        padded = torch.tensor(
+            [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids], device=device
+        )
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
         recorder = _ChosenLogProbabilities()
         sampling = {} if seed is None else {"temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -124,6 +125,7 @@ class TransformersGenerator:
         once and adds the same to all of them, so it is left out.
         """
         rows = [encode_chat(self.tokenizer, prompt, answer) for answer in answers]
-        shared = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+        shortest = min(map(len, rows))
+        shared = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest - 1)
         values = continuation_log_probabilities(self.model, rows[0][:shared], [row[shared:] for row in rows])
         return [float(value.sum()) for value in values]

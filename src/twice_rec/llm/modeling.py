@@ -20,6 +20,8 @@ from twice_rec.config import ModelKeys
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left as generation needs it.
@@ -73,8 +75,10 @@ def _from_pretrained(factory, name: str | Path, **options):
         raise InputError(f"{name}: cannot be loaded: {text.splitlines()[0]}") from error
 
 
-def lora_config(keys: ModelKeys) -> LoraConfig:
-    """The adapter of a recipe."""
+def lora_config(keys: ModelKeys) -> LoraConfig | None:
+    """The adapter of a recipe; None where all weights are trained."""
+    if not keys.use_peft:
+        return None
     return LoraConfig(
         r=keys.lora_r,
         lora_alpha=keys.lora_alpha,
@@ -96,16 +100,29 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(index for index in ids if index is not None)
 
 
-def merge_adapter(base: str | Path, adapter: Path, out: Path, dtype: str, revision: str | None = None) -> None:
-    """Write base + adapter as a plain model with its tokenizer; the base's files and weights stay as they are."""
-    model = load_model(base, dtype, "sdpa", revision)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+def write_merged(base: str | Path, trained: Path, out: Path, dtype: str, revision: str | None = None) -> None:
+    """Write what a trainer left in `trained` as a plain model with its tokenizer.
+
+    An adapter is merged into a fresh copy of the base, whose files and weights stay as they are. Where all weights
+    were trained they are only copied.
+    """
+    if (trained / ADAPTER_FILES[0]).exists():
+        model = load_model(base, dtype, "sdpa", revision)
+        model = PeftModel.from_pretrained(model, str(trained)).merge_and_unload()
+    else:
+        model = load_model(trained, dtype, "sdpa")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    merged.save_pretrained(temporary)
-    load_tokenizer(adapter).save_pretrained(temporary)
+    model.save_pretrained(temporary)
+    load_tokenizer(trained).save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def saved_weights(trained: Path) -> list[Path]:
+    """The files in which a trainer left its weights: an adapter's, or a whole model's."""
+    adapter = [trained / name for name in ADAPTER_FILES]
+    return adapter if adapter[0].exists() else [*sorted(trained.glob("model*.safetensors")), trained / "config.json"]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -111,7 +111,7 @@ class SasRec(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Normal weights with standard deviation 0.02, zero biases and padding (as BERT, and as the release's code base)."""
+    """Normal weights with standard deviation 0.02, zero biases and padding (as BERT, and as RecBole)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

@@ -63,12 +63,12 @@ class SasRecScorer:
 
     @torch.inference_mode()
     def scores(self, users: NDArray[np.int64], histories: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """z of the whole catalogue: float32 [B, N], column j for index j + 1. `users` is not used."""
+        """Z of the whole catalogue: float32 [B, N], column j for index j + 1. `users` is not used."""
         return (self.states(histories) @ self.model.item_embedding.weight[1:].T).cpu().numpy()
 
     @torch.inference_mode()
     def logits(self, histories: Sequence[Sequence[int]], items: NDArray[np.int64]) -> NDArray[np.float32]:
-        """z of some items for each history, in one forward pass over the different histories.
+        """Z of some items for each history, in one forward pass over the different histories.
 
         Args:
             histories: B item index sequences; equal ones are computed once.
@@ -102,14 +102,14 @@ class SasRecScorer:
             z = z - self.item_mean.cpu().numpy()[candidates]
         if kind == "softmax":
             e = np.exp(z - z.max(axis=1, keepdims=True))
-            return e / e.sum(axis=1, keepdims=True)
+            return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
         if kind == "calibrated":
             name = "debiased" if debiased else "raw"
             if name not in self.calibration:
                 raise ValueError(f"this SASRec was saved without a calibration of {name} scores")
             a, b = self.calibration[name]
             z = a * z + b
-        return 1 / (1 + np.exp(-z))
+        return (1 / (1 + np.exp(-z))).astype(np.float32)
 
     def save(self, path: Path, catalog: ItemCatalog) -> None:
         """Write one safetensors file: weights, item means, settings, calibration, the catalogue's fingerprint."""
@@ -156,6 +156,26 @@ class SasRecScorer:
         return cls(model.to(device), None if item_mean is None else item_mean.to(device), calibration)
 
 
+def calibrated_scorer(
+    model: SasRec, histories: Sequence[Sequence[int]], shown: NDArray[np.int64], targets: NDArray[np.int64]
+) -> SasRecScorer:
+    """A model with its item means over these users, and calibrations of raw and debiased scores on their candidates.
+
+    Args:
+        histories: the validation histories.
+        shown: int64 [B, C], their candidates.
+        targets: int64 [B].
+    """
+    means = item_means(SasRecScorer(model), histories)
+    z = SasRecScorer(model).logits(histories, shown)
+    is_target = (shown == targets[:, None]).ravel()
+    calibration = {
+        "raw": fit_calibration(z.ravel(), is_target),
+        "debiased": fit_calibration((z - means.cpu().numpy()[shown]).ravel(), is_target),
+    }
+    return SasRecScorer(model, means, calibration)
+
+
 @torch.inference_mode()
 def item_means(scorer: SasRecScorer, histories: Sequence[Sequence[int]]) -> Tensor:
     """Mean z of every item over the users: float32 [N + 1]. z is linear in the state, so the mean state gives it."""
@@ -178,9 +198,7 @@ def item_only_share(scorer: SasRecScorer, histories: Sequence[Sequence[int]]) ->
     return float(by_item / total)
 
 
-def fit_calibration(
-    logits: NDArray[np.floating], is_target: NDArray[np.bool_], steps: int = 50
-) -> Calibration:
+def fit_calibration(logits: NDArray[np.floating], is_target: NDArray[np.bool_], steps: int = 50) -> Calibration:
     """Platt scaling: a and b that maximise the likelihood of is_target under sigmoid(a z + b), by Newton's method.
 
     Args:

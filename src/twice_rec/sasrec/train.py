@@ -87,14 +87,12 @@ def sampled_loss(states: Tensor, targets: Tensor, negatives: Tensor, item_embedd
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
-    """gBCE's exponent: alpha (t (1 - 1/alpha) + 1/alpha), alpha the share of the other items that is sampled."""
+    """GBCE's exponent: alpha (t (1 - 1/alpha) + 1/alpha), alpha the share of the other items that is sampled."""
     alpha = num_negatives / (num_items - 1)
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
 
 
-def sample_negatives(
-    sequences: Tensor, num_negatives: int, num_items: int, generator: torch.Generator
-) -> Tensor:
+def sample_negatives(sequences: Tensor, num_negatives: int, num_items: int, generator: torch.Generator) -> Tensor:
     """Uniform items that do not occur in the same row: int64 [B, L] (0 is padding) -> int64 [B, L - 1, n].
 
     Raises:
@@ -142,9 +140,7 @@ class Batches:
             yield self.table[rows, : int(self.lengths[rows].max())]
 
 
-def training_loss(
-    model: SasRec, sequences: Tensor, settings: TrainSettings, generator: torch.Generator
-) -> Tensor:
+def training_loss(model: SasRec, sequences: Tensor, settings: TrainSettings, generator: torch.Generator) -> Tensor:
     """The loss of one batch of sequences, int64 [B, L], each position predicting the next item."""
     inputs, following = sequences[:, :-1], sequences[:, 1:]
     real = following > 0

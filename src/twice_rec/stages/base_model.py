@@ -30,7 +30,8 @@ def base(recipe: BaseModelRecipe) -> None:
     files = [need(recipe.run_path / "data" / name, "prepare.sh") for name in (dataset.CATALOG, dataset.PROMPT)]
     work = Work(recipe.run_path, "base", "base", recipe.settings(), files)
     if work.is_finished():
-        return say_finished(work.path)
+        say_finished(work.path)
+        return
     work.begin(recipe.overwrite)
     data = PreparedData(recipe.run_path / "data")
     tokenizer = train_tokenizer(_texts(data.catalog, data.prompt_format), recipe.vocab_size)
@@ -54,7 +55,9 @@ def _texts(catalog: ItemCatalog, shown: PromptFormat) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run_stage("base", BaseModelRecipe, lambda path, flags: load_recipe(path, BaseModelRecipe, flags), base, arguments)
+    return run_stage(
+        "base", BaseModelRecipe, lambda path, flags: load_recipe(path, BaseModelRecipe, flags), base, arguments
+    )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twice_rec.artifacts import InputError
+from twice_rec.artifacts import InputError, Work
 from twice_rec.config import Recipe, describe_keys
+from twice_rec.data.dataset import PreparedData
+from twice_rec.evaluation.baselines import CFScorer
+from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,9 @@ def run_stage(
     _log_to_terminal()
     try:
         if len(words) < 2 or words[0] != "--config":
-            raise InputError(f"{name}: expected --config RECIPE [--key value ...], found {' '.join(words) or 'nothing'}")
+            raise InputError(
+                f"{name}: expected --config RECIPE [--key value ...], found {' '.join(words) or 'nothing'}"
+            )
         loaded = load(words[1], words[2:])
         recipe: Recipe = loaded[0] if isinstance(loaded, tuple) else loaded
         with _log_to_file(recipe.run_path, name):
@@ -221,3 +226,29 @@ def wandb_run(recipe: Recipe) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     with wandb.init(config=dataclasses.asdict(recipe)) as run:
         yield run.log
+
+
+def evaluate_variant(
+    recipe: Recipe,
+    stage: str,
+    name: str,
+    data: PreparedData,
+    lists: Sequence[str],
+    scorers: Callable[[], Iterable[CFScorer]],
+    inputs: Iterable[Path],
+    settings: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Write eval/<name>/ of a CF model on the test targets, unless it is there already.
+
+    Args:
+        scorers: makes one model, or one a training run.
+        inputs: what the result depends on.
+        settings: what else it depends on, beside the lists.
+    """
+    work = Work(recipe.run_path, f"eval/{name}", stage, {"lists": list(lists), **settings}, inputs)
+    if work.is_finished():
+        say_finished(work.path)
+        return
+    work.begin(recipe.overwrite)
+    outputs, metrics = evaluate_scorers(work.path, CFQuestions.of(data, "test", lists), scorers(), recipe.seed)
+    work.finish(outputs, metrics, about(recipe))

@@ -36,6 +36,7 @@ from twice_rec.records import SPLITS, UserSequence
 from twice_rec.stages.lifecycle import about, run_stage, say_finished
 
 logger = logging.getLogger("prepare")
+WORLD_KEYS = ("users", "items", "taste", "complement", "cohort", "popularity")
 
 
 def prepare(recipe: PrepareRecipe) -> None:
@@ -43,21 +44,13 @@ def prepare(recipe: PrepareRecipe) -> None:
     source = None if recipe.source == "world" else _open(recipe, Path(recipe.source_dir or "."))
     work = Work(recipe.run_path, "data", "prepare", recipe.settings(), source.files if source else ())
     if work.is_finished():
-        return say_finished(work.path)
+        say_finished(work.path)
+        return
     work.begin(recipe.overwrite)
     world = None
     if source is None:
-        world = World(
-            WorldSettings(
-                users=recipe.world_users,
-                items=recipe.world_items,
-                taste=recipe.world_taste,
-                complement=recipe.world_complement,
-                cohort=recipe.world_cohort,
-                popularity=recipe.world_popularity,
-                seed=recipe.seed,
-            )
-        )
+        strengths = {name: getattr(recipe, f"world_{name}") for name in WORLD_KEYS}
+        world = World(WorldSettings(**strengths, seed=recipe.seed))
         world.write(work.path / "raw", recipe.domain)
         source = AmazonSource(work.path / "raw", recipe.domain, SCHEMA_2023)
     shares = (recipe.temporal_valid, recipe.temporal_test) if recipe.split == "temporal" else None
@@ -69,16 +62,7 @@ def prepare(recipe: PrepareRecipe) -> None:
     catalog.save(work.path / dataset.CATALOG)
     write_records(work.path / dataset.SEQUENCES, sequences)
     _write_candidates(recipe, work.path, catalog, sequences)
-    shown = PromptFormat(
-        history_items=recipe.prompt_history_items,
-        history_fields=tuple(recipe.prompt_history_fields),
-        review_fields=tuple(recipe.prompt_review_fields),
-        candidate_fields=tuple(recipe.prompt_candidate_fields),
-        description_chars=recipe.prompt_description_chars,
-        details_chars=recipe.prompt_details_chars,
-        review_chars=recipe.prompt_review_chars,
-    )
-    dataset.save_prompt_format(work.path / dataset.PROMPT, shown)
+    dataset.save_prompt_format(work.path / dataset.PROMPT, PromptFormat.of(recipe))
     if world:
         _write_oracle(work.path / dataset.ORACLE, world, catalog, sequences)
     figures = {**statistics(sequences, catalog), "problems": source.problems.counts}
@@ -106,7 +90,7 @@ def _write_candidates(
     score = None
     if "hard" in recipe.candidate_lists:
         knn = ItemSimilarityScorer(knn_similarity(interaction_matrix(training, len(catalog)), shrink=20.0), decay=0.9)
-        score = lambda histories: knn.scores(np.arange(len(histories)), histories)  # noqa: E731
+        score = lambda histories: knn.scores(np.arange(len(histories)), histories)
     for split in SPLITS:
         kinds = [recipe.prompt_list] if split == "train" else recipe.candidate_lists
         drawn = draw_candidates(

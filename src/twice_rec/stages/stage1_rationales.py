@@ -33,7 +33,8 @@ def rationales(recipe: RationalesRecipe) -> None:
     files = [need(run / "data" / name, "prepare.sh") for name in names]
     work = Work(run, "rationales", "rationales", recipe.settings(), files)
     if work.is_finished():
-        return say_finished(work.path)
+        say_finished(work.path)
+        return
     work.begin(recipe.overwrite)
     data = PreparedData(run / "data")
     examples = list(data.training_examples())
@@ -48,7 +49,9 @@ def rationales(recipe: RationalesRecipe) -> None:
             accepted.append(rationale)
         else:
             reasons[reason] += 1
-            rejected.append({"reason": reason, "user_id": rationale.user_id, "target": rationale.target, "text": rationale.text})
+            rejected.append(
+                {"reason": reason, "user_id": rationale.user_id, "target": rationale.target, "text": rationale.text}
+            )
     write_records(work.path / "accepted.jsonl", accepted)
     write_jsonl(work.path / "rejected.jsonl", rejected)
     figures = {"accepted": len(accepted), "rejected": len(rejected), "reasons": dict(reasons)}
@@ -59,7 +62,11 @@ def rationales(recipe: RationalesRecipe) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     return run_stage(
-        "rationales", RationalesRecipe, lambda path, flags: load_recipe(path, RationalesRecipe, flags), rationales, arguments
+        "rationales",
+        RationalesRecipe,
+        lambda path, flags: load_recipe(path, RationalesRecipe, flags),
+        rationales,
+        arguments,
     )
 
 

@@ -1,7 +1,7 @@
-"""Stage 2: multi-task SFT of the base model -> sft/ (adapter, checkpoints, training log) and sft/merged/ (plain model).
+"""Stage 2: multi-task SFT of the base model -> sft/ (adapter, checkpoints, log) and sft/merged/ (plain model).
 
-Three tasks are mixed (see `data/sft.py`) as prompt/completion rows; TRL's SFTTrainer trains a LoRA adapter with the loss
-on the completion only. The merged model is made from a fresh copy of the base, in the recipe's dtype.
+Three tasks are mixed (see `data/sft.py`) as prompt/completion rows; TRL's SFTTrainer trains a LoRA adapter, or all
+weights, with the loss on the completion only. The merged model is made from a fresh copy of the base.
 
 Deviations from the release: bf16 or float32 base instead of 8 bit, since an adapter trained on a quantised base and
 merged into the plain one is not the model that was trained.
@@ -22,7 +22,14 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.data.sft import training_rows
 from twice_rec.records import Rationale
 from twice_rec.stages.lifecycle import (
-    IS_MAIN, OWNED_BY_STAGES, about, need, owned_arguments, run_stage, say_finished, trainer_figures,
+    IS_MAIN,
+    OWNED_BY_STAGES,
+    about,
+    need,
+    owned_arguments,
+    run_stage,
+    say_finished,
+    trainer_figures,
 )  # fmt: skip
 
 logger = logging.getLogger("sft")
@@ -33,7 +40,14 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from twice_rec.llm.modeling import last_checkpoint, load_model, load_tokenizer, lora_config, merge_adapter
+    from twice_rec.llm.modeling import (
+        last_checkpoint,
+        load_model,
+        load_tokenizer,
+        lora_config,
+        saved_weights,
+        write_merged,
+    )  # fmt: skip
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -43,7 +57,8 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
         files.append(Path(recipe.model_name_or_path))
     work = Work(run, "sft", "sft", {**recipe.settings(), **trainer_keys}, files)
     if work.is_finished():
-        return say_finished(work.path)
+        say_finished(work.path)
+        return
     if IS_MAIN:
         work.begin(recipe.overwrite)
     data = PreparedData(run / "data")
@@ -75,9 +90,9 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        merge_adapter(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
-        outputs = [work.path / name for name in ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")]
-        work.finish([*outputs, merged], trainer_figures(trainer), about(recipe, trainer_keys))
+        write_merged(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
+        outputs = [*saved_weights(work.path), work.path / "trainer_state.json", merged]
+        work.finish(outputs, trainer_figures(trainer), about(recipe, trainer_keys))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

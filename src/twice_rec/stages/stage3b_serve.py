@@ -29,7 +29,12 @@ def server_command(recipe: GrpoRecipe) -> list[str]:
     command += ["--host", recipe.rollout_host, "--port", str(recipe.rollout_port), "--dtype", recipe.dtype]
     command += ["--tensor-parallel-size", str(recipe.rollout_tensor_parallel_size)]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-    command += ["--enable-prefix-caching", "--enable-scale-out", "--weight-transfer-config", json.dumps({"backend": "nccl"})]
+    command += [
+        "--enable-prefix-caching",
+        "--enable-scale-out",
+        "--weight-transfer-config",
+        json.dumps({"backend": "nccl"}),
+    ]
     if recipe.rollout_max_model_len is not None:
         command += ["--max-model-len", str(recipe.rollout_max_model_len)]
     return command

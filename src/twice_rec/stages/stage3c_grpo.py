@@ -1,4 +1,4 @@
-"""Stage 3c: confidence-weighted GRPO of the stage-2 model -> grpo/ (adapter, checkpoints, completions) and grpo/merged/.
+"""Stage 3c: confidence-weighted GRPO of the stage-2 model -> grpo/ (adapter, checkpoints) and grpo/merged/.
 
 A share of the training examples is prompted as in task 3; the policy samples a group of answers to each; rewards are
 those of `rewards.py`, the CF model asked once a step. A new LoRA adapter is trained on the merged stage-2 model.
@@ -12,21 +12,27 @@ from __future__ import annotations
 
 import logging
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 
 import numpy as np
 
-from twice_rec import prompts
-from twice_rec.artifacts import InputError, Work
+from twice_rec.artifacts import Work
 from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
+from twice_rec.data.grpo import prompt_rows
+from twice_rec.llm.rollout import check_server
 from twice_rec.rewards import RewardSettings, StepRewards
 from twice_rec.sasrec.scorer import SasRecScorer
 from twice_rec.stages.lifecycle import (
-    IS_MAIN, about, need, owned_arguments, run_stage, say_finished, torch_device, trainer_figures,
+    IS_MAIN,
+    about,
+    need,
+    owned_arguments,
+    run_stage,
+    say_finished,
+    torch_device,
+    trainer_figures,
 )  # fmt: skip
 from twice_rec.stages.stage3b_serve import load
 
@@ -38,7 +44,14 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from twice_rec.llm.modeling import last_checkpoint, load_model, load_tokenizer, lora_config, merge_adapter
+    from twice_rec.llm.modeling import (
+        last_checkpoint,
+        load_model,
+        load_tokenizer,
+        lora_config,
+        saved_weights,
+        write_merged,
+    )  # fmt: skip
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -47,20 +60,23 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     cf_model = need(run / recipe.cf_variant / "model.safetensors", "sasrec.sh")
     work = Work(run, "grpo", "grpo", {**recipe.settings(), **trainer_keys}, [*files, model_folder, cf_model])
     if work.is_finished():
-        return say_finished(work.path)
+        say_finished(work.path)
+        return
     data = PreparedData(run / "data")
     scorer = SasRecScorer.load(cf_model, data.catalog, torch_device("auto"))
     settings = RewardSettings(recipe.reward_lambda, _tau(recipe, data, scorer))
     if recipe.rollout == "trl_server":
-        _check_server(recipe)
-        trainer_keys |= {"use_vllm": True, "vllm_mode": "server"}
-        trainer_keys |= {"vllm_server_host": recipe.rollout_host, "vllm_server_port": recipe.rollout_port}
+        check_server(recipe.rollout_host, recipe.rollout_port)
+        server = {"vllm_server_host": recipe.rollout_host, "vllm_server_port": recipe.rollout_port}
+        trainer_keys |= {"use_vllm": True, "vllm_mode": "server", **server}
     if IS_MAIN:
         work.begin(recipe.overwrite)
     rewards = StepRewards(
         recipe.reward_funcs, settings, data.catalog, scorer, recipe.confidence, recipe.confidence_debiased
     )
-    rows = _prompt_rows(recipe, data)
+    rows = prompt_rows(
+        list(data.training_examples()), data.catalog, data.prompt_format, recipe.train_fraction, recipe.seed
+    )
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
     trainer = GRPOTrainer(
         model=load_model(model_folder, recipe.dtype, recipe.attn_implementation),
@@ -79,13 +95,13 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        merge_adapter(model_folder, work.path, merged, recipe.dtype)
-        outputs = [work.path / name for name in ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json")]
-        work.finish([*outputs, merged], {"tau": settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
+        write_merged(model_folder, work.path, merged, recipe.dtype)
+        outputs = [*saved_weights(work.path), work.path / "trainer_state.json", merged]
+        work.finish(outputs, {"tau": settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
 
 
 def _tau(recipe: GrpoRecipe, data: PreparedData, scorer: SasRecScorer) -> float:
-    """tau as given, or as a quantile of the confidences of all validation candidates."""
+    """Tau as given, or as a quantile of the confidences of all validation candidates."""
     if recipe.reward_tau is not None:
         return recipe.reward_tau
     (kind,) = data.candidates("train")[0].lists
@@ -94,30 +110,6 @@ def _tau(recipe: GrpoRecipe, data: PreparedData, scorer: SasRecScorer) -> float:
     shown = np.array([data.catalog.indices(example.candidates) for example in examples])
     confidences = scorer.confidences(histories, shown, recipe.confidence, recipe.confidence_debiased)
     return float(np.quantile(confidences, recipe.reward_tau_quantile))
-
-
-def _prompt_rows(recipe: GrpoRecipe, data: PreparedData) -> list[dict]:
-    """The drawn examples: prompt, and what the rewards need beside the completion."""
-    examples = list(data.training_examples())
-    count = max(1, round(recipe.train_fraction * len(examples)))
-    drawn = np.random.default_rng(recipe.seed).permutation(len(examples))[:count]
-    return [
-        {
-            "prompt": prompts.recommend(example, data.catalog, data.prompt_format, with_rationale=True),
-            "candidates": list(example.candidates),
-            "target": example.target,
-            "history": [entry.item_id for entry in example.history],
-        }
-        for example in (examples[position] for position in drawn)
-    ]
-
-
-def _check_server(recipe: GrpoRecipe) -> None:
-    url = f"http://{recipe.rollout_host}:{recipe.rollout_port}/health"
-    try:
-        urllib.request.urlopen(url, timeout=10).close()
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise InputError(f"no rollout server answers at {url} ({error}); start it with grpo_step1.sh first") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The tiny base model -> base/ (not needed with a real one)
+#   bash base.sh [RECIPE] [--key value ...]      default recipe: recipes/tiny/base.yaml
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipe=$root/recipes/tiny/base.yaml
+case "${1:-}" in "" | --*) ;; *) recipe=$(realpath "$1"); shift ;; esac
+cd "$root"
+export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
+exec python -m twice_rec.stages.base_model --config "$recipe" "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole pipeline at tiny size, on a CPU, without downloads of models or data. Run again, it redoes nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+bash install.sh
+bash prepare.sh
+bash base.sh
+bash rationales.sh
+bash sft.sh
+bash sasrec.sh
+bash grpo_step1.sh
+bash grpo_step2.sh
+bash evaluate.sh
+bash report.sh

@@ -1,0 +1,34 @@
+"""The prompts of stage 3, with what the rewards need beside a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from twice_rec import prompts
+from twice_rec.catalog import ItemCatalog
+from twice_rec.prompts import PromptFormat
+from twice_rec.records import Example
+
+
+def prompt_rows(
+    examples: Sequence[Example], catalog: ItemCatalog, shown: PromptFormat, fraction: float, seed: int
+) -> list[dict[str, Any]]:
+    """A seeded share of the examples, asked as in task 3.
+
+    Returns:
+        Rows with `prompt` (messages), `candidates` and `history` (item ids), and `target` (item id).
+    """
+    count = max(1, round(fraction * len(examples)))
+    drawn = np.random.default_rng(seed).permutation(len(examples))[:count]
+    return [
+        {
+            "prompt": prompts.recommend(example, catalog, shown, with_rationale=True),
+            "candidates": list(example.candidates),
+            "target": example.target,
+            "history": [entry.item_id for entry in example.history],
+        }
+        for example in (examples[position] for position in drawn)
+    ]

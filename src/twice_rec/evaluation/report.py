@@ -1,0 +1,187 @@
+"""What stage 5 makes of everything under eval/: summaries with intervals, comparisons, and one HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twice_rec.artifacts import InputError, read_records
+from twice_rec.evaluation.predict import PREDICTIONS
+from twice_rec.evaluation.tables import columns_of, in_order
+from twice_rec.metrics import METRICS, Difference, bootstrap_interval, paired_bootstrap, per_user
+from twice_rec.records import Prediction
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All predictions of one variant.
+
+    Args:
+        values: metric key -> user id -> the user's value, averaged over the variant's training runs.
+        seeds: of the runs.
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    seeds: tuple[int, ...]
+
+    @property
+    def users(self) -> list[str]:
+        """The users it was evaluated on, in the files' order."""
+        return list(next(iter(self.values.values())))
+
+    def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
+        """float64 [len(users)] of one metric."""
+        return np.array([self.values[key][user] for user in users])
+
+
+def read_variants(run_dir: Path) -> dict[str, Variant]:
+    """Every finished evaluation of a run, in table order.
+
+    Raises:
+        InputError: where there is none.
+    """
+    folders = {path.parent.name: path.parent for path in (run_dir / "eval").glob("*/manifest.json")}
+    if not folders:
+        raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
+    return {name: _read(folders[name] / PREDICTIONS) for name in in_order(list(folders))}
+
+
+def _read(path: Path) -> Variant:
+    ranks: dict[str, dict[str, list[int]]] = {}  # list kind -> user -> one rank a run
+    seeds: dict[int, None] = {}
+    for prediction in read_records(path, Prediction):
+        seeds[prediction.seed] = None
+        for kind, rank in prediction.ranks.items():
+            ranks.setdefault(kind, {}).setdefault(prediction.user_id, []).append(rank)
+    values = {}
+    for kind, by_user in ranks.items():
+        for name in METRICS:
+            values[f"{kind}/{name}"] = {user: float(per_user(name, of).mean()) for user, of in by_user.items()}
+    return Variant(values, tuple(seeds))
+
+
+def summarise_variants(
+    variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int
+) -> dict[str, dict[str, Any]]:
+    """Means, 95 % intervals, number of users and seeds of each variant.
+
+    Args:
+        users: evaluate on these only; None for each variant's own.
+    """
+    summary = {}
+    for name, variant in variants.items():
+        of = list(users) if users is not None else variant.users
+        columns = {key: variant.column(key, of) for key in variant.values}
+        summary[name] = {
+            "metrics": {key: float(column.mean()) for key, column in columns.items()},
+            "ci95": {key: list(bootstrap_interval(column, bootstrap_samples)) for key, column in columns.items()},
+            "n": len(of),
+            "seeds": list(variant.seeds),
+        }
+    return summary
+
+
+def common_users(variants: Mapping[str, Variant]) -> list[str]:
+    """The users that every variant was evaluated on, in the order of the first variant's."""
+    everyone = [set(variant.users) for variant in variants.values()]
+    return [user for user in next(iter(variants.values())).users if all(user in users for users in everyone)]
+
+
+def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int) -> dict[str, Any]:
+    """Paired comparison of two variants on the users both have.
+
+    Raises:
+        InputError: for an unknown variant or metric, naming those there are.
+    """
+    for name in (a, b):
+        if name not in variants:
+            raise InputError(f"comparisons names {name}; evaluated are {', '.join(variants)}")
+        if metric not in variants[name].values:
+            raise InputError(f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}")
+    in_b = set(variants[b].values[metric])
+    users = [user for user in variants[a].values[metric] if user in in_b]
+    if not users:
+        raise InputError(f"{a} and {b} have no user in common")
+    found: Difference = paired_bootstrap(
+        variants[a].column(metric, users), variants[b].column(metric, users), bootstrap_samples
+    )
+    return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
+
+
+def interval_table(summary: Mapping[str, Mapping[str, Any]], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one list kind's table: every metric with its interval."""
+    keys = [
+        key for key in columns_of({name: row["metrics"] for name, row in summary.items()}) if key.startswith(f"{kind}/")
+    ]
+    rows = []
+    for name, row in summary.items():
+        if any(key in row["metrics"] for key in keys):
+            cells = [
+                f"{row['metrics'][key]:.4f} [{row['ci95'][key][0]:.4f}, {row['ci95'][key][1]:.4f}]"
+                if key in row["metrics"]
+                else "-"
+                for key in keys
+            ]
+            rows.append([name, f"{row['n']:,}", str(len(row["seeds"])), *cells])
+    return ["variant", "users", "runs", *keys], rows
+
+
+def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the paired comparisons."""
+    rows = [
+        [
+            f"{c['a']} - {c['b']}",
+            c["metric"],
+            f"{c['n']:,}",
+            f"{c['difference']:+.4f}",
+            f"[{c['ci95'][0]:+.4f}, {c['ci95'][1]:+.4f}]",
+            f"{c['p']:.3f}",
+        ]
+        for c in comparisons
+    ]
+    return ["comparison", "metric", "users", "difference", "95 % interval", "p"], rows
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } p { max-width: 48rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; font-weight: 600 } th { background: #f4f4f4 }
+dt { float: left; clear: left; width: 9rem; color: #666 } dd { margin-left: 9.5rem }
+"""
+
+
+def html_page(
+    title: str,
+    intro: str,
+    sections: Sequence[tuple[str, str, tuple[list[str], list[list[str]]]]],
+    facts: Mapping[str, str],
+) -> str:
+    """One self-contained page.
+
+    Args:
+        sections: (heading, a sentence, (header, rows)).
+        facts: how it was made, name -> value.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"]
+    for heading, sentence, (header, rows) in sections:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        parts.append(
+            f"<h2>{html.escape(heading)}</h2><p>{html.escape(sentence)}</p>"
+            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+        )
+    made = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
+    parts.append(f"<h2>How this was made</h2><dl>{made}</dl>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
