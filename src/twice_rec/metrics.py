@@ -100,24 +100,35 @@ class Difference:
 
 
 def _bootstrap_means(values: FloatArray, samples: int, seed: int) -> FloatArray:
-    """Means of `samples` resamples with replacement of `values` [n]; float64 [samples]."""
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"the bootstrap takes one value a user, got an array of shape {values.shape}")
+    """Means of `samples` resamples of the users, with replacement: [n, M] -> [samples, M].
+
+    All M columns see the same resamples, as counts of how often each user was drawn.
+    """
+    n = len(values)
+    if values.ndim != 2 or n == 0:
+        raise ValueError(f"the bootstrap takes one row a user, got an array of shape {values.shape}")
     rng = np.random.default_rng(seed)
-    n = values.size
-    means = np.empty(samples)
-    chunk = max(1, 5_000_000 // n)  # bounds the memory of the resampled indices
+    means = np.empty((samples, values.shape[1]))
+    chunk = max(1, 2_000_000 // n)  # bounds the memory of the counts
     for start in range(0, samples, chunk):
-        count = min(chunk, samples - start)
-        means[start : start + count] = values[rng.integers(0, n, size=(count, n))].mean(axis=1)
+        rows = min(chunk, samples - start)
+        drawn = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        means[start : start + rows] = counts @ values / n
     return means
 
 
-def bootstrap_interval(values: ArrayLike, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of one value a user, resampling users."""
+def bootstrap_intervals(values: ArrayLike, samples: int = 1000, seed: int = 0) -> FloatArray:
+    """95 % percentile intervals of the means of several values a user, resampling users.
+
+    Args:
+        values: float [n, M].
+
+    Returns:
+        float64 [M, 2], low and high.
+    """
     means = _bootstrap_means(np.asarray(values, dtype=np.float64), samples, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return np.quantile(means, [0.025, 0.975], axis=0).T
 
 
 def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 1000, seed: int = 0) -> Difference:
@@ -130,7 +141,7 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 1000, seed: int 
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"a paired comparison needs the same users on both sides, got {left.shape} and {right.shape}")
-    means = _bootstrap_means(left - right, samples, seed)
+    means = _bootstrap_means((left - right)[:, None], samples, seed)[:, 0]
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (tail + 1) / (samples + 1))

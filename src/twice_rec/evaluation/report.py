@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from twice_rec.artifacts import InputError, read_records
 from twice_rec.evaluation.predict import PREDICTIONS
 from twice_rec.evaluation.tables import columns_of, in_order
-from twice_rec.metrics import METRICS, Difference, bootstrap_interval, paired_bootstrap, per_user
+from twice_rec.metrics import METRICS, Difference, bootstrap_intervals, paired_bootstrap, per_user
 from twice_rec.records import Prediction
 
 
@@ -23,21 +23,18 @@ class Variant:
     """All predictions of one variant.
 
     Args:
-        values: metric key -> user id -> the user's value, averaged over the variant's training runs.
+        users: those it was evaluated on -> their row, in the files' order.
+        values: metric key -> float64 [users], averaged over the variant's training runs.
         seeds: of the runs.
     """
 
-    values: Mapping[str, Mapping[str, float]]
+    users: Mapping[str, int]
+    values: Mapping[str, NDArray[np.float64]]
     seeds: tuple[int, ...]
-
-    @property
-    def users(self) -> list[str]:
-        """The users it was evaluated on, in the files' order."""
-        return list(next(iter(self.values.values())))
 
     def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
         """float64 [len(users)] of one metric."""
-        return np.array([self.values[key][user] for user in users])
+        return self.values[key][[self.users[user] for user in users]]
 
 
 def read_variants(run_dir: Path) -> dict[str, Variant]:
@@ -53,17 +50,24 @@ def read_variants(run_dir: Path) -> dict[str, Variant]:
 
 
 def _read(path: Path) -> Variant:
-    ranks: dict[str, dict[str, list[int]]] = {}  # list kind -> user -> one rank a run
+    users: dict[str, int] = {}
     seeds: dict[int, None] = {}
+    rows: dict[str, list[int]] = {}  # list kind -> the row of each rank
+    ranks: dict[str, list[int]] = {}
     for prediction in read_records(path, Prediction):
         seeds[prediction.seed] = None
+        row = users.setdefault(prediction.user_id, len(users))
         for kind, rank in prediction.ranks.items():
-            ranks.setdefault(kind, {}).setdefault(prediction.user_id, []).append(rank)
+            rows.setdefault(kind, []).append(row)
+            ranks.setdefault(kind, []).append(rank)
     values = {}
-    for kind, by_user in ranks.items():
+    for kind, of in ranks.items():
+        runs = np.bincount(rows[kind], minlength=len(users))
+        if not runs.all():
+            raise InputError(f"{path}: some users have no rank for {kind}; delete its folder and evaluate again")
         for name in METRICS:
-            values[f"{kind}/{name}"] = {user: float(per_user(name, of).mean()) for user, of in by_user.items()}
-    return Variant(values, tuple(seeds))
+            values[f"{kind}/{name}"] = np.bincount(rows[kind], weights=per_user(name, of)) / runs
+    return Variant(users, values, tuple(seeds))
 
 
 def summarise_variants(
@@ -76,11 +80,12 @@ def summarise_variants(
     """
     summary = {}
     for name, variant in variants.items():
-        of = list(users) if users is not None else variant.users
-        columns = {key: variant.column(key, of) for key in variant.values}
+        of = list(users) if users is not None else list(variant.users)
+        columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)
+        intervals = bootstrap_intervals(columns, bootstrap_samples)
         summary[name] = {
-            "metrics": {key: float(column.mean()) for key, column in columns.items()},
-            "ci95": {key: list(bootstrap_interval(column, bootstrap_samples)) for key, column in columns.items()},
+            "metrics": dict(zip(variant.values, columns.mean(axis=0).tolist(), strict=True)),
+            "ci95": dict(zip(variant.values, intervals.tolist(), strict=True)),
             "n": len(of),
             "seeds": list(variant.seeds),
         }
@@ -89,8 +94,8 @@ def summarise_variants(
 
 def common_users(variants: Mapping[str, Variant]) -> list[str]:
     """The users that every variant was evaluated on, in the order of the first variant's."""
-    everyone = [set(variant.users) for variant in variants.values()]
-    return [user for user in next(iter(variants.values())).users if all(user in users for users in everyone)]
+    first, *others = variants.values()
+    return [user for user in first.users if all(user in variant.users for variant in others)]
 
 
 def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int) -> dict[str, Any]:
@@ -104,8 +109,7 @@ def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootst
             raise InputError(f"comparisons names {name}; evaluated are {', '.join(variants)}")
         if metric not in variants[name].values:
             raise InputError(f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}")
-    in_b = set(variants[b].values[metric])
-    users = [user for user in variants[a].values[metric] if user in in_b]
+    users = common_users({a: variants[a], b: variants[b]})
     if not users:
         raise InputError(f"{a} and {b} have no user in common")
     found: Difference = paired_bootstrap(

@@ -1,0 +1,247 @@
+"""Recipes are read strictly, and every error is reported at once."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from twice_rec import config
+from twice_rec.artifacts import InputError
+from twice_rec.config import (
+    BaseModelRecipe,
+    EvaluateRecipe,
+    GrpoRecipe,
+    PrepareRecipe,
+    RationalesRecipe,
+    ReportRecipe,
+    SasrecRecipe,
+    SftRecipe,
+    load_recipe,
+    load_training_recipe,
+)
+from twice_rec.stages.lifecycle import OWNED_BY_STAGES
+
+ROOT = Path(__file__).parents[2]
+CLASSES = {
+    "prepare": PrepareRecipe,
+    "base": BaseModelRecipe,
+    "rationales": RationalesRecipe,
+    "sft": SftRecipe,
+    "sasrec": SasrecRecipe,
+    "sasrec_release": SasrecRecipe,
+    "grpo": GrpoRecipe,
+    "evaluate": EvaluateRecipe,
+    "report": ReportRecipe,
+}
+RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate_configs")
+
+
+def trainer_config(stem):
+    import trl
+
+    return {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}.get(stem)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_recipe_fits_its_dataclass_and_states_every_key(path):
+    recipe = CLASSES[path.stem]
+    flags = ["--source_dir", "anywhere"] if path.stem == "prepare" else []
+    if trainer_config(path.stem):
+        flags = ["--bf16", "false", "--use_cpu", "true"]  # a CPU cannot check a GPU recipe's bf16
+        _, keywords = load_training_recipe(path, recipe, trainer_config(path.stem), flags, OWNED_BY_STAGES)
+        assert keywords
+    else:
+        load_recipe(path, recipe, flags)
+    stated = yaml.safe_load(path.read_text())
+    missing = {f.name for f in dataclasses.fields(recipe)} - stated.keys()
+    assert not missing, f"{path} does not state {missing}"
+
+
+@pytest.mark.parametrize("recipe", CLASSES.values(), ids=lambda c: c.__name__)
+def test_every_key_is_read_somewhere(recipe):
+    source = "\n".join(
+        path.read_text() for path in ROOT.glob("src/twice_rec/**/*.py") if path.name != "config.py"
+    ) + (ROOT / "src/twice_rec/config.py").read_text().partition("# Reading")[0]
+    for f in dataclasses.fields(recipe):
+        name = f.name.removeprefix("prompt_").removeprefix("world_")
+        assert re.search(rf"\b(?:recipe|keys|self)\.{f.name}\b|[\"']{f.name}[\"'],?|\b{name}:", source), f.name
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+MINIMAL = "run_dir: r\ndomain: D\nseed: 1\n"
+
+
+def test_all_errors_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        MINIMAL
+        + "seed: 2\nhiden_size: 64\ndropout: yes\nnum_layers: 1.5\nnum_heads: 3\nlists: [uniform, all]\nlearning_rate: 0\n",
+    )
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, SasrecRecipe, ["--batch_size", "many"])
+    message = str(caught.value)
+    assert "8 errors in the recipe" in message
+    for part in (
+        "line 4: seed stands in line 3 already",
+        "line 5: unknown key hiden_size; did you mean hidden_size?",
+        "line 6: dropout must be a number, found True",
+        "line 7: num_layers must be a whole number, found 1.5",
+        "line 9: lists must be a list of one of uniform, popularity, hard, full, found ['uniform', 'all']",
+        "--batch_size: batch_size must be a whole number, found 'many'",
+        "hidden_size 64 does not divide by num_heads 3",
+        "learning_rate is 0.0; it must be above 0",
+    ):
+        assert part in message
+
+
+def test_missing_keys_say_what_they_are(tmp_path):
+    with pytest.raises(InputError, match="missing key seed: of everything that is drawn in this stage"):
+        load_recipe(write(tmp_path, "run_dir: r\ndomain: D\n"), SasrecRecipe)
+
+
+def test_checks_over_wrong_keys_are_passed_over(tmp_path):
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(tmp_path, MINIMAL + "hidden_size: wide\nnum_heads: 3\n"), SasrecRecipe)
+    assert "does not divide" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the recipe is empty"),
+        ("- a\n- b\n", "expected lines of `key: value`, found a seq"),
+        ("a: [1\n", "not YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(tmp_path, text), SasrecRecipe)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml", SasrecRecipe)
+    with pytest.raises(InputError, match="a folder; give one of the recipes in it"):
+        load_recipe(tmp_path, SasrecRecipe)
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    flags = ["--learning_rate", "1e-4", "--patience=null", "--lists", "uniform", "full", "--baselines=[ease]"]
+    recipe = load_recipe(path, SasrecRecipe, [*flags, "--domain", "2014", "--overwrite", "--num-heads", "4"])
+    assert (recipe.learning_rate, recipe.patience, recipe.num_heads) == (1e-4, None, 4)
+    assert (recipe.lists, recipe.baselines, recipe.domain, recipe.overwrite) == (["uniform", "full"], ["ease"], "2014", True)
+
+
+def test_one_word_makes_a_list(tmp_path):
+    assert load_recipe(write(tmp_path, MINIMAL), SasrecRecipe, ["--lists", "hard"]).lists == ["hard"]
+
+
+def test_abbreviated_flags_and_loose_words_are_errors(tmp_path):
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(tmp_path, MINIMAL), SasrecRecipe, ["1", "--learn", "0.1"])
+    assert "'1' on the command line belongs to no --key" in str(caught.value)
+    assert "--learn: unknown key learn" in str(caught.value)
+
+
+def test_numbers_without_a_dot_and_whole_floats(tmp_path):
+    recipe = load_recipe(write(tmp_path, MINIMAL + "learning_rate: 1e-3\ndropout: 0\n"), SasrecRecipe)
+    assert recipe.learning_rate == 0.001
+    assert isinstance(recipe.dropout, float)
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
+def test_numbers_must_be_finite(tmp_path, value):
+    with pytest.raises(InputError, match="learning_rate must be a number"):
+        load_recipe(write(tmp_path, MINIMAL + f"learning_rate: {value}\n"), SasrecRecipe)
+
+
+def test_domain_fills_run_dir(tmp_path):
+    recipe = load_recipe(write(tmp_path, "run_dir: runs/{domain}\ndomain: D\nseed: 1\n"), SasrecRecipe)
+    assert recipe.run_path == Path("runs/D")
+
+
+def test_settings_leave_out_what_changes_no_result(tmp_path):
+    settings = load_recipe(write(tmp_path, MINIMAL), SasrecRecipe).settings()
+    assert "hidden_size" in settings
+    assert not {"run_dir", "overwrite", "wandb", "device", "export_scores"} & settings.keys()
+
+
+PREPARE = MINIMAL + "source: release\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys", "message"),
+    [
+        (PrepareRecipe, {"source": "release"}, "source release reads files: set source_dir"),
+        (PrepareRecipe, {"source": "world", "min_history": 2}, "min_history is 2; leave_one_out needs at least 3"),
+        (PrepareRecipe, {"source": "world", "max_history": 4}, "max_history is 4; it must be at least min_history"),
+        (PrepareRecipe, {"source": "world", "prompt_list": "hard"}, "prompt_list is hard; candidate_lists has only uniform"),
+        (PrepareRecipe, {"source": "world", "temporal_test": 0.95}, "must be above 0 and leave a share for training"),
+        (PrepareRecipe, {"source": "world", "prompt_candidate_fields": ["title"]}, "both must be shown"),
+        (
+            PrepareRecipe,
+            {"source": "world", "candidate_lists": ["uniform", "hard"], "hard_pool": 5},
+            "hard_pool is 5; num_candidates 30 draws 29",
+        ),
+        (RationalesRecipe, {"min_words": 9, "max_words": 8}, "leave no length that passes"),
+        (EvaluateRecipe, {"variants": ["stage2", "bert"]}, "variants names bert; known are"),
+        (EvaluateRecipe, {"variants": ["base"]}, "variants names base: set model_name_or_path"),
+        (EvaluateRecipe, {"outside_scores": {"oracle": "x.npz"}}, "outside_scores uses a name of ours"),
+        (ReportRecipe, {"comparisons": [["a", "b", "c"]]}, r"not a pair \[a, b\]"),
+        (SasrecRecipe, {"variant": "../x"}, "it names folders"),
+    ],
+)
+def test_combinations_that_cannot_work(tmp_path, recipe, keys, message):
+    text = MINIMAL + "".join(f"{name}: {value}\n" for name, value in keys.items())
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(tmp_path, text), recipe)
+
+
+class TestTrainerKeys:
+    """Keys of TRL's configurations beside ours."""
+
+    MINIMAL = MINIMAL + "use_cpu: true\nbf16: false\n"
+
+    def load(self, tmp_path, text, *flags):
+        import trl
+
+        return load_training_recipe(
+            write(tmp_path, self.MINIMAL + text), GrpoRecipe, trl.GRPOConfig, flags, OWNED_BY_STAGES
+        )
+
+    def test_split(self, tmp_path):
+        recipe, keywords = self.load(tmp_path, "lora_r: 4\nlearning_rate: 1e-5\nnum_train_epochs: 2\n")
+        assert recipe.lora_r == 4
+        assert keywords == {"use_cpu": True, "bf16": False, "learning_rate": 1e-5, "num_train_epochs": 2.0}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("num_generation: 4\n", "unknown key num_generation; did you mean num_generations?"),
+            ("num_generations: 4.5\n", "num_generations must be a whole number or null, found 4.5"),
+            ("lr_scheduler_type: cosin\n", "lr_scheduler_type must be one of linear, cosine"),
+            ("output_dir: x\n", "output_dir is set by the stage: results go to a folder of run_dir"),
+            ("report_to: wandb\n", "use wandb: none, offline or online"),
+            ("num_generations: 3\nper_device_train_batch_size: 8\n", "GRPOConfig refuses the values"),
+            ("reward_weights: [1.0]\n", "reward_funcs has 4 names and reward_weights 1 values"),
+            ("reward_weights: [0, 0, 0, 0]\n", "reward_weights are all 0"),
+            ("reward_tau_quantile: 0.5\n", "set one of them and the other to null"),
+        ],
+    )
+    def test_errors(self, tmp_path, text, message):
+        with pytest.raises(InputError, match=message):
+            self.load(tmp_path, text)
+
+
+@pytest.mark.parametrize("recipe", CLASSES.values(), ids=lambda c: c.__name__)
+def test_help_names_every_key(recipe):
+    text = config.describe_keys(recipe)
+    assert all(f"--{f.name}\n" in text for f in dataclasses.fields(recipe))

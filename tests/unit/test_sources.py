@@ -1,0 +1,295 @@
+"""Every source of purchases, with what real files throw at it."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from twice_rec.artifacts import InputError
+from twice_rec.data.amazon import SCHEMA_2014, SCHEMA_2023, AmazonSource
+from twice_rec.data.atomic import AtomicSource
+from twice_rec.data.release import ReleaseSource
+from twice_rec.data.sequences import assemble
+from twice_rec.data.source import clean_text
+
+
+def review(user="U1", item="A", time=1000, rating=5.0, **others):
+    return {"user_id": user, "parent_asin": item, "timestamp": time, "rating": rating, "title": "t", "text": "x", **others}
+
+
+def meta(item="A", title="Tea", **others):
+    return {"parent_asin": item, "title": title, **others}
+
+
+def write_lines(path, rows):
+    lines = [row if isinstance(row, (str, bytes)) else json.dumps(row) for row in rows]
+    data = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def amazon(tmp_path, reviews, metadata=(), schema=SCHEMA_2023, **options):
+    name = "D.jsonl" if schema is SCHEMA_2023 else "reviews_D.json.gz"
+    write_lines(tmp_path / name, reviews)
+    if metadata:
+        write_lines(tmp_path / ("meta_D.jsonl" if schema is SCHEMA_2023 else "meta_D.json.gz"), metadata)
+    return AmazonSource(tmp_path, "D", schema, **options)
+
+
+class TestAmazon2023:
+    def test_fields(self, tmp_path):
+        details = {"Brand": "Yogi", "Unit Count": 96.0, "Diet": ["Vegan", "Organic"]}
+        item = meta(
+            title="Tea &amp; <b>Honey</b>",
+            description=["One.", "Two.<br />"],
+            details=details,
+            store="Yogi",
+            categories=["Grocery", "Tea"],
+            price=7.5,
+        )
+        source = amazon(tmp_path, [review(title="So &quot;good&quot;", text="a<br />b")], [item])
+        table = source.purchases()
+        assert (table.users, table.items, table.timestamp.tolist(), table.rating.tolist()) == (["U1"], ["A"], [1000], [5.0])
+        assert source.reviews({0}) == {0: ('So "good"', "a b")}
+        (found,) = source.items({"A"})
+        assert found.title == "Tea & Honey"
+        assert found.description == "One. Two."
+        assert found.details == '"Brand": "Yogi", "Unit Count": 96.0, "Diet": ["Vegan", "Organic"]'
+        assert (found.brand, found.categories, found.price) == ("Yogi", ("Grocery", "Tea"), "7.5")
+
+    def test_details_as_json_text_and_odd_types(self, tmp_path):
+        items = [
+            meta("A", details='{"Brand": "Yogi"}', price=None, description="plain"),
+            meta("B", details="not json", price="from 7", store=None, categories=None, description=[None, 3]),
+            meta("C", details=None, description=[], features=["Organic"]),
+        ]
+        source = amazon(tmp_path, [review()], items)
+        a, b, c = source.items({"A", "B", "C"})
+        assert (a.details, a.price, a.description) == ('"Brand": "Yogi"', "", "plain")
+        assert (b.details, b.price, b.brand, b.categories, b.description) == ("not json", "from 7", "", (), "")
+        assert (c.details, c.description) == ("", "Organic")
+
+    def test_what_cannot_be_used_is_counted_by_kind(self, tmp_path):
+        rows = [
+            review(),
+            '{"user_id": "U1", "parent_',
+            "[1, 2]",
+            "",
+            review(user=None),
+            review(item=""),
+            review(item=7),
+            review(time="yesterday"),
+            review(time=None),
+            review(time=True),
+            review(user="U\ud800"),
+            review(item="B", rating=0.0),
+            review(item="C", rating="five"),
+            review(item="D", title=None, text=["x"]),
+        ]
+        source = amazon(tmp_path, rows, [meta()])
+        table = source.purchases()
+        assert table.items == ["A", "B", "C", "D"]
+        assert np.isnan(table.rating).tolist() == [False, True, True, False]
+        assert source.problems.counts == {
+            "line that does not parse": 1,
+            "line that is no object": 1,
+            "review without user_id": 1,
+            "review without parent_asin": 1,
+            "review whose parent_asin is not plain text": 1,
+            "review whose timestamp is not a time": 2,
+            "review without timestamp": 1,
+            "review whose user_id is not plain text": 1,
+            "review with a rating that is not 1 to 5, kept without": 2,
+        }
+        assert source.problems.first["line that does not parse"] == "D.jsonl, line 2"
+        assert source.reviews({13}) == {13: ("", "x")}
+
+    def test_items_without_title(self, tmp_path):
+        source = amazon(tmp_path, [review()], [meta("A"), meta("B", ""), {"title": "no id"}, meta("A", "again")])
+        assert source.titled({"A", "B", "C"}) == {"A"}
+        assert source.problems.counts == {
+            "item without id": 1,
+            "item described twice, first kept": 1,
+            "item without title": 2,
+        }
+        assert [item.title for item in source.items({"A"})] == ["Tea"]
+
+    def test_other_schema_is_named(self, tmp_path):
+        with pytest.raises(InputError, match=r"no record fits the Amazon Reviews 2023 schema.*reviewerID.*amazon2014"):
+            amazon(tmp_path, [{"reviewerID": "U", "asin": "A", "unixReviewTime": 1}], [meta()]).purchases()
+
+    def test_missing_and_empty_files(self, tmp_path):
+        with pytest.raises(InputError, match=r"no file with reviews; looked for D.jsonl, D.jsonl.gz"):
+            AmazonSource(tmp_path, "D", SCHEMA_2023)
+        (tmp_path / "D.jsonl").touch()
+        with pytest.raises(InputError, match=r"D.jsonl: the file is empty"):
+            AmazonSource(tmp_path, "D", SCHEMA_2023)
+        write_lines(tmp_path / "D.jsonl", [review()])
+        with pytest.raises(InputError, match=r"no file with item metadata; looked for meta_D.jsonl"):
+            AmazonSource(tmp_path, "D", SCHEMA_2023)
+        with pytest.raises(InputError, match=r"nowhere: no such folder; pass --source_dir"):
+            AmazonSource(tmp_path / "nowhere", "D", SCHEMA_2023)
+
+    def test_without_metadata_ids_become_titles(self, tmp_path):
+        rows = [review(f"U{u}", item, time) for u in range(5) for time, item in enumerate("ABC")]
+        source = amazon(tmp_path, rows, metadata_required=False)
+        catalog, sequences = assemble(source, "keep", 1, 3, None)
+        assert [item.title for item in catalog] == ["A", "B", "C"]
+        assert len(sequences) == 5
+
+    def test_truncated_gzip_is_read_up_to_its_end(self, tmp_path):
+        whole = gzip.compress("".join(json.dumps(review(f"U{i}", f"I{i}")) + "\n" for i in range(2000)).encode())
+        (tmp_path / "D.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+        write_lines(tmp_path / "meta_D.jsonl", [meta()])
+        source = AmazonSource(tmp_path, "D", SCHEMA_2023)
+        assert 100 < len(source.purchases()) < 2000
+        assert source.problems.counts == {"file that is cut off or damaged, read up to there": 1}
+
+    def test_damaged_gzip(self, tmp_path):
+        whole = bytearray(gzip.compress(json.dumps(review()).encode() * 50))
+        whole[len(whole) // 2] ^= 0xFF
+        (tmp_path / "D.jsonl.gz").write_bytes(whole)
+        write_lines(tmp_path / "meta_D.jsonl", [meta()])
+        with pytest.raises(InputError, match="no record fits"):
+            AmazonSource(tmp_path, "D", SCHEMA_2023).purchases()
+
+
+def test_amazon_2014(tmp_path):
+    reviews = [{"reviewerID": "U1", "asin": "A", "unixReviewTime": 10, "overall": 4.0, "summary": "s", "reviewText": "r"}]
+    items = ["{'asin': 'A', 'title': \"Memory o' Trees\", 'price': 9.49, 'categories': [['Music', 'New Age'], ['X']]}", b"{'as"]
+    source = amazon(tmp_path, reviews, items, SCHEMA_2014)
+    table = source.purchases()
+    assert (table.timestamp.tolist(), source.reviews({0})) == ([10_000], {0: ("s", "r")})
+    assert source.titled({"A"}) == {"A"}
+    (item,) = source.items({"A"})
+    assert (item.title, item.price, item.categories) == ("Memory o' Trees", "9.49", ("Music", "New Age"))
+    assert source.problems.counts == {"line that does not parse": 1}
+
+
+def test_python_literals_are_never_run(tmp_path):
+    source = amazon(tmp_path, [review()], ["{'parent_asin': __import__('os').system('true')}", meta()])
+    assert source.titled({"A"}) == {"A"}
+    assert source.problems.counts == {"line that does not parse": 1}
+
+
+class TestAtomic:
+    def source(self, tmp_path, inter, item=None, name="ml.inter"):
+        (tmp_path / name).write_text(inter)
+        if item is not None:
+            (tmp_path / "ml.item").write_text(item)
+        return AtomicSource(tmp_path, "ml")
+
+    def test_one_purchase_a_row(self, tmp_path):
+        source = self.source(
+            tmp_path,
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ta\t4\t881250949\nu\tb\t\tx\nbroken\nu\t\t1\t1\n",
+            "item_id:token\tmovie_title:token_seq\tgenre:token_seq\na\tToy Story\tComedy Drama\nb\t\t\n",
+        )
+        table = source.purchases()
+        assert table.timestamp.tolist() == [881250949000, 0]
+        assert source.titled({"a", "b"}) == {"a"}
+        (item,) = (i for i in source.items({"a"}))
+        assert (item.title, item.details) == ("Toy Story", '"genre": "Comedy Drama"')
+        assert source.problems.counts == {
+            "row with another number of columns than the header": 1,
+            "timestamp that is not a number, left out": 1,
+            "row without user_id or item_id": 1,
+            "item without title": 1,
+        }
+
+    def test_list_valued_histories_in_three_files(self, tmp_path):
+        header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+        for part, rows in (("train", "u\ta b\tc\nv\tb\tc\n"), ("valid", "u\ta b c\td\n"), ("test", "u\ta b c d\te\n")):
+            (tmp_path / f"ml.{part}.inter").write_text(header + rows)
+        table = AtomicSource(tmp_path, "ml").purchases()
+        by_user = {u: [table.items[i] for i, w in zip(table.item, table.user, strict=True) if table.users[w] == u] for u in "uv"}
+        assert by_user == {"u": list("abcde"), "v": list("bc")}
+
+    @pytest.mark.parametrize(
+        ("inter", "message"),
+        [
+            ("user_id,item_id\n1,2\n", "ml.inter, line 1: not the header of an atomic file"),
+            ("item_id:token\n1\n", "with the columns user_id"),
+            ("user_id:token\titem_id:token\n", "no interaction"),
+        ],
+    )
+    def test_wrong_files(self, tmp_path, inter, message):
+        with pytest.raises(InputError, match=message):
+            self.source(tmp_path, inter).purchases()
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(InputError, match=r"looked for ml.inter"):
+            AtomicSource(tmp_path, "ml")
+
+
+class TestRelease:
+    def write(self, folder, train=None, test=None, titles=("tea", "rice", "salt", "soap"), meta_titles=None):
+        def save(name, value):
+            (folder / name).write_text(json.dumps(value))
+
+        save("amazon_vocab_D.json", {str(i): title for i, title in enumerate(titles, start=1)})
+        save(
+            "amazon_D_llm_meta_1.json",
+            [
+                {
+                    "input": f"[Item Title] : {title}\n\n        ***Instruction***\n x",
+                    "output": f'<item_info> item_id:B{i}\n- description:about {title}\n- details:"Brand": "X" </item_info>',
+                }
+                for i, title in enumerate(meta_titles or titles, start=1)
+            ],
+        )
+        rows = train or [{"user_id": "u", "output_id": "1", "positive_item_id": "2"}]
+        save("amazon_D_sasrec_train_1.json", rows)
+        save("amazon_D_sasrec_test_1.json", test or [{"user_id": "u", "output_id": "1,2,3", "positive_item_id": "4"}])
+        purchase = "title:tea\n- item_id:B1\n- description:two\nlines\n- details:\n- review:nice & warm\n- rating:Good\n\n"
+        save(
+            "amazon_D_llm_train_case_1.json",
+            [{"input": f"[Purchase History] : {purchase}[Candidate List]: ...", "output_id": "1", "positive_item_id": "2"}],
+        )
+
+    def test_sequences_items_and_reviews(self, tmp_path):
+        self.write(tmp_path)
+        catalog, (sequence,) = assemble(ReleaseSource(tmp_path, "D"), "keep", 1, 3, None)
+        assert catalog.ids == ("B1", "B2", "B3", "B4")
+        assert (catalog["B2"].title, catalog["B2"].description, catalog["B2"].details) == ("rice", "about rice", '"Brand": "X"')
+        assert [entry.item_id for entry in sequence.interactions] == ["B1", "B2", "B3", "B4"]
+        assert (sequence.interactions[0].review_title, sequence.interactions[0].rating) == ("nice & warm", 4.0)
+        assert sequence.target("train").item_id == "B2"
+        assert sequence.target("valid").item_id == "B3"
+        assert sequence.target("test").item_id == "B4"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"test": [{"user_id": "u", "output_id": "2,1", "positive_item_id": "4"}]}, "does not begin with its row"),
+            ({"test": [{"user_id": "w", "output_id": "1,2", "positive_item_id": "4"}]}, "do not list the same users"),
+            ({"test": [{"user_id": "u", "output_id": "1,x", "positive_item_id": "4"}]}, "row 1: expected item indices"),
+            ({"test": [{"user_id": "u", "output_id": "1,9", "positive_item_id": "4"}]}, r"outside 1\.\.4"),
+            ({"meta_titles": ("tea", "rice", "salt", "sand")}, "row 4: title 'sand', but item 4 .* is 'soap'"),
+        ],
+    )
+    def test_files_that_do_not_fit(self, tmp_path, options, message):
+        self.write(tmp_path, **options)
+        with pytest.raises(InputError, match=message):
+            ReleaseSource(tmp_path, "D").purchases()
+
+    def test_user_with_too_few_items(self, tmp_path):
+        self.write(
+            tmp_path,
+            train=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
+            test=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
+        )
+        with pytest.raises(InputError, match=r"no user is left of 2 purchases.*at least 3 items"):
+            assemble(ReleaseSource(tmp_path, "D"), "keep", 1, 3, None)
+
+    def test_missing_and_doubled_files(self, tmp_path):
+        with pytest.raises(InputError, match=r"no file named amazon_D_sasrec_train\*.json"):
+            ReleaseSource(tmp_path, "D")
+        self.write(tmp_path)
+        (tmp_path / "amazon_D_sasrec_train_2.json").write_text("[]")
+        with pytest.raises(InputError, match="2 files"):
+            ReleaseSource(tmp_path, "D")
+
+
+def test_clean_text_leaves_no_tag():
+    assert clean_text("a&lt;think&gt;b <<b>think> c\n\t d \ud83d") == "a b c d ?"
