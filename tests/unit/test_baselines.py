@@ -1,0 +1,116 @@
+"""The CF baselines by hand."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from twice_rec.artifacts import InputError
+from twice_rec.evaluation.baselines import (
+    ItemSimilarityScorer,
+    OutsideScorer,
+    PopularityScorer,
+    RandomScorer,
+    choose_item_similarity,
+    ease_weights,
+    fit_baseline,
+    interaction_matrix,
+    knn_similarity,
+    weighted_histories,
+)
+
+TRAINING = [[1, 2], [1, 2, 3], [2, 3], [4]]
+
+
+def test_popularity_counts_training():
+    scores = PopularityScorer(TRAINING, 5).scores(np.arange(2), [[1], [2]])
+    assert scores.tolist() == [[2, 3, 2, 1, 0]] * 2
+
+
+def test_random_is_the_same_for_a_user_whenever_asked():
+    scorer = RandomScorer(6, seed=1)
+    both = scorer.scores(np.array([3, 5]), [[1], [1]])
+    assert np.array_equal(scorer.scores(np.array([5]), [[2]])[0], both[1])
+    assert not np.array_equal(both[0], both[1])
+
+
+def test_weighted_histories_decay_with_age():
+    assert weighted_histories([[3, 1], [2]], 3, 0.5).toarray().tolist() == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]
+
+
+def test_knn_similarity_by_hand():
+    similarity = knn_similarity(interaction_matrix(TRAINING, 5), shrink=1.0).toarray()
+    assert similarity[0, 1] == pytest.approx(2 / (np.sqrt(2 * 3) + 1))
+    assert similarity[1, 2] == pytest.approx(2 / (np.sqrt(3 * 2) + 1))
+    assert similarity[0, 2] == pytest.approx(1 / (np.sqrt(2 * 2) + 1))
+    assert np.diag(similarity).tolist() == [0.0] * 5
+    assert similarity[3].tolist() == [0.0] * 5
+
+
+def test_scores_sum_similarities_over_the_history():
+    similarity = np.arange(9.0).reshape(3, 3)
+    for form in (similarity, sparse.csr_matrix(similarity)):
+        scores = ItemSimilarityScorer(form, 0.5).scores(np.arange(1), [[1, 3]])
+        assert np.asarray(scores).tolist() == [(0.5 * similarity[0] + similarity[2]).tolist()]
+
+
+def test_ease_solves_the_ridge_regression_with_a_zero_diagonal():
+    rng = np.random.default_rng(0)
+    histories = [list(1 + rng.choice(6, 3, replace=False)) for _ in range(40)]
+    interactions = interaction_matrix(histories, 6)
+    weights = ease_weights(interactions, 5.0)
+    x = interactions.toarray()
+    assert np.diag(weights).tolist() == [0.0] * 6
+    for j in range(6):  # each column: ridge regression of item j on the other items
+        others = [i for i in range(6) if i != j]
+        expected = np.linalg.solve(x[:, others].T @ x[:, others] + 5.0 * np.eye(5), x[:, others].T @ x[:, j])
+        assert weights[others, j] == pytest.approx(expected)
+
+
+def test_ease_says_what_memory_it_needs():
+    with pytest.raises(InputError, match=r"1,000 x 1,000 items, .* leave ease out of baselines"):
+        ease_weights(interaction_matrix([[1, 1000]], 1000), 100.0, max_bytes=1e6)
+
+
+@pytest.mark.parametrize("kind", ["itemknn", "ease"])
+def test_settings_are_chosen_on_validation(kind):
+    seen = []
+
+    def validate(model):
+        seen.append(model)
+        return {3: 0.9}.get(len(seen), 0.5)
+
+    model, chosen, reached = choose_item_similarity(kind, interaction_matrix(TRAINING, 5), validate)
+    assert model is seen[2]
+    assert reached == 0.9
+    assert chosen["decay"] == 0.8
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize("kind", ["random", "popularity", "itemknn", "ease"])
+def test_every_baseline_scores_the_catalogue(kind):
+    model = fit_baseline(kind, TRAINING, 5, seed=0, validate=lambda m: 0.0)
+    assert model.scores(np.arange(2), [[1], [2, 3]]).shape == (2, 5)
+
+
+class TestOutside:
+    def test_rows_are_the_users(self, tmp_path):
+        scores = np.arange(6, dtype=np.float32).reshape(2, 3)
+        np.savez(tmp_path / "s.npz", scores=scores)
+        assert OutsideScorer(tmp_path / "s.npz", 2, 3).scores(np.array([1]), [[1]]).tolist() == [[3, 4, 5]]
+
+    def test_errors(self, tmp_path):
+        path = tmp_path / "s.npz"
+        with pytest.raises(InputError, match="no such file; outside_scores expects"):
+            OutsideScorer(path, 2, 3)
+        path.write_bytes(b"zip?")
+        with pytest.raises(InputError, match="not an .npz file"):
+            OutsideScorer(path, 2, 3)
+        np.savez(path, other=np.zeros(1))
+        with pytest.raises(InputError, match="no array `scores`; it holds other"):
+            OutsideScorer(path, 2, 3)
+        np.savez(path, scores=np.zeros((3, 2)))
+        with pytest.raises(InputError, match=r"shape \(3, 2\), expected \[users, items\] = \(2, 3\)"):
+            OutsideScorer(path, 2, 3)
+        np.savez(path, scores=np.array([[0, np.nan, 1], [0, 0, 0]]))
+        with pytest.raises(InputError, match="1 scores are NaN"):
+            OutsideScorer(path, 2, 3)

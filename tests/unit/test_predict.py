@@ -1,0 +1,202 @@
+"""From scores, likelihoods and votes to ranks and metrics; going on behind a kill."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from twice_rec.artifacts import InputError, read_json, read_records, write_records
+from twice_rec.catalog import ItemCatalog
+from twice_rec.data import dataset
+from twice_rec.data.dataset import PreparedData
+from twice_rec.evaluation.predict import (
+    AskSettings,
+    CFQuestions,
+    answer_rates,
+    ask,
+    evaluate_language_model,
+    evaluate_scorers,
+    export_scores,
+    metrics_of,
+    rank_by_votes,
+    rationale_of,
+)
+from twice_rec.prompts import PromptFormat
+from twice_rec.records import CandidateLists, Example, Interaction, Item, Prediction, UserSequence
+from twice_rec.tags import render
+
+CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 7)])
+SHOWN = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
+SEQUENCES = [
+    UserSequence("u", tuple(map(Interaction, ("I1", "I2", "I3", "I4"))), 2, 2, 3),
+    UserSequence("w", (Interaction("I1"), Interaction("I5")), 2, None, None),
+    UserSequence("v", tuple(map(Interaction, ("I6", "I1", "I2"))), 1, 1, 2),
+]
+TEST_LISTS = [
+    CandidateLists("u", "I4", {"uniform": ("I5", "I4", "I6")}),
+    CandidateLists("v", "I2", {"uniform": ("I2", "I3", "I5")}),
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    CATALOG.save(folder / dataset.CATALOG)
+    write_records(folder / dataset.SEQUENCES, SEQUENCES)
+    write_records(folder / dataset.candidates_file("test"), TEST_LISTS)
+    dataset.save_prompt_format(folder / dataset.PROMPT, SHOWN)
+    return PreparedData(folder)
+
+
+class TableScorer:
+    """Fixed scores a user position."""
+
+    def __init__(self, table):
+        self.table = np.array(table, dtype=np.float64)
+
+    def scores(self, users, histories):
+        return self.table[users]
+
+
+SCORES = [[9, 8, 7, 3, 2, 5], [0, 0, 0, 0, 0, 0], [9, 1, 1, 0, 5, 9]]
+
+
+def test_ranks_of_lists_and_of_the_whole_catalogue(data):
+    questions = CFQuestions.of(data, "test", ["uniform", "full"])
+    ranks = questions.ranks(TableScorer(SCORES))
+    # u: among I5 (2), I4 (3), I6 (5) the target I4 is second; so it is in the catalogue without I1 to I3.
+    # v: among I2 (1), I3 (1), I5 (5) the tie counts against I2; without I6 and I1 in the catalogue too.
+    assert {kind: of.tolist() for kind, of in ranks.items()} == {"uniform": [2, 3], "full": [2, 3]}
+    assert questions.mean(TableScorer(SCORES), "uniform/mrr") == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_missing_lists_say_where_to_add_them(data):
+    with pytest.raises(InputError, match=r"have the lists uniform, not hard; add it to candidate_lists"):
+        CFQuestions.of(data, "test", ["hard"])
+    with pytest.raises(InputError, match="no such file"):
+        CFQuestions.of(data, "valid", ["full"])
+    with pytest.raises(InputError, match="user u has no stored candidates"):
+        CFQuestions(SEQUENCES, TEST_LISTS[1:], CATALOG, "test", ["uniform"])
+
+
+def test_several_runs_are_averaged(data, tmp_path):
+    questions = CFQuestions.of(data, "test", ["uniform"])
+    best = [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
+    files, metrics = evaluate_scorers(tmp_path / "eval", questions, [TableScorer(SCORES), TableScorer(best)], seed=7)
+    assert metrics["uniform/hr@1"] == pytest.approx(2 / 4)
+    assert metrics["n"] == 2
+    assert read_json(files[1]) == metrics
+    rows = list(read_records(files[0], Prediction))
+    assert [(row.user_id, row.seed, row.ranks["uniform"]) for row in rows] == [("u", 7, 2), ("v", 7, 3), ("u", 8, 1), ("v", 8, 1)]
+
+
+def test_exported_scores_stand_in_the_files_order(data, tmp_path):
+    export_scores(tmp_path / "s.npz", TableScorer(SCORES), data)
+    scores = np.load(tmp_path / "s.npz")["scores"]
+    assert scores.dtype == np.float32
+    assert scores.tolist() == [SCORES[0], [0.0] * 6, SCORES[2]]
+
+
+@dataclass
+class Given:
+    text: str
+    mean_log_probability: float = -1.0
+
+
+def item_text(item_id, title=None):
+    return render({"item_nm": title or f"item {item_id[1:]}", "item_id": item_id})
+
+
+EXAMPLE = Example("u", (Interaction("I1"),), ("I5", "I4", "I6"), "I4")
+
+
+def test_votes_then_log_probability_then_the_list():
+    given = [Given(item_text("I6"), -2.0), Given(item_text("I4"), -1.0), Given("junk"), Given(item_text("I1"))]
+    assert rank_by_votes(given, EXAMPLE, CATALOG) == ["I4", "I6", "I5"]
+    assert rank_by_votes([*given, Given(item_text("I6"))], EXAMPLE, CATALOG) == ["I6", "I4", "I5"]
+    assert rank_by_votes([], EXAMPLE, CATALOG) == ["I5", "I4", "I6"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rationale"),
+    [
+        ("<think> likes tea </think> <item_nm> x </item_nm>", "likes tea"),
+        ("<think> was cut", "was cut"),
+        ("no tags at all", "no tags at all"),
+        ("<think> a <think> b </think> <item_nm> x", "a  b"),
+        ("<think> a <item_nm> x </item_nm>", "a"),
+        ("", ""),
+    ],
+)
+def test_rationale_of_whatever_was_written(text, rationale):
+    assert rationale_of(text) == rationale
+    assert render({"think": rationale_of(text)})
+
+
+class FakeGenerator:
+    """Prefers candidates whose id is high; says what it was asked."""
+
+    def __init__(self, text="<think> tea </think>", fail_at=None):
+        self.text, self.asked, self.fail_at = text, [], fail_at
+
+    def generate(self, prompts, num_samples=1, temperature=1.0, top_p=1.0, seed=None):
+        if self.fail_at == len(self.asked):
+            raise KeyboardInterrupt
+        self.asked.append((len(prompts), num_samples, seed))
+        return [[Given(self.text)] * num_samples for _ in prompts]
+
+    def score(self, prompt, answers):
+        assert all(answer.startswith("<think> tea </think> <item_nm>") for answer in answers)
+        return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
+
+
+def settings(**others):
+    return AskSettings(**{
+        "ranking": "likelihood", "with_rationale": True, "num_samples": 5, "temperature": 0.9, "top_p": 1.0, "seed": 3,
+        **others,
+    })  # fmt: skip
+
+
+def test_likelihood_ranks_all_candidates_behind_the_rationale():
+    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", CATALOG, SHOWN, settings(), 1)
+    assert prediction.ranking == ("I6", "I5", "I4")
+    assert prediction.ranks == {"uniform": 3}
+    assert prediction.answers == ("<think> tea </think>",)
+
+
+def test_sampled_ranks_by_votes():
+    generator = FakeGenerator(item_text("I4"))
+    (prediction,) = ask(generator, [EXAMPLE], "hard", CATALOG, SHOWN, settings(ranking="sampled"), 11)
+    assert prediction.ranks == {"hard": 1}
+    assert len(prediction.answers) == 5
+    assert generator.asked == [(1, 5, 11)]
+    assert answer_rates([prediction], CATALOG)["answers/hit"] == 1.0
+
+
+def batches_of(data):
+    return [("uniform", [example]) for example in data.examples("test", "uniform")]
+
+
+def test_killed_evaluation_goes_on_behind_the_last_whole_batch(data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), data, settings())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), data, settings())
+    with open(killed / "predictions.partial.jsonl", "a") as file:
+        file.write('{"user_id": "v", "tar')  # a kill in mid-line
+    generator = FakeGenerator()
+    _, found = evaluate_language_model(killed, generator, batches_of(data), data, settings())
+    assert len(generator.asked) == 1
+    assert found == expected
+    assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    assert not (killed / "predictions.partial.jsonl").exists()
+
+
+def test_metrics_are_flat_and_count_users():
+    rows = [Prediction("u", "I1", {"uniform": 1}), Prediction("u", "I1", {"hard": 2}), Prediction("v", "I1", {"uniform": 4})]
+    metrics = metrics_of(rows)
+    assert (metrics["uniform/hr@1"], metrics["hard/hr@1"], metrics["n"]) == (0.5, 0.0, 2)
+    assert json.dumps(metrics)
