@@ -7,9 +7,18 @@ import os
 import pytest
 
 from twice_rec.artifacts import (
-    InputError, Manifest, Work, atomic_path, hash_file, read_json, read_jsonl, read_records, write_json, write_jsonl,
+    InputError,
+    Manifest,
+    Work,
+    atomic_path,
+    hash_file,
+    read_json,
+    read_jsonl,
+    read_records,
+    write_json,
+    write_jsonl,
     write_records,
-)  # fmt: skip
+)
 from twice_rec.records import Interaction, Prediction, UserSequence
 
 

@@ -61,9 +61,10 @@ def test_every_recipe_fits_its_dataclass_and_states_every_key(path):
 
 @pytest.mark.parametrize("recipe", CLASSES.values(), ids=lambda c: c.__name__)
 def test_every_key_is_read_somewhere(recipe):
-    source = "\n".join(
-        path.read_text() for path in ROOT.glob("src/twice_rec/**/*.py") if path.name != "config.py"
-    ) + (ROOT / "src/twice_rec/config.py").read_text().partition("# Reading")[0]
+    source = (
+        "\n".join(path.read_text() for path in ROOT.glob("src/twice_rec/**/*.py") if path.name != "config.py")
+        + (ROOT / "src/twice_rec/config.py").read_text().partition("# Reading")[0]
+    )
     for f in dataclasses.fields(recipe):
         name = f.name.removeprefix("prompt_").removeprefix("world_")
         assert re.search(rf"\b(?:recipe|keys|self)\.{f.name}\b|[\"']{f.name}[\"'],?|\b{name}:", source), f.name
@@ -82,7 +83,8 @@ def test_all_errors_at_once(tmp_path):
     path = write(
         tmp_path,
         MINIMAL
-        + "seed: 2\nhiden_size: 64\ndropout: yes\nnum_layers: 1.5\nnum_heads: 3\nlists: [uniform, all]\nlearning_rate: 0\n",
+        + "seed: 2\nhiden_size: 64\ndropout: yes\nnum_layers: 1.5\nnum_heads: 3\nlists: [uniform, all]\n"
+        + "learning_rate: 0\n",
     )
     with pytest.raises(InputError) as caught:
         load_recipe(path, SasrecRecipe, ["--batch_size", "many"])
@@ -137,7 +139,12 @@ def test_overrides(tmp_path):
     flags = ["--learning_rate", "1e-4", "--patience=null", "--lists", "uniform", "full", "--baselines=[ease]"]
     recipe = load_recipe(path, SasrecRecipe, [*flags, "--domain", "2014", "--overwrite", "--num-heads", "4"])
     assert (recipe.learning_rate, recipe.patience, recipe.num_heads) == (1e-4, None, 4)
-    assert (recipe.lists, recipe.baselines, recipe.domain, recipe.overwrite) == (["uniform", "full"], ["ease"], "2014", True)
+    assert (recipe.lists, recipe.baselines, recipe.domain, recipe.overwrite) == (
+        ["uniform", "full"],
+        ["ease"],
+        "2014",
+        True,
+    )
 
 
 def test_one_word_makes_a_list(tmp_path):
@@ -183,7 +190,11 @@ PREPARE = MINIMAL + "source: release\n"
         (PrepareRecipe, {"source": "release"}, "source release reads files: set source_dir"),
         (PrepareRecipe, {"source": "world", "min_history": 2}, "min_history is 2; leave_one_out needs at least 3"),
         (PrepareRecipe, {"source": "world", "max_history": 4}, "max_history is 4; it must be at least min_history"),
-        (PrepareRecipe, {"source": "world", "prompt_list": "hard"}, "prompt_list is hard; candidate_lists has only uniform"),
+        (
+            PrepareRecipe,
+            {"source": "world", "prompt_list": "hard"},
+            "prompt_list is hard; candidate_lists has only uniform",
+        ),
         (PrepareRecipe, {"source": "world", "temporal_test": 0.95}, "must be above 0 and leave a share for training"),
         (PrepareRecipe, {"source": "world", "prompt_candidate_fields": ["title"]}, "both must be shown"),
         (

@@ -88,7 +88,12 @@ def test_several_runs_are_averaged(data, tmp_path):
     assert metrics["n"] == 2
     assert read_json(files[1]) == metrics
     rows = list(read_records(files[0], Prediction))
-    assert [(row.user_id, row.seed, row.ranks["uniform"]) for row in rows] == [("u", 7, 2), ("v", 7, 3), ("u", 8, 1), ("v", 8, 1)]
+    assert [(row.user_id, row.seed, row.ranks["uniform"]) for row in rows] == [
+        ("u", 7, 2),
+        ("v", 7, 3),
+        ("u", 8, 1),
+        ("v", 8, 1),
+    ]
 
 
 def test_exported_scores_stand_in_the_files_order(data, tmp_path):
@@ -196,7 +201,11 @@ def test_killed_evaluation_goes_on_behind_the_last_whole_batch(data, tmp_path):
 
 
 def test_metrics_are_flat_and_count_users():
-    rows = [Prediction("u", "I1", {"uniform": 1}), Prediction("u", "I1", {"hard": 2}), Prediction("v", "I1", {"uniform": 4})]
+    rows = [
+        Prediction("u", "I1", {"uniform": 1}),
+        Prediction("u", "I1", {"hard": 2}),
+        Prediction("v", "I1", {"uniform": 4}),
+    ]
     metrics = metrics_of(rows)
     assert (metrics["uniform/hr@1"], metrics["hard/hr@1"], metrics["n"]) == (0.5, 0.0, 2)
     assert json.dumps(metrics)

@@ -94,7 +94,14 @@ def test_a_step_is_scored_with_one_question_to_the_cf_model():
     model = FixedConfidences()
     texts = [answer("I1", "item 1"), answer("I4", "item 4"), answer("I5", "item 5"), "nothing", answer("I1", "item 2")]
     found = score_completions(
-        texts, [["I4", "I1"]] * 3 + [["I2", "I3"]] * 2, ["I1"] * 5, [["I0"]] * 3 + [["I0"]] * 2, CATALOG, model, "sigmoid", False
+        texts,
+        [["I4", "I1"]] * 3 + [["I2", "I3"]] * 2,
+        ["I1"] * 5,
+        [["I0"]] * 3 + [["I0"]] * 2,
+        CATALOG,
+        model,
+        "sigmoid",
+        False,
     )
     assert [entry.outcome for entry in found] == [
         Outcome.HIT, Outcome.MISS, Outcome.OUTSIDE, Outcome.MALFORMED, Outcome.OUTSIDE,

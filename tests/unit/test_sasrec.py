@@ -36,7 +36,13 @@ def model_of(**others):
 
 def settings(**others):
     defaults = {"loss": "softmax", "num_negatives": 1, "gbce_t": 0.75, "epochs": 3, "batch_size": 16}
-    training = {"learning_rate": 1e-2, "weight_decay": 0.0, "lr_scheduler_type": "constant", "patience": None, "seed": 5}
+    training = {
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "patience": None,
+        "seed": 5,
+    }
     return TrainSettings(**{**defaults, **training, **others})
 
 
@@ -76,7 +82,8 @@ def test_softmax_loss_is_cross_entropy_over_the_items():
     targets = torch.tensor([1, 5, 3])
     logits = states @ embedding.T
     expected = -sum(
-        math.log(math.exp(logits[i, t]) / sum(math.exp(logits[i, j]) for j in range(1, 6))) for i, t in enumerate([1, 5, 3])
+        math.log(math.exp(logits[i, t]) / sum(math.exp(logits[i, j]) for j in range(1, 6)))
+        for i, t in enumerate([1, 5, 3])
     )
     assert softmax_loss(states, targets, embedding).item() == pytest.approx(expected / 3, rel=1e-5)
 
@@ -105,7 +112,7 @@ def test_negatives_are_never_the_users_own(num_items):
     sequences[::3, 7:] = 0
     negatives = sample_negatives(sequences, 4, num_items, generator)
     assert negatives.shape == (64, 9, 4)
-    assert 1 <= int(negatives.min())
+    assert int(negatives.min()) >= 1
     assert int(negatives.max()) <= num_items
     for row, own in zip(negatives, sequences, strict=True):
         assert not set(row.flatten().tolist()) & set(own.tolist())
@@ -181,7 +188,7 @@ def test_the_best_epoch_is_kept_and_patience_ends():
 def test_resumed_training_ends_with_the_same_weights(tmp_path, loss):
     def training(state_file=None):
         chosen = settings(loss=loss, epochs=5, num_negatives=2, lr_scheduler_type="cosine")
-        validate = lambda model: float(model.item_embedding.weight.detach().sum())  # noqa: E731
+        validate = lambda model: float(model.item_embedding.weight.detach().sum())
         return Training(shape(dropout=0.3), chosen, chains(80), validate, state_file)
 
     def kill_after_three(epoch):
@@ -195,7 +202,9 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, loss):
         training(state).run(kill_after_three)
     resumed = training(state)
     found = resumed.run().state_dict()
-    assert [(e.number, e.loss, e.validation) for e in resumed.log] == [(e.number, e.loss, e.validation) for e in whole.log]
+    assert [(e.number, e.loss, e.validation) for e in resumed.log] == [
+        (e.number, e.loss, e.validation) for e in whole.log
+    ]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 

@@ -44,7 +44,9 @@ def test_logits_are_scores_of_the_named_items(scorer):
 def test_equal_histories_are_computed_once(scorer, monkeypatch):
     seen = []
     original = SasRec.user_states
-    monkeypatch.setattr(SasRec, "user_states", lambda self, histories: seen.append(len(histories)) or original(self, histories))
+    monkeypatch.setattr(
+        SasRec, "user_states", lambda self, histories: seen.append(len(histories)) or original(self, histories)
+    )
     scorer.confidences(HISTORIES * 5, np.tile(SHOWN, (5, 1)))
     assert seen == [3]
 

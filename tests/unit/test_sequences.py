@@ -33,7 +33,9 @@ def table_of(given_rows):
 
 
 def listed(table):
-    return [(table.users[u], table.items[i], t) for u, i, t in zip(table.user, table.item, table.timestamp, strict=True)]
+    return [
+        (table.users[u], table.items[i], t) for u, i, t in zip(table.user, table.item, table.timestamp, strict=True)
+    ]
 
 
 class MemorySource:
@@ -69,7 +71,9 @@ def test_without_times_the_source_order_stands():
 
 def test_first_purchase_of_an_item_counts():
     problems = Problems()
-    table = without_duplicates(in_time_order(table_of([("u", "A", 9), ("u", "B", 5), ("u", "A", 1), ("v", "A", 2)])), problems)
+    table = without_duplicates(
+        in_time_order(table_of([("u", "A", 9), ("u", "B", 5), ("u", "A", 1), ("v", "A", 2)])), problems
+    )
     assert listed(table) == [("u", "A", 1), ("u", "B", 5), ("v", "A", 2)]
     assert problems.counts == {"repeated purchase of an item, first kept": 1}
     assert problems.first["repeated purchase of an item, first kept"] == "user u, item A"
@@ -82,7 +86,15 @@ def test_long_histories_keep_their_most_recent_part():
 
 def test_core_drops_until_all_limits_hold():
     # D has one user; without it w has one item left; without w, C has one user; u and v remain on A and B.
-    given_rows = [("u", "A", 1), ("u", "B", 2), ("v", "A", 1), ("v", "B", 2), ("w", "C", 1), ("w", "D", 2), ("u", "C", 3)]
+    given_rows = [
+        ("u", "A", 1),
+        ("u", "B", 2),
+        ("v", "A", 1),
+        ("v", "B", 2),
+        ("w", "C", 1),
+        ("w", "D", 2),
+        ("u", "C", 3),
+    ]
     assert listed(core(in_time_order(table_of(given_rows)), 2, 2, None)) == [
         ("u", "A", 1), ("u", "B", 2), ("v", "A", 1), ("v", "B", 2),
     ]  # fmt: skip

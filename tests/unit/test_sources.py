@@ -15,7 +15,15 @@ from twice_rec.data.source import clean_text
 
 
 def review(user="U1", item="A", time=1000, rating=5.0, **others):
-    return {"user_id": user, "parent_asin": item, "timestamp": time, "rating": rating, "title": "t", "text": "x", **others}
+    return {
+        "user_id": user,
+        "parent_asin": item,
+        "timestamp": time,
+        "rating": rating,
+        "title": "t",
+        "text": "x",
+        **others,
+    }
 
 
 def meta(item="A", title="Tea", **others):
@@ -49,7 +57,12 @@ class TestAmazon2023:
         )
         source = amazon(tmp_path, [review(title="So &quot;good&quot;", text="a<br />b")], [item])
         table = source.purchases()
-        assert (table.users, table.items, table.timestamp.tolist(), table.rating.tolist()) == (["U1"], ["A"], [1000], [5.0])
+        assert (table.users, table.items, table.timestamp.tolist(), table.rating.tolist()) == (
+            ["U1"],
+            ["A"],
+            [1000],
+            [5.0],
+        )
         assert source.reviews({0}) == {0: ('So "good"', "a b")}
         (found,) = source.items({"A"})
         assert found.title == "Tea & Honey"
@@ -155,8 +168,13 @@ class TestAmazon2023:
 
 
 def test_amazon_2014(tmp_path):
-    reviews = [{"reviewerID": "U1", "asin": "A", "unixReviewTime": 10, "overall": 4.0, "summary": "s", "reviewText": "r"}]
-    items = ["{'asin': 'A', 'title': \"Memory o' Trees\", 'price': 9.49, 'categories': [['Music', 'New Age'], ['X']]}", b"{'as"]
+    reviews = [
+        {"reviewerID": "U1", "asin": "A", "unixReviewTime": 10, "overall": 4.0, "summary": "s", "reviewText": "r"}
+    ]
+    items = [
+        "{'asin': 'A', 'title': \"Memory o' Trees\", 'price': 9.49, 'categories': [['Music', 'New Age'], ['X']]}",
+        b"{'as",
+    ]
     source = amazon(tmp_path, reviews, items, SCHEMA_2014)
     table = source.purchases()
     assert (table.timestamp.tolist(), source.reviews({0})) == ([10_000], {0: ("s", "r")})
@@ -202,7 +220,10 @@ class TestAtomic:
         for part, rows in (("train", "u\ta b\tc\nv\tb\tc\n"), ("valid", "u\ta b c\td\n"), ("test", "u\ta b c d\te\n")):
             (tmp_path / f"ml.{part}.inter").write_text(header + rows)
         table = AtomicSource(tmp_path, "ml").purchases()
-        by_user = {u: [table.items[i] for i, w in zip(table.item, table.user, strict=True) if table.users[w] == u] for u in "uv"}
+        by_user = {
+            u: [table.items[i] for i, w in zip(table.item, table.user, strict=True) if table.users[w] == u]
+            for u in "uv"
+        }
         assert by_user == {"u": list("abcde"), "v": list("bc")}
 
     @pytest.mark.parametrize(
@@ -233,7 +254,8 @@ class TestRelease:
             [
                 {
                     "input": f"[Item Title] : {title}\n\n        ***Instruction***\n x",
-                    "output": f'<item_info> item_id:B{i}\n- description:about {title}\n- details:"Brand": "X" </item_info>',
+                    "output": f"<item_info> item_id:B{i}\n- description:about {title}\n"
+                    '- details:"Brand": "X" </item_info>',
                 }
                 for i, title in enumerate(meta_titles or titles, start=1)
             ],
@@ -241,17 +263,29 @@ class TestRelease:
         rows = train or [{"user_id": "u", "output_id": "1", "positive_item_id": "2"}]
         save("amazon_D_sasrec_train_1.json", rows)
         save("amazon_D_sasrec_test_1.json", test or [{"user_id": "u", "output_id": "1,2,3", "positive_item_id": "4"}])
-        purchase = "title:tea\n- item_id:B1\n- description:two\nlines\n- details:\n- review:nice & warm\n- rating:Good\n\n"
+        purchase = (
+            "title:tea\n- item_id:B1\n- description:two\nlines\n- details:\n- review:nice & warm\n- rating:Good\n\n"
+        )
         save(
             "amazon_D_llm_train_case_1.json",
-            [{"input": f"[Purchase History] : {purchase}[Candidate List]: ...", "output_id": "1", "positive_item_id": "2"}],
+            [
+                {
+                    "input": f"[Purchase History] : {purchase}[Candidate List]: ...",
+                    "output_id": "1",
+                    "positive_item_id": "2",
+                }
+            ],
         )
 
     def test_sequences_items_and_reviews(self, tmp_path):
         self.write(tmp_path)
         catalog, (sequence,) = assemble(ReleaseSource(tmp_path, "D"), "keep", 1, 3, None)
         assert catalog.ids == ("B1", "B2", "B3", "B4")
-        assert (catalog["B2"].title, catalog["B2"].description, catalog["B2"].details) == ("rice", "about rice", '"Brand": "X"')
+        assert (catalog["B2"].title, catalog["B2"].description, catalog["B2"].details) == (
+            "rice",
+            "about rice",
+            '"Brand": "X"',
+        )
         assert [entry.item_id for entry in sequence.interactions] == ["B1", "B2", "B3", "B4"]
         assert (sequence.interactions[0].review_title, sequence.interactions[0].rating) == ("nice & warm", 4.0)
         assert sequence.target("train").item_id == "B2"

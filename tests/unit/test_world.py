@@ -138,7 +138,9 @@ def hit_rates():
 
     def hit_rate(scores):
         jitter = 1e-9 * rng.random(scores.shape)  # ties are broken at random
-        return metrics.hit_rate(metrics.ranks_from_scores(np.take_along_axis(scores + jitter, shown, 1), np.zeros(1500, int)), 1).mean()
+        return metrics.hit_rate(
+            metrics.ranks_from_scores(np.take_along_axis(scores + jitter, shown, 1), np.zeros(1500, int)), 1
+        ).mean()
 
     # Interactions only: item-kNN on everybody's training part.
     training = [[1 + item for item in history[:-2]] for history in world.purchases]

@@ -65,7 +65,7 @@ def _from_pretrained(factory, name: str | Path, **options):
         raise InputError(f"{name}: no such model folder; make it first, or name a model of the hub (owner/name)")
     try:
         return factory.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         text = str(error)
         if "401" in text or "403" in text or "gated" in text:
             raise InputError(

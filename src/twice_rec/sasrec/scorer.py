@@ -43,10 +43,7 @@ class SasRecScorer:
     """
 
     def __init__(
-        self,
-        model: SasRec,
-        item_mean: Tensor | None = None,
-        calibration: dict[str, Calibration] | None = None,
+        self, model: SasRec, item_mean: Tensor | None = None, calibration: dict[str, Calibration] | None = None
     ):
         self.model = model.eval()
         self.item_mean = item_mean

@@ -182,6 +182,16 @@ def owned_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
+def train_and_save(trainer: Any, folder: Path, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one, and leave model, metrics and state as transformers' users know them."""
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(folder))
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
 def trainer_figures(trainer: Any) -> dict[str, Any]:
     """Steps, final loss and speed of a transformers trainer, for the manifest."""
     last = trainer.state.log_history[-1] if trainer.state.log_history else {}

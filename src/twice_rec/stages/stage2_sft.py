@@ -29,8 +29,9 @@ from twice_rec.stages.lifecycle import (
     owned_arguments,
     run_stage,
     say_finished,
+    train_and_save,
     trainer_figures,
-)  # fmt: skip
+)
 
 logger = logging.getLogger("sft")
 
@@ -47,7 +48,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
         lora_config,
         saved_weights,
         write_merged,
-    )  # fmt: skip
+    )
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -81,13 +82,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
     )
-    checkpoint = last_checkpoint(work.path)
-    if checkpoint:
-        logger.info("resuming from %s", checkpoint)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(work.path))
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    train_and_save(trainer, work.path, last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
         write_merged(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)

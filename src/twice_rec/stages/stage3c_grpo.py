@@ -32,8 +32,9 @@ from twice_rec.stages.lifecycle import (
     run_stage,
     say_finished,
     torch_device,
+    train_and_save,
     trainer_figures,
-)  # fmt: skip
+)
 from twice_rec.stages.stage3b_serve import load
 
 logger = logging.getLogger("grpo")
@@ -51,7 +52,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         lora_config,
         saved_weights,
         write_merged,
-    )  # fmt: skip
+    )
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -86,13 +87,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         processing_class=load_tokenizer(model_folder),
         peft_config=lora_config(recipe),
     )
-    checkpoint = last_checkpoint(work.path)
-    if checkpoint:
-        logger.info("resuming from %s", checkpoint)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(work.path))
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    train_and_save(trainer, work.path, last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
         write_merged(model_folder, work.path, merged, recipe.dtype)

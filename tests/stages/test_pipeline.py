@@ -1,0 +1,181 @@
+"""Every stage end to end on the world; what is finished stays, what was killed goes on."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from stages.pipeline import STAGES, run, start
+from twice_rec.artifacts import MANIFEST
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run; (run folder, base model)."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    for stage in STAGES:
+        assert run(stage, run_dir, run_dir / "base") == 0, stage
+    return run_dir, run_dir / "base"
+
+
+def files_of(run_dir):
+    """Every result and when it was written; logs and the report are made anew."""
+    paths = (path for path in run_dir.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(run_dir)): path.stat().st_mtime_ns
+        for path in paths
+        if path.relative_to(run_dir).parts[0] not in ("logs", "report")
+    }
+
+
+def test_every_variant_has_metrics(finished):
+    run_dir, _ = finished
+    results = json.loads((run_dir / "report" / "results.json").read_text())
+    expected = ["random", "popularity", "itemknn", "sasrec", "base", "stage2", "stage3", "oracle"]
+    assert list(results["variants"]) == expected
+    for name in expected:
+        row = results["variants"][name]
+        low, high = row["ci95"]["uniform/ndcg@10"]
+        assert low <= row["metrics"]["uniform/ndcg@10"] <= high
+    assert results["variants"]["sasrec"]["n"] == 250
+    assert results["variants"]["stage3"]["n"] == 6
+    assert results["common_users"]["n"] == 6
+    assert "full/ndcg@10" in results["variants"]["oracle"]["metrics"]
+    assert [(c["a"], c["b"]) for c in results["comparisons"]] == [
+        ("stage2", "base"),
+        ("stage3", "stage2"),
+        ("sasrec", "stage3"),
+    ]
+
+
+def test_oracle_is_above_everything(finished):
+    metrics = json.loads((finished[0] / "report" / "results.json").read_text())["variants"]
+    best = metrics["oracle"]["metrics"]["uniform/ndcg@10"]
+    assert all(
+        row["metrics"]["uniform/ndcg@10"] < best
+        for name, row in metrics.items()
+        if name != "oracle" and row["n"] == 250
+    )
+
+
+def test_report_is_one_whole_page(finished):
+    page = (finished[0] / "report" / "index.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<table>") == page.count("</table>") >= 5
+    assert "http" not in page.replace("http-equiv", "")
+    assert (finished[0] / "report" / "tables.md").read_text().startswith("# TWiCE-Rec on World")
+
+
+def test_adapters_and_merged_models_are_there(finished):
+    run_dir, base = finished
+    assert (run_dir / "grpo" / "adapter_model.safetensors").exists()
+    for name in ("sft", "grpo"):
+        assert (run_dir / name / "merged" / "model.safetensors").exists()
+        assert (run_dir / name / "merged" / "tokenizer.json").exists()
+        assert (run_dir / name / "train_results.json").exists()
+    before, after = load_file(base / "model.safetensors"), load_file(run_dir / "sft" / "merged" / "model.safetensors")
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):
+    run_dir, base = finished
+    before = files_of(run_dir)
+    for stage in STAGES:
+        assert run(stage, run_dir, base) == 0
+    assert files_of(run_dir) == before
+    assert capfd.readouterr().err.count("is finished already; nothing to do") == len(
+        ["data", "base", "rationales", "sft", "sasrec", "grpo"]
+    ) + len(["sasrec", "random", "popularity", "itemknn", "base", "stage2", "stage3", "oracle"])
+
+
+def test_other_settings_need_a_word(finished, capfd):
+    run_dir, base = finished
+    before = files_of(run_dir)
+    assert run("sasrec", run_dir, base, "--dropout", "0.4") == 2
+    assert "dropout was 0.2, is 0.4. Keep them and choose another --run_dir" in capfd.readouterr().err
+    assert files_of(run_dir) == before
+
+
+# What a killed stage must have written before it is killed, and the results to compare.
+KILLED = {
+    "prepare": ("data/sequences.jsonl", ["data/catalog.jsonl", "data/candidates.test.jsonl", "data/oracle.npz"]),
+    "sft": ("sft/checkpoint-4/trainer_state.json", ["sft/merged/model.safetensors"]),
+    "sasrec": ("sasrec/training_state.safetensors", ["sasrec/model.safetensors", "eval/sasrec/predictions.jsonl"]),
+    "grpo": ("grpo/checkpoint-2/trainer_state.json", ["grpo/merged/model.safetensors"]),
+    "evaluate": (
+        "eval/stage2/predictions.partial.jsonl",
+        ["eval/stage2/predictions.jsonl", "eval/stage3/metrics.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", KILLED)
+def test_killed_and_started_again_it_ends_with_the_same_results(finished, tmp_path, stage):
+    whole, base = finished
+    sign, results = KILLED[stage]
+    killed = tmp_path / "tiny"
+    shutil.copytree(whole, killed)
+    own = {"sasrec": ["sasrec", "eval"], "evaluate": ["eval"], "prepare": ["data"]}.get(stage, [stage])
+    for folder in own:
+        shutil.rmtree(killed / folder)
+    process = start(stage, killed, base)
+    try:
+        deadline = time.monotonic() + 240
+        while not (killed / sign).exists():
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline, "the stage did not get that far"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    finished_before_kill = (killed / own[0] / MANIFEST).exists()
+    assert not finished_before_kill or stage == "evaluate"
+    assert run(stage, killed, base) == 0
+    for name in results:
+        if name.endswith(".safetensors"):
+            expected, found = load_file(whole / name), load_file(killed / name)
+            assert all((expected[key] == found[key]).all() for key in expected), name
+        else:
+            assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_ctrl_c_is_one_line_and_loses_nothing(finished, tmp_path):
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    shutil.copytree(whole / "data", run_dir / "data")
+    process = start("sasrec", run_dir, base, "--epochs", "200")
+    while not (run_dir / "sasrec" / "training_state.safetensors").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "sasrec: interrupted; nothing is lost: the same command goes on where it stopped" in output
+    assert "Traceback" not in output
+
+
+def test_cf_only_run_needs_no_language_model(finished, tmp_path):
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    shutil.copytree(whole / "data", run_dir / "data")
+    scores = tmp_path / "scores.npz"
+    assert run("sasrec", run_dir, base, "--num_seeds", "2", "--export_scores", str(scores)) == 0
+    metrics = json.loads((run_dir / "eval" / "sasrec" / "metrics.json").read_text())
+    assert metrics["n"] == 250
+    # The exported scores, read back as an outside model, rank like the first seed.
+    flags = ["--variants", "outside", "--outside_scores", f"{{outside: {scores}}}"]
+    assert run("evaluate", run_dir, base, *flags) == 0
+    rows = [json.loads(line) for line in (run_dir / "eval" / "sasrec" / "predictions.jsonl").read_text().splitlines()]
+    first = {row["user_id"]: row["ranks"] for row in rows if row["seed"] == 42}
+    outside = [
+        json.loads(line) for line in (run_dir / "eval" / "outside" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert {row["user_id"]: row["ranks"] for row in outside} == first
+    assert len(rows) == 500
+    assert run("report", run_dir, base, "--comparisons", "[[sasrec, random]]") == 0

@@ -1,0 +1,150 @@
+"""What holds of the repository as a whole: layers, quiet imports, launchers, README."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "twice_rec"
+MODULES = sorted(
+    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in SOURCE.rglob("*.py")
+)
+LEVELS = {
+    "records": 0, "tags": 0, "metrics": 0, "artifacts": 0,
+    "config": 1, "catalog": 1, "prompts": 1, "progress": 1,
+    "data": 2, "rationales": 2, "sasrec": 2, "llm": 2,
+    "rewards": 3, "evaluation": 3,
+    "stages": 4,
+}  # fmt: skip
+HEAVY = {"trl", "vllm", "openai", "deepspeed"}
+MAY_IMPORT_HEAVY = ("twice_rec.llm", "twice_rec.rationales.client", "twice_rec.config", "twice_rec.stages")
+
+
+def imports_of(module):
+    path = SOURCE.parent / Path(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "twice_rec" or node.module.startswith("twice_rec."):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(module):
+    names = module.split(".")
+    return names[1] if len(names) > 1 and names[0] == "twice_rec" else None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_layers(module):
+    own = part_of(module)
+    if own is None:
+        return
+    for imported in imports_of(module):
+        other = part_of(imported)
+        if other in LEVELS:
+            same_part = other == own
+            assert same_part or LEVELS[other] < LEVELS[own] or own == "stages" or (LEVELS[own] == 3 == LEVELS[other]), (
+                f"{module} (level {LEVELS[own]}) imports {imported} (level {LEVELS[other]})"
+            )
+        top = imported.partition(".")[0]
+        if LEVELS[own] == 0:
+            assert top in sys.stdlib_module_names | {"numpy", "twice_rec"}, f"{module} imports {imported}"
+        if top in HEAVY:
+            assert module.startswith(MAY_IMPORT_HEAVY), f"{module} imports {imported}"
+
+
+def test_importing_everything_touches_nothing():
+    """No file written, no connection, no GPU, none of the heavy packages."""
+    script = f"""
+import importlib, sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.bind", "subprocess.Popen", "os.system"):
+        raise SystemExit(f"importing caused {{event}} {{arguments}}")
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if writes and "__pycache__" not in str(arguments[0]):
+        raise SystemExit(f"importing writes {{arguments}}")
+import torch, transformers, peft, datasets, scipy.sparse, tokenizers  # what other packages do is theirs
+sys.addaudithook(watch)
+for name in {MODULES!r}:
+    importlib.import_module(name)
+loaded = {HEAVY!r} & set(sys.modules)
+assert not loaded, loaded
+assert not torch.cuda.is_initialized()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("stages/stage*.py")), ids=lambda p: p.name)
+def test_stages_are_thin(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < 120
+    assert "import re\n" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.sh")), ids=lambda p: p.name)
+def test_launchers_are_short_and_strict(path):
+    text = path.read_text()
+    if path.name not in ("install.sh", "test.sh", "reproduce.sh"):
+        assert len(text.splitlines()) <= 15
+        (default,) = re.findall(r"default recipe: (\S+)", text)
+        assert (ROOT / default).is_file()
+    assert "set -euo pipefail" in text
+
+
+def test_no_size_or_model_is_special():
+    source = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    assert not re.search(r"if .*[\"']?\btiny\b", source)
+    assert ".cuda()" not in source
+    assert "trust_remote_code=True" not in source
+
+
+def test_readme_tree_is_true():
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```\n(README\.md .*?)```", readme, re.DOTALL).group(1)
+    listed = {}
+    folder = ""
+    for line in tree.splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        if indent == 0:
+            folder = ""
+        path = name if indent == 0 else f"{folder}{name}"
+        if name.endswith("/"):
+            folder = path if indent == 0 else f"{folder.split('/')[0]}/{name}" if indent == 2 else folder
+        listed[path.rstrip("/")] = line
+    for path in listed:
+        assert (ROOT / path).exists() or (SOURCE.parent / path).exists(), f"the README names {path}"
+        assert len(listed[path].split()) > 1, f"{path} has no explanation"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {name.split("/")[0] for name in tracked} - {".gitignore"}
+    assert top <= {path.split("/")[0] for path in listed}, top - set(listed)
+
+
+def test_readme_commands_name_files_that_exist():
+    for document in ("README.md", "REPRODUCTION.md", "recipes/README.md"):
+        text = (ROOT / document).read_text()
+        for command in re.findall(r"^\s*(?:\$ )?((?:bash|python) \S+.*)$", text, re.MULTILINE):
+            words = command.split()
+            if words[1].endswith((".sh", ".py")):
+                assert (ROOT / words[1]).is_file(), f"{document}: {command}"
+            for word in words[2:]:
+                if word.endswith(".yaml"):
+                    assert (ROOT / word).is_file(), f"{document}: {command}"
+
+
+def test_no_large_files_and_no_secrets():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        path = ROOT / name
+        assert path.stat().st_size < 12 * 2**20, name
+        assert not re.search(rb"\b(?:sk-[A-Za-z0-9]{20,}|hf_[A-Za-z0-9]{20,})\b", path.read_bytes()), name

@@ -1,0 +1,206 @@
+"""The tiny base, loading and merging, generation and scoring."""
+
+import json
+import shutil
+import string
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from twice_rec.artifacts import InputError, hash_file
+from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
+from twice_rec.llm.generation import TransformersGenerator
+from twice_rec.llm.modeling import (
+    encode_chat,
+    last_checkpoint,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    saved_weights,
+    stop_token_ids,
+    write_merged,
+)
+from twice_rec.llm.rollout import check_server
+
+PROMPT = [{"role": "system", "content": "You know tea."}, {"role": "user", "content": " Which one? "}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny base in a folder, as base.sh leaves one."""
+    folder = tmp_path_factory.mktemp("base")
+    texts = ["green tea and black tea, which one do you like?"] * 50 + [string.printable]
+    tokenizer = train_tokenizer(texts, 300)
+    model = build_model(tokenizer, BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_chat_template_is_gemmas(base):
+    tokenizer = load_tokenizer(base)
+    text = tokenizer.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
+    assert text == ("<bos><start_of_turn>user\nYou know tea.\n\nWhich one?<end_of_turn>\n<start_of_turn>model\n")
+    whole = tokenizer.apply_chat_template([*PROMPT, {"role": "assistant", "content": "A "}], tokenize=False)
+    assert whole == text + "A<end_of_turn>\n"
+
+
+def test_exactly_one_bos(base):
+    tokenizer = load_tokenizer(base)
+    ids = encode_chat(tokenizer, PROMPT, "green tea")
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_tags_and_digits_are_tokens_of_their_own(base):
+    tokenizer = load_tokenizer(base)
+    assert [tokenizer.decode([i]) for i in tokenizer("<think> 128</item_id>")["input_ids"]] == [
+        "<think>", " ", "1", "2", "8", "</item_id>",
+    ]  # fmt: skip
+    text = "é <item_nm> Tea\n3 </item_nm>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_stop_tokens_are_eos_and_end_of_turn(base):
+    tokenizer = load_tokenizer(base)
+    stop = stop_token_ids(load_model(base, "float32", "sdpa"), tokenizer)
+    assert {tokenizer.convert_ids_to_tokens(i) for i in stop} == {"<eos>", "<end_of_turn>"}
+
+
+def test_same_seed_same_weights():
+    tokenizer = train_tokenizer(["tea"], 300)
+    shape = BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1)
+    a, b = build_model(tokenizer, shape).state_dict(), build_model(tokenizer, shape).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_missing_folder_and_missing_template(base, tmp_path):
+    with pytest.raises(InputError, match=r"runs/none/merged: no such model folder"):
+        load_model("runs/none/merged", "float32", "sdpa")
+    shutil.copytree(base, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        load_tokenizer(tmp_path / "plain")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: cannot be loaded"):
+        load_model(tmp_path / "empty", "float32", "sdpa")
+
+
+class Keys:
+    use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules = True, 4, 8, 0.0, ["q_proj", "up_proj"]
+
+
+def test_merge_leaves_the_base_as_it_was(base, tmp_path):
+    before = hash_file(base)
+    model = get_peft_model(load_model(base, "float32", "sdpa"), lora_config(Keys))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(base).save_pretrained(tmp_path / "adapter")
+    write_merged(base, tmp_path / "adapter", tmp_path / "merged", "float32")
+    assert hash_file(base) == before
+    ids = torch.arange(5, 40)[None]
+    merged = load_model(tmp_path / "merged", "float32", "sdpa")
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-4)
+        assert not torch.allclose(merged(ids).logits, load_model(base, "float32", "sdpa")(ids).logits, atol=1e-2)
+    assert load_tokenizer(tmp_path / "merged").chat_template
+    assert [path.name for path in saved_weights(tmp_path / "adapter")] == [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ]
+
+
+def test_a_wholly_trained_model_is_copied(base, tmp_path):
+    write_merged("not read", base, tmp_path / "merged", "float32")
+    a, b = (
+        load_model(base, "float32", "sdpa").state_dict(),
+        load_model(tmp_path / "merged", "float32", "sdpa").state_dict(),
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [path.name for path in saved_weights(base)] == ["model.safetensors", "config.json"]
+
+
+def test_lora_config_of_a_recipe():
+    config = lora_config(Keys)
+    assert isinstance(config, LoraConfig)
+    assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, {"q_proj", "up_proj"})
+    assert lora_config(type("All", (Keys,), {"use_peft": False})) is None
+
+
+def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-100").exists()
+
+
+@pytest.fixture(scope="module")
+def generator(base):
+    return TransformersGenerator(load_model(base, "float32", "sdpa"), load_tokenizer(base), max_new_tokens=12)
+
+
+def greedy_by_hand(generator, prompt):
+    ids, chosen, logs = encode_chat(generator.tokenizer, prompt), [], []
+    while len(chosen) < generator.max_new_tokens:
+        with torch.no_grad():
+            step = torch.log_softmax(generator.model(torch.tensor([[*ids, *chosen]])).logits[0, -1], -1)
+        chosen.append(int(step.argmax()))
+        logs.append(float(step.max()))
+        if chosen[-1] in stop_token_ids(generator.model, generator.tokenizer):
+            break
+    return chosen, logs
+
+
+def test_greedy_batches_equal_one_by_one(generator):
+    prompts = [PROMPT, [{"role": "user", "content": "tea " * 20}], [{"role": "user", "content": "x"}]]
+    for prompt, (answer,) in zip(prompts, generator.generate(prompts), strict=True):
+        chosen, logs = greedy_by_hand(generator, prompt)
+        stopped = chosen[-1] in stop_token_ids(generator.model, generator.tokenizer)
+        text = generator.tokenizer.decode(chosen[:-1] if stopped else chosen, skip_special_tokens=True)
+        assert answer.text == text
+        assert answer.mean_log_probability == pytest.approx(sum(logs) / len(logs), rel=1e-3)
+        assert answer.truncated == (not stopped)
+
+
+def test_sampling_follows_its_seed_and_leaves_the_global_state(generator):
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    a = generator.generate([PROMPT], 3, 1.0, 1.0, seed=5)
+    assert a == generator.generate([PROMPT], 3, 1.0, 1.0, seed=5)
+    assert a != generator.generate([PROMPT], 3, 1.0, 1.0, seed=6)
+    assert len({answer.text for answer in a[0]}) > 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_several_samples_need_a_seed(generator):
+    with pytest.raises(ValueError, match="greedy decoding gives one answer"):
+        generator.generate([PROMPT], 2)
+
+
+def test_scores_differ_as_the_plain_log_probabilities(generator):
+    answers = ["green tea", "green tea and black", "which"]
+    found = generator.score(PROMPT, answers)
+    expected = []
+    for answer in answers:
+        ids = torch.tensor([encode_chat(generator.tokenizer, PROMPT, answer)])
+        start = len(encode_chat(generator.tokenizer, PROMPT))
+        with torch.no_grad():
+            logs = torch.log_softmax(generator.model(ids).logits[0], -1)
+        expected.append(float(logs[start - 1 : -1].gather(1, ids[0, start:, None]).sum()))
+    assert found[1] - found[0] == pytest.approx(expected[1] - expected[0], abs=1e-3)
+    assert found[2] - found[0] == pytest.approx(expected[2] - expected[0], abs=1e-3)
+
+
+def test_no_server_is_said_with_its_address():
+    with pytest.raises(InputError, match=r"no rollout server answers at http://127.0.0.1:9/health.*grpo_step1.sh"):
+        check_server("127.0.0.1", 9, timeout=2)

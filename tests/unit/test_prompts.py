@@ -1,0 +1,180 @@
+"""Prompts, training rows and the gold test: every training target parses, hits and earns the full format reward."""
+
+import itertools
+
+import pytest
+
+from twice_rec import prompts, rewards, tags
+from twice_rec.artifacts import InputError
+from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.data.grpo import prompt_rows
+from twice_rec.data.sft import training_rows
+from twice_rec.prompts import PromptFormat
+from twice_rec.rationales.curate import rejection
+from twice_rec.rationales.offline import OfflineAnnotator, attributes
+from twice_rec.records import Example, Interaction, Item, Rationale
+
+PASTA = Item(
+    "B1",
+    "Alder Vegan Penne",
+    "Goes well with Sauces.",
+    '"Brand": "Alder", "Diet": "Vegan", "Size": "8 oz"',
+    "Alder",
+    ("Food", "Pasta"),
+)
+SAUCE = Item(
+    "B2", "Alder Vegan Pesto", "Fine.", '"Brand": "Alder", "Diet": "Vegan"', "Alder", ("Food", "Sauces"), "3.99"
+)
+TEA = Item("B3", "Birch Keto Chai", "", '"Brand": "Birch", "Diet": "Keto"', "Birch", ("Food", "Tea"))
+CATALOG = ItemCatalog([PASTA, SAUCE, TEA])
+SHOWN = PromptFormat(2, ("title", "category"), ("review_title", "rating"), ("title", "item_id", "price"), 10, 12, 8)
+HISTORY = (
+    Interaction("B3", 1, 1.0, "Never again, truly"),
+    Interaction("B1", 2, 5.0, "Great"),
+    Interaction("B1", 3, None),
+)
+EXAMPLE = Example("u", HISTORY, ("B3", "B2"), "B2")
+
+
+@pytest.mark.parametrize(
+    ("rating", "word"),
+    [
+        (1.0, "Terrible"),
+        (2.0, "Bad"),
+        (3.0, "Okay"),
+        (4.0, "Good"),
+        (5.0, "Excellent"),
+        (3.5, "Good"),
+        (None, ""),
+        (0.0, "Terrible"),
+    ],
+)
+def test_rating_words(rating, word):
+    assert prompts.rating_word(rating) == word
+
+
+def test_item_line_leaves_out_what_is_empty_and_cuts():
+    assert prompts.describe_item(TEA, ("title", "description", "item_id"), SHOWN) == "title: Birch Keto Chai | id: B3"
+    assert (
+        prompts.describe_item(PASTA, ("description", "details"), SHOWN)
+        == 'description: Goes well | details: "Brand": "Al'
+    )
+
+
+def test_recommendation_prompt():
+    system, user = prompts.recommend(EXAMPLE, CATALOG, SHOWN, with_rationale=True)
+    assert system["role"] == "system"
+    lines = user["content"].splitlines()
+    assert lines[:7] == [
+        "Purchase history, oldest first:",
+        "1. title: Alder Vegan Penne | category: Pasta | review: Great | rating: Excellent",
+        "2. title: Alder Vegan Penne | category: Pasta",
+        "",
+        "Candidates:",
+        "1. title: Birch Keto Chai | id: B3",
+        "2. title: Alder Vegan Pesto | id: B2 | price: 3.99",
+    ]
+    assert lines[-3:] == tags.describe(tags.WITH_RATIONALE).splitlines()
+    assert "<think>" not in prompts.recommend(EXAMPLE, CATALOG, SHOWN, with_rationale=False)[1]["content"]
+
+
+def test_review_text_and_long_reviews_are_cut():
+    shown = PromptFormat(None, ("title",), ("review_title",), ("title", "item_id"), None, None, 8)
+    content = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=False)[1]["content"]
+    assert "1. title: Birch Keto Chai | review: Never ag\n" in content
+
+
+RATIONALES = [Rationale("u", "B2", "They like Alder.", "relevant", (1,), 0.9, "offline")]
+
+
+def rows(**limits):
+    counts = {"item_info_rows": None, "direct_rows": None, "rationale_rows": None, **limits}
+    return training_rows(CATALOG, SHOWN, [EXAMPLE], RATIONALES, **counts, seed=0)
+
+
+def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
+    for row in rows():
+        answer = tags.parse(row["completion"][0]["content"])
+        if row["task"] == "item_info":
+            assert answer.is_complete(tags.ITEM_INFO)
+            continue
+        assert CATALOG.outcome(answer, EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
+        if row["task"] == "rationale":
+            scored = rewards.Scored(answer, Outcome.HIT, 0.5)
+            settings = rewards.RewardSettings(3.0, 0.3)
+            assert [
+                reward(scored, settings)
+                for reward in (rewards.structure, rewards.tags, rewards.tags_release, rewards.only_expected_tags)
+            ] == [1, 1, 1.5, 1]
+
+
+def test_tasks_and_limits():
+    count = lambda **limits: sorted(row["task"] for row in rows(**limits))
+    assert count() == ["direct", "item_info", "item_info", "item_info", "rationale"]
+    assert count(item_info_rows=1, direct_rows=0) == ["item_info", "rationale"]
+    assert rows() == rows()
+
+
+def test_rationale_of_other_data_is_refused():
+    other = Rationale("u", "B3", "x", "relevant", (), 0.5, "offline")
+    with pytest.raises(InputError, match=r"user u is about item B3, but .* target is B2.*rationales.sh"):
+        training_rows(CATALOG, SHOWN, [EXAMPLE], [other], 0, 0, None, 0)
+    stranger = Rationale("w", "B2", "x", "relevant", (), 0.5, "offline")
+    with pytest.raises(InputError, match="not among the examples"):
+        training_rows(CATALOG, SHOWN, [EXAMPLE], [stranger], 0, 0, None, 0)
+
+
+def test_stage_3_asks_word_for_word_what_stage_2_taught():
+    (row,) = prompt_rows([EXAMPLE], CATALOG, SHOWN, 1.0, 0)
+    taught = next(row for row in rows() if row["task"] == "rationale")
+    assert row["prompt"] == taught["prompt"]
+    assert (row["candidates"], row["target"], row["history"]) == (["B3", "B2"], "B2", ["B3", "B1", "B1"])
+
+
+def test_a_share_of_the_examples_is_prompted():
+    examples = [Example(f"u{i}", HISTORY, ("B3", "B2"), "B2") for i in range(40)]
+    drawn = prompt_rows(examples, CATALOG, SHOWN, 0.15, 1)
+    assert len(drawn) == 6
+    assert drawn == prompt_rows(examples, CATALOG, SHOWN, 0.15, 1)
+
+
+class TestOfflineAnnotator:
+    annotate = staticmethod(lambda *args: OfflineAnnotator(CATALOG).annotate(Example("u", *args)))
+
+    def test_attributes_are_short_and_without_measures(self):
+        assert attributes(PASTA) == ("Alder", "Vegan", "Pasta")
+
+    def test_shared_attributes_and_a_complement_are_relevant(self):
+        found = self.annotate(HISTORY, ("B3", "B2"), "B2")
+        assert found.verdict == "relevant"
+        assert found.evidence == (1, 2)
+        assert "goes well with Sauces" in found.text
+        assert found.annotator == "offline"
+
+    def test_nothing_in_common_is_irrelevant(self):
+        assert self.annotate((Interaction("B3", 1, 5.0),), ("B3", "B2"), "B2").verdict == "irrelevant"
+
+    def test_disliked_attributes_count_against(self):
+        disliked = (Interaction("B1", 1, 1.0),)
+        assert self.annotate(disliked, ("B3", "B2"), "B2").verdict == "irrelevant"
+
+    def test_texts_can_be_rendered(self):
+        for history in itertools.product([1.0, 3.0, 5.0, None], repeat=2):
+            entries = tuple(Interaction(item, 1, rating) for item, rating in zip(("B3", "B1"), history, strict=True))
+            tags.render({"think": self.annotate(entries, ("B3", "B2"), "B2").text})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"verdict": "weak"}, "verdict weak"),
+        ({"evidence": (0, 3)}, "evidence 3 outside the history"),
+        ({"text": "one two"}, "too short"),
+        ({"text": "word " * 11}, "too long"),
+    ],
+)
+def test_curation(changes, reason):
+    values = {"user_id": "u", "target": "B2", "text": "one two three", "verdict": "relevant", "evidence": (0, 2)}
+    rationale = Rationale(**{**values, "confidence": 0.5, "annotator": "offline", **changes})
+    assert rejection(rationale, 3, ["relevant"], 3, 10) == reason
