@@ -110,7 +110,7 @@ class ItemCatalog:
     def outcome(self, answer: ParsedAnswer, candidates: Sequence[str], target: str) -> Outcome:
         """Judge an answer. The id decides; a title that belongs to other items only makes the answer malformed.
 
-        One rule for rewards, evaluation and data checks (PAPER section 5: the release decides a match by id but looks
+        One rule for rewards, evaluation and data checks (the release decides a match by id but looks
         confidence up by title, which 15 pairs of items share).
         """
         item_id = answer.item_id

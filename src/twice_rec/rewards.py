@@ -1,4 +1,4 @@
-"""The rewards of stage 3: pure functions of parsed answers, outcomes and confidences (PAPER section 3, Eqs. 2-5).
+"""The rewards of stage 3: pure functions of parsed answers, outcomes and confidences (the paper, Eqs. 2-5).
 
 `Scored` holds everything a reward may look at for one completion; `score_completions` fills it for a whole step, asking
 the CF model once. Each reward is a function of one `Scored`; `REWARDS` names them for recipes.

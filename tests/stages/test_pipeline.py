@@ -1,5 +1,6 @@
 """Every stage end to end on the world; what is finished stays, what was killed goes on."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -78,8 +79,9 @@ def test_adapters_and_merged_models_are_there(finished):
         assert (run_dir / name / "merged" / "model.safetensors").exists()
         assert (run_dir / name / "merged" / "tokenizer.json").exists()
         assert (run_dir / name / "train_results.json").exists()
-    before, after = load_file(base / "model.safetensors"), load_file(run_dir / "sft" / "merged" / "model.safetensors")
-    assert any((before[name] != after[name]).any() for name in before)
+    models = [base, run_dir / "sft" / "merged", run_dir / "grpo" / "merged"]
+    for before, after in itertools.pairwise(load_file(folder / "model.safetensors") for folder in models):
+        assert any((before[name] != after[name]).any() for name in before)
 
 
 def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):
@@ -179,3 +181,19 @@ def test_cf_only_run_needs_no_language_model(finished, tmp_path):
     assert {row["user_id"]: row["ranks"] for row in outside} == first
     assert len(rows) == 500
     assert run("report", run_dir, base, "--comparisons", "[[sasrec, random]]") == 0
+
+
+def test_sft_of_an_adapter_leaves_adapter_and_merged_model(finished, tmp_path):
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    for folder in ("data", "rationales"):
+        shutil.copytree(whole / folder, run_dir / folder)
+    before = {path: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    assert run("sft", run_dir, base, "--use_peft", "true", "--max_steps", "2") == 0
+    assert (run_dir / "sft" / "adapter_model.safetensors").exists()
+    plain, merged = load_file(base / "model.safetensors"), load_file(run_dir / "sft" / "merged" / "model.safetensors")
+    assert plain.keys() == merged.keys()
+    changed = {name for name in plain if (plain[name] != merged[name]).any()}
+    assert changed
+    assert all("_proj" in name for name in changed)
+    assert {path: path.read_bytes() for path in before} == before

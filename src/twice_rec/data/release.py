@@ -1,4 +1,4 @@
-"""The authors' released JSON files of one domain (PAPER section 7), under their sample or their full-data names.
+"""The authors' released JSON files of one domain, under their sample or their full-data names.
 
 `*_sasrec_{train,test}*.json` hold the sequences as item indices, `amazon_vocab_*.json` and `*_llm_meta*.json` the items
 in index order; reviews and ratings stand only inside the prompts of `*_llm_{train_case_1,train_case_2,test}*.json`.

@@ -96,8 +96,8 @@ def assemble(
     """
     problems = source.problems
     table = source.purchases()
+    titled = source.titled(set(table.items))  # in either case, since it counts what is wrong with the metadata
     if untitled_items == "drop":
-        titled = source.titled(set(table.items))
         keep = np.array([item_id in titled for item_id in table.items])[table.item]
         if dropped := int((~keep).sum()):
             problems.add("purchase of an item without title, dropped", table.items[table.item[~keep][0]], dropped)

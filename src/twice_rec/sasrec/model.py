@@ -1,6 +1,6 @@
 """SASRec: item and position embeddings, causal self-attention blocks, dot products with the item embeddings.
 
-The architecture is the release's (PAPER section 2): GELU, post-LayerNorm, one shared item embedding for input and
+The architecture is the release's: GELU, post-LayerNorm, one shared item embedding for input and
 output. Pre-LayerNorm is a setting. Sequences are padded on the right with 0, so that a causal mask alone keeps padding
 out of every real position. Everything but the attention itself works on the real positions only, laid end to end: with
 histories of 5 to 18 items that is a third of the padded work.

@@ -7,7 +7,7 @@ Raw scores are z = state . item embedding. A confidence in [0, 1] is one of
 - `softmax`: softmax of z over the candidate list.
 
 Each can be taken of debiased scores, z minus the item's mean z over users: 93 to 99 % of the variance of the
-release's z is such item means, that is popularity (PAPER section 5).
+release's z is such item means, that is popularity (see REPRODUCTION.md).
 """
 
 from __future__ import annotations

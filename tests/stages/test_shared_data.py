@@ -1,0 +1,113 @@
+"""Stages 0 and 3a on real data, where the folder ../shared/data is there."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from stages.pipeline import ROOT
+from twice_rec.stages import stage0_prepare, stage3a_sasrec
+
+SHARED = ROOT.parent / "shared" / "data"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.shared_data,
+    pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there"),
+]
+GROCERY = ["--config", str(ROOT / "recipes" / "grocery" / "prepare.yaml")]
+
+
+def prepare(run_dir: Path, source_dir: Path, *flags: str) -> dict:
+    """Run stage 0; the statistics it saved."""
+    words = [*GROCERY, "--run_dir", str(run_dir), "--source_dir", str(source_dir), *flags]
+    assert stage0_prepare.main(words) == 0
+    return json.loads((run_dir / "data" / "statistics.json").read_text())
+
+
+def train_and_read_metrics(run_dir: Path, *flags: str) -> dict[str, dict[str, float]]:
+    """Run stage 3a; metrics by variant."""
+    config = ["--config", str(ROOT / "recipes" / "grocery" / "sasrec.yaml")]
+    words = [*config, "--run_dir", str(run_dir), "--num_seeds", "1", "--baselines", "random", "popularity", "itemknn"]
+    assert stage3a_sasrec.main([*words, *flags]) == 0
+    return {path.parent.name: json.loads(path.read_text()) for path in (run_dir / "eval").glob("*/metrics.json")}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def grocery(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("grocery")
+    return run_dir, prepare(run_dir, SHARED / "twice_grocery")
+
+
+def test_grocery_has_the_size_of_the_release(grocery):
+    statistics = grocery[1]
+    assert (statistics["users"], statistics["items"], statistics["interactions"]) == (11_334, 6_149, 109_548)
+    assert statistics["train_targets"] == statistics["valid_targets"] == statistics["test_targets"] == 11_334
+
+
+def test_grocery_lists_hold_the_target_once_and_no_item_of_the_user(grocery):
+    data = grocery[0] / "data"
+    own = {
+        row["user_id"]: {entry["item_id"] for entry in row["interactions"]} for row in lines(data / "sequences.jsonl")
+    }
+    for row in lines(data / "candidates.test.jsonl"):
+        for shown in row["lists"].values():
+            assert len(shown) == len(set(shown)) == 30
+            assert own[row["user_id"]] & set(shown) == {row["target"]}
+
+
+def test_grocery_baselines_are_where_they_were_measured(grocery):
+    """As in REPRODUCTION.md, wide enough for other negatives and for ties, which here count against the target."""
+    metrics = train_and_read_metrics(grocery[0], "--epochs", "1", "--lists", "uniform", "full")
+    assert all(row["n"] == 11_334 for row in metrics.values())
+    assert metrics["random"]["uniform/hr@1"] == pytest.approx(1 / 30, abs=0.006)
+    assert metrics["random"]["uniform/hr@5"] == pytest.approx(5 / 30, abs=0.012)
+    assert metrics["popularity"]["uniform/hr@1"] == pytest.approx(0.167, abs=0.01)
+    assert metrics["popularity"]["uniform/hr@5"] == pytest.approx(0.445, abs=0.015)
+    assert metrics["itemknn"]["uniform/hr@1"] == pytest.approx(0.210, abs=0.01)
+    assert metrics["itemknn"]["full/ndcg@10"] == pytest.approx(0.0303, abs=0.001)
+
+
+def test_music_of_2014_whose_files_are_cut_off(tmp_path, caplog):
+    flags = ["--source", "amazon2014", "--domain", "Digital_Music", "--untitled_items", "drop"]
+    flags += ["--k_core", "2", "--min_history", "4", "--max_history", "20", "--hard_pool", "50"]
+    with caplog.at_level(logging.WARNING):
+        statistics = prepare(tmp_path, SHARED / "digital_music_2014", *flags)
+    assert "file that is cut off or damaged, read up to there" in caplog.text
+    assert statistics["users"] > 400
+    assert statistics["items"] > 300
+    assert statistics["problems"]["file that is cut off or damaged, read up to there"] == 2  # reviews and metadata
+    catalog = lines(tmp_path / "data" / "catalog.jsonl")
+    assert all(item["title"] for item in catalog)
+    assert sum("description" in item for item in catalog) > len(catalog) / 4
+    sequences = lines(tmp_path / "data" / "sequences.jsonl")
+    assert all(entry["review_text"] for row in sequences for entry in row["interactions"][:1])
+    metrics = train_and_read_metrics(tmp_path, "--domain", "Digital_Music", "--epochs", "2", "--hidden_size", "16")
+    assert metrics["sasrec"]["n"] == statistics["test_targets"]
+    assert set(metrics) == {"sasrec", "random", "popularity", "itemknn"}
+
+
+def test_beauty_reviews_of_2023_without_metadata(tmp_path):
+    """The file groups reviews by user; one review a line is the raw form."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    reviews = []
+    for row in lines(SHARED / "amazon2023_beauty" / "Beauty_test.jsonl"):
+        reviews += [{**review, "user_id": row["user_id"]} for review in [*row["history"], row["target"]]]
+    (folder / "Beauty.jsonl").write_text("".join(json.dumps(review) + "\n" for review in reviews))
+    flags = ["--source", "amazon2023", "--domain", "Beauty", "--untitled_items", "keep", "--k_core", "1"]
+    statistics = prepare(tmp_path / "run", folder, *flags, "--num_candidates", "10")
+    users = {review["user_id"] for review in reviews}
+    pairs = {(review["user_id"], review["parent_asin"]) for review in reviews}
+    repeated = sum(count for kind, count in statistics["problems"].items() if kind.startswith("repeated"))
+    assert statistics["interactions"] <= len(pairs)
+    assert repeated == len(reviews) - len(pairs)
+    assert statistics["users"] <= len(users) == 675
+    catalog = lines(tmp_path / "run" / "data" / "catalog.jsonl")
+    assert all(item["title"] == item["item_id"] for item in catalog)
+    texts = [e["review_text"] for r in lines(tmp_path / "run" / "data" / "sequences.jsonl") for e in r["interactions"]]
+    assert any(not text.isascii() for text in texts)
