@@ -109,5 +109,6 @@ def test_beauty_reviews_of_2023_without_metadata(tmp_path):
     assert statistics["users"] <= len(users) == 675
     catalog = lines(tmp_path / "run" / "data" / "catalog.jsonl")
     assert all(item["title"] == item["item_id"] for item in catalog)
-    texts = [e["review_text"] for r in lines(tmp_path / "run" / "data" / "sequences.jsonl") for e in r["interactions"]]
+    sequences = lines(tmp_path / "run" / "data" / "sequences.jsonl")
+    texts = [entry.get("review_text", "") for row in sequences for entry in row["interactions"]]
     assert any(not text.isascii() for text in texts)

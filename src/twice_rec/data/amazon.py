@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.artifacts import InputError
-from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text, find_file
+from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text, find_file, titled_among
 from twice_rec.progress import progress
 from twice_rec.records import Item
 
@@ -107,11 +107,9 @@ class AmazonSource:
 
     def titled(self, wanted: set[str]) -> set[str]:
         """Which of the wanted ids the metadata give a title; the others are counted."""
-        titled = {item.item_id for item in self._described(wanted, self.problems) if item.title}
-        if missing := wanted - titled:
-            kind = "item without title" if self._metadata else "item without title (there is no metadata file)"
-            self.problems.add(kind, min(missing), len(missing))
-        return titled
+        described = self._described(wanted, self.problems)
+        kind = "item without title" if self._metadata else "item without title (there is no metadata file)"
+        return titled_among(wanted, described, self.problems, kind)
 
     def items(self, wanted: set[str]) -> list[Item]:
         """The wanted items that have metadata, sorted by id; titles may be empty."""

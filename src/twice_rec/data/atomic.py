@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from twice_rec.artifacts import InputError
-from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text, find_file
+from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text, find_file, titled_among
 from twice_rec.records import Item
 
 _TITLES = ("title", "item_title", "item_name", "name", "movie_title")
@@ -89,11 +89,9 @@ class AtomicSource:
 
     def titled(self, wanted: set[str]) -> set[str]:
         """Which of the wanted ids have a title in `NAME.item`."""
-        titled = {item.item_id for item in self._described(wanted, self.problems) if item.title}
-        if missing := wanted - titled:
-            kind = "item without title" if self._item else "item without title (there is no .item file)"
-            self.problems.add(kind, min(missing), len(missing))
-        return titled
+        described = self._described(wanted, self.problems)
+        kind = "item without title" if self._item else "item without title (there is no .item file)"
+        return titled_among(wanted, described, self.problems, kind)
 
     def items(self, wanted: set[str]) -> list[Item]:
         """The wanted items that `NAME.item` describes, sorted by id; titles may be empty."""

@@ -121,6 +121,16 @@ class TableBuilder:
         )
 
 
+def titled_among(
+    wanted: set[str], described: Iterable[Item], problems: Problems, without_title: str = "item without title"
+) -> set[str]:
+    """The wanted ids that the metadata's items give a title; the others are counted under `without_title`."""
+    titled = {item.item_id for item in described if item.title}
+    if missing := wanted - titled:
+        problems.add(without_title, min(missing), len(missing))
+    return titled
+
+
 class Source(Protocol):
     """A folder of files in one of the known forms."""
 

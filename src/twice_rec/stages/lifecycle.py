@@ -50,7 +50,8 @@ def run_stage(
         sys.stdout.write(f"usage: --config RECIPE [--key value ...]\n\n{describe_keys(recipe_class)}\n")
         return 0
     _log_to_terminal()
-    try:
+
+    def logged() -> int:
         if len(words) < 2 or words[0] != "--config":
             raise InputError(
                 f"{name}: expected --config RECIPE [--key value ...], found {' '.join(words) or 'nothing'}"
@@ -60,20 +61,15 @@ def run_stage(
         with _log_to_file(recipe.run_path, name):
             logger.info("%s: %s", name, " ".join(words))
             _announce_wandb(recipe, name)
-            return _guarded(name, body, loaded)
-    except InputError as error:
-        logger.error("%s", error)
-        return 2
-    except OSError as error:
-        if error.errno not in _FULL_OR_LOCKED:
-            raise
-        logger.error("%s", _cannot_write(error))
-        return 1
+            return _guarded(name, lambda: body(loaded))
+
+    return _guarded(name, logged)
 
 
-def _guarded(name: str, body: Callable[[Any], None], loaded: Any) -> int:
+def _guarded(name: str, body: Callable[[], int | None]) -> int:
+    """The exit status of `body`, whatever it raises told in one message."""
     try:
-        body(loaded)
+        return body() or 0
     except KeyboardInterrupt:
         logger.error("%s: interrupted; nothing is lost: the same command goes on where it stopped", name)
         return 130
@@ -89,7 +85,6 @@ def _guarded(name: str, body: Callable[[Any], None], loaded: Any) -> int:
     except Exception:
         logger.exception("%s failed", name)
         return 1
-    return 0
 
 
 def _cannot_write(error: OSError) -> str:
