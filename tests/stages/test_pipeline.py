@@ -162,7 +162,7 @@ def test_ctrl_c_is_one_line_and_loses_nothing(finished, tmp_path):
     assert "Traceback" not in output
 
 
-def test_cf_only_run_needs_no_language_model(finished, tmp_path):
+def test_cf_only_run_needs_no_language_model(finished, tmp_path, capfd):
     whole, base = finished
     run_dir = tmp_path / "tiny"
     shutil.copytree(whole / "data", run_dir / "data")
@@ -180,7 +180,11 @@ def test_cf_only_run_needs_no_language_model(finished, tmp_path):
     ]
     assert {row["user_id"]: row["ranks"] for row in outside} == first
     assert len(rows) == 500
-    assert run("report", run_dir, base, "--comparisons", "[[sasrec, random]]") == 0
+    capfd.readouterr()
+    assert run("report", run_dir, base, "--comparisons", "[[sasrec, random], [stage2, base]]") == 0
+    assert "warning: stage2 - base left out: stage2 is not evaluated; random, " in capfd.readouterr().err
+    results = json.loads((run_dir / "report" / "results.json").read_text())
+    assert [(row["a"], row["b"]) for row in results["comparisons"]] == [("sasrec", "random")]
 
 
 def test_sft_of_an_adapter_leaves_adapter_and_merged_model(finished, tmp_path):

@@ -26,9 +26,12 @@ def report(recipe: ReportRecipe) -> None:
     summary = page.summarise_variants(variants, None, recipe.bootstrap_samples)
     shared = page.common_users(variants)
     common = page.summarise_variants(variants, shared, recipe.bootstrap_samples) if shared else {}
-    comparisons = [
-        page.compare(variants, a, b, recipe.comparison_metric, recipe.bootstrap_samples) for a, b in recipe.comparisons
-    ]
+    comparisons = []
+    for a, b in recipe.comparisons:
+        if missing := [name for name in (a, b) if name not in variants]:
+            logger.warning("%s - %s left out: %s is not evaluated; %s are", a, b, missing[0], ", ".join(variants))
+            continue
+        comparisons.append(page.compare(variants, a, b, recipe.comparison_metric, recipe.bootstrap_samples))
     folder, about = recipe.run_path / "report", environment()
     made_of = {name: hash_file(recipe.run_path / "eval" / name / MANIFEST) for name in variants}
     write_json(
