@@ -315,6 +315,10 @@ class ModelKeys:
     )
 
 
+MAX_PROMPT_TOKENS = (
+    "longer prompts lose the oldest purchases, then text of descriptions; the same value belongs in sft, grpo and "
+    "evaluate; null for no limit"
+)
 MODEL_CHECKS = (at_least("lora_r", 1), at_least("lora_alpha", 1), within("lora_dropout", 0, 0.99))
 
 
@@ -326,14 +330,27 @@ class SftRecipe(ModelKeys, Recipe):
     item_info_rows: int | None = key(None, "rows of task 1 (title -> item); null for all, 0 for none")
     direct_rows: int | None = key(None, "rows of task 2 (history + candidates -> item); null for all, 0 for none")
     rationale_rows: int | None = key(None, "rows of task 3 (the same -> rationale, item); null for all, 0 for none")
+    item_info_weight: float = key(1.0, "how often each row of task 1 stands in an epoch; fractions are drawn")
+    direct_weight: float = key(1.0, "the same for task 2")
+    rationale_weight: float = key(1.0, "the same for task 3")
+    curriculum: bool = key(False, "train on the tasks one after another, 1, 2, 3, instead of mixed")
+    max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
+    sample_every: int | None = key(
+        None, "write sample answers to samples.jsonl every so many steps; null for never", changes_result=False
+    )
+    sample_prompts: int = key(4, "prompts of the sample answers", changes_result=False)
 
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
         *MODEL_CHECKS,
-        *(at_least(name, 0) for name in ("item_info_rows", "direct_rows", "rationale_rows")),
+        *(at_least(f"{task}_{of}", 0) for task in ("item_info", "direct", "rationale") for of in ("rows", "weight")),
+        *(at_least(name, 1) for name in ("max_prompt_tokens", "sample_every", "sample_prompts")),
         Check(
-            lambda c: not c.item_info_rows == c.direct_rows == c.rationale_rows == 0,
-            lambda c: "item_info_rows, direct_rows and rationale_rows are all 0; nothing is left to train on",
+            lambda c: (
+                not c.item_info_rows == c.direct_rows == c.rationale_rows == 0
+                and bool(c.item_info_weight or c.direct_weight or c.rationale_weight)
+            ),
+            lambda c: "item_info_rows, direct_rows and rationale_rows, or their weights, are all 0; nothing is left",
         ),
     )
 
@@ -347,6 +364,7 @@ RewardName = Literal[
 class GrpoRecipe(ModelKeys, Recipe):
     """Stage 3: confidence-weighted GRPO. All keys of TRL's GRPOConfig stand beside these."""
 
+    max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
     train_fraction: float = key(0.15, "share of the training examples that are prompted")
     reward_funcs: list[RewardName] = key(["collaborative", "structure", "tags", "only_expected_tags"], "see rewards.py")
     reward_weights: list[float] = key([4.0, 1.0, 1.0, 1.0], "one a reward, in the same order")
@@ -396,6 +414,7 @@ class GrpoRecipe(ModelKeys, Recipe):
         within("reward_tau_quantile", 0, 1),
         within("rollout_port", 1, 65535),
         at_least("rollout_tensor_parallel_size", 1),
+        at_least("max_prompt_tokens", 1),
         at_least("reward_lambda", 0),
     )
 
@@ -420,6 +439,7 @@ class EvaluateRecipe(Recipe):
     num_samples: int = key(5, "sampled: answers a question")
     temperature: float = key(0.9, "sampled")
     top_p: float = key(1.0, "sampled")
+    max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
     max_new_tokens: int = key(300, "longest answer")
     batch_size: int = key(8, "questions at once")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "of the weights")
@@ -428,7 +448,10 @@ class EvaluateRecipe(Recipe):
 
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
-        *(at_least(name, 1) for name in ("num_users", "num_samples", "max_new_tokens", "batch_size")),
+        *(
+            at_least(name, 1)
+            for name in ("num_users", "num_samples", "max_new_tokens", "batch_size", "max_prompt_tokens")
+        ),
         Check(
             lambda c: c.temperature > 0 and 0 < c.top_p <= 1,
             lambda c: f"temperature {c.temperature} must be above 0 and top_p {c.top_p} in (0, 1]",

@@ -112,15 +112,12 @@ def test_no_size_or_model_is_special():
 def test_readme_tree_is_true():
     readme = (ROOT / "README.md").read_text()
     tree = re.search(r"```\n(README\.md .*?)```", readme, re.DOTALL).group(1)
-    listed = {}
-    folder = ""
+    listed, folders = {}, {}
     for line in tree.splitlines():
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
-        if indent == 0:
-            folder = ""
-        path = name if indent == 0 else f"{folder}{name}"
+        path = folders.get(indent - 2, "") + name
         if name.endswith("/"):
-            folder = path if indent == 0 else f"{folder.split('/')[0]}/{name}" if indent == 2 else folder
+            folders[indent] = path
         listed[path.rstrip("/")] = line
     for path in listed:
         assert (ROOT / path).exists() or (SOURCE.parent / path).exists(), f"the README names {path}"

@@ -10,6 +10,7 @@ from twice_rec.artifacts import InputError, read_json, read_records, write_recor
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
+from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.predict import (
     AskSettings,
     CFQuestions,
@@ -28,6 +29,7 @@ from twice_rec.tags import render
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 7)])
 SHOWN = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
+WRITER = PromptWriter(CATALOG, SHOWN, None, len)
 SEQUENCES = [
     UserSequence("u", tuple(map(Interaction, ("I1", "I2", "I3", "I4"))), 2, 2, 3),
     UserSequence("w", (Interaction("I1"), Interaction("I5")), 2, None, None),
@@ -164,7 +166,7 @@ def settings(**others):
 
 
 def test_likelihood_ranks_all_candidates_behind_the_rationale():
-    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", CATALOG, SHOWN, settings(), 1)
+    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, settings(), 1)
     assert prediction.ranking == ("I6", "I5", "I4")
     assert prediction.ranks == {"uniform": 3}
     assert prediction.answers == ("<think> tea </think>",)
@@ -172,7 +174,7 @@ def test_likelihood_ranks_all_candidates_behind_the_rationale():
 
 def test_sampled_ranks_by_votes():
     generator = FakeGenerator(item_text("I4"))
-    (prediction,) = ask(generator, [EXAMPLE], "hard", CATALOG, SHOWN, settings(ranking="sampled"), 11)
+    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, settings(ranking="sampled"), 11)
     assert prediction.ranks == {"hard": 1}
     assert len(prediction.answers) == 5
     assert generator.asked == [(1, 5, 11)]
@@ -187,13 +189,13 @@ def test_killed_evaluation_goes_on_behind_the_last_whole_batch(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), data, settings())
+    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, settings())
     with pytest.raises(KeyboardInterrupt):
-        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), data, settings())
+        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, settings())
     with open(killed / "predictions.partial.jsonl", "a") as file:
         file.write('{"user_id": "v", "tar')  # a kill in mid-line
     generator = FakeGenerator()
-    _, found = evaluate_language_model(killed, generator, batches_of(data), data, settings())
+    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, settings())
     assert len(generator.asked) == 1
     assert found == expected
     assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()

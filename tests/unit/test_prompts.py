@@ -1,14 +1,17 @@
 """Prompts, training rows and the gold test: every training target parses, hits and earns the full format reward."""
 
+import dataclasses
 import itertools
+from typing import get_args
 
 import pytest
 
 from twice_rec import prompts, rewards, tags
 from twice_rec.artifacts import InputError
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.data.fitting import PromptWriter
 from twice_rec.data.grpo import prompt_rows
-from twice_rec.data.sft import training_rows
+from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.curate import rejection
 from twice_rec.rationales.offline import OfflineAnnotator, attributes
@@ -87,19 +90,25 @@ def test_review_text_and_long_reviews_are_cut():
 RATIONALES = [Rationale("u", "B2", "They like Alder.", "relevant", (1,), 0.9, "offline")]
 
 
-def rows(**limits):
-    counts = {"item_info_rows": None, "direct_rows": None, "rationale_rows": None, **limits}
-    return training_rows(CATALOG, SHOWN, [EXAMPLE], RATIONALES, **counts, seed=0)
+WRITER = PromptWriter(CATALOG, SHOWN, None, len)
+
+
+def shares(**rows):
+    return {task: Share(rows.get(task)) for task in get_args(Task)}
+
+
+def rows(curriculum=False, **limits):
+    return training_rows(WRITER, [EXAMPLE], RATIONALES, shares(**limits), curriculum, seed=0)
 
 
 def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
     for row in rows():
-        answer = tags.parse(row["completion"][0]["content"])
-        if row["task"] == "item_info":
+        answer = tags.parse(row.answer)
+        if row.task == "item_info":
             assert answer.is_complete(tags.ITEM_INFO)
             continue
         assert CATALOG.outcome(answer, EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
-        if row["task"] == "rationale":
+        if row.task == "rationale":
             scored = rewards.Scored(answer, Outcome.HIT, 0.5)
             settings = rewards.RewardSettings(3.0, 0.3)
             assert [
@@ -109,33 +118,96 @@ def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
 
 
 def test_tasks_and_limits():
-    count = lambda **limits: sorted(row["task"] for row in rows(**limits))
+    count = lambda **limits: sorted(row.task for row in rows(**limits))
     assert count() == ["direct", "item_info", "item_info", "item_info", "rationale"]
-    assert count(item_info_rows=1, direct_rows=0) == ["item_info", "rationale"]
+    assert count(item_info=1, direct=0) == ["item_info", "rationale"]
     assert rows() == rows()
+
+
+def test_weights_repeat_rows_and_draw_the_fraction():
+    heavier = {**shares(), "item_info": Share(None, 2.4), "direct": Share(None, 0.0)}
+    drawn = [row.task for row in training_rows(WRITER, [EXAMPLE], RATIONALES, heavier, False, 0)]
+    assert sorted(drawn) == ["item_info"] * (2 * 3 + round(0.4 * 3)) + ["rationale"]
+
+
+def test_curriculum_keeps_the_tasks_apart():
+    assert [row.task for row in rows(curriculum=True)] == ["item_info"] * 3 + ["direct", "rationale"]
+
+
+def test_a_task_without_rows_is_an_error():
+    with pytest.raises(InputError, match=r"task rationale has no rows; set rationale_rows to 0"):
+        training_rows(WRITER, [EXAMPLE], [], shares(), False, 0)
+
+
+def words(prompt):
+    return sum(len(message["content"].split()) for message in prompt)
+
+
+class TestFitting:
+    shown = PromptFormat(
+        None,
+        ("title", "description"),
+        ("review_title",),
+        ("title", "item_id", "description", "details"),
+        None,
+        None,
+        None,
+    )
+    whole = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=True)
+
+    def write(self, limit):
+        writer = PromptWriter(CATALOG, self.shown, limit, words)
+        return writer, writer.recommend(EXAMPLE, with_rationale=True)
+
+    def shorter(self, **limits):
+        return prompts.recommend(EXAMPLE, CATALOG, dataclasses.replace(self.shown, **limits), with_rationale=True)
+
+    def test_a_prompt_that_fits_stays_as_it_is(self):
+        writer, prompt = self.write(words(self.whole))
+        assert prompt == self.whole
+        assert writer.fitted == {"whole": 1}
+
+    def test_the_oldest_purchases_go_first(self):
+        writer, prompt = self.write(words(self.whole) - 1)
+        assert prompt == self.shorter(history_items=2)
+        assert writer.fitted == {"purchases dropped": 1}
+
+    def test_descriptions_go_next_and_candidates_and_instructions_never(self):
+        writer, prompt = self.write(words(self.shorter(history_items=1)) - 1)
+        assert writer.fitted == {"descriptions cut": 1}
+        bare = self.shorter(history_items=1, description_chars=0, details_chars=0)
+        assert words(bare) <= words(prompt) < words(self.shorter(history_items=1))
+        assert self.write(words(bare))[1] == bare
+        for item_id in EXAMPLE.candidates:
+            assert f"title: {CATALOG[item_id].title} | id: {item_id}" in prompt[1]["content"]
+        assert tags.describe(tags.WITH_RATIONALE) in prompt[1]["content"]
+
+    def test_a_prompt_that_cannot_fit_is_an_error(self):
+        with pytest.raises(InputError, match=r"prompt of user u has \d+ tokens .* max_prompt_tokens is 5: raise it"):
+            self.write(5)
 
 
 def test_rationale_of_other_data_is_refused():
     other = Rationale("u", "B3", "x", "relevant", (), 0.5, "offline")
     with pytest.raises(InputError, match=r"user u is about item B3, but .* target is B2.*rationales.sh"):
-        training_rows(CATALOG, SHOWN, [EXAMPLE], [other], 0, 0, None, 0)
+        training_rows(WRITER, [EXAMPLE], [other], shares(item_info=0, direct=0), False, 0)
     stranger = Rationale("w", "B2", "x", "relevant", (), 0.5, "offline")
     with pytest.raises(InputError, match="not among the examples"):
-        training_rows(CATALOG, SHOWN, [EXAMPLE], [stranger], 0, 0, None, 0)
+        training_rows(WRITER, [EXAMPLE], [stranger], shares(item_info=0, direct=0), False, 0)
 
 
 def test_stage_3_asks_word_for_word_what_stage_2_taught():
-    (row,) = prompt_rows([EXAMPLE], CATALOG, SHOWN, 1.0, 0)
-    taught = next(row for row in rows() if row["task"] == "rationale")
-    assert row["prompt"] == taught["prompt"]
+    (row,) = prompt_rows(WRITER, [EXAMPLE], 1.0, 0)
+    taught = next(row for row in rows() if row.task == "rationale")
+    assert row["prompt"] == taught.prompt
     assert (row["candidates"], row["target"], row["history"]) == (["B3", "B2"], "B2", ["B3", "B1", "B1"])
 
 
 def test_a_share_of_the_examples_is_prompted():
     examples = [Example(f"u{i}", HISTORY, ("B3", "B2"), "B2") for i in range(40)]
-    drawn = prompt_rows(examples, CATALOG, SHOWN, 0.15, 1)
+    drawn = prompt_rows(WRITER, examples, 0.15, 1)
     assert len(drawn) == 6
-    assert drawn == prompt_rows(examples, CATALOG, SHOWN, 0.15, 1)
+    assert drawn == prompt_rows(WRITER, examples, 0.15, 1)
 
 
 class TestOfflineAnnotator:

@@ -7,15 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from twice_rec import prompts
-from twice_rec.catalog import ItemCatalog
-from twice_rec.prompts import PromptFormat
+from twice_rec.data.fitting import PromptWriter
 from twice_rec.records import Example
 
 
-def prompt_rows(
-    examples: Sequence[Example], catalog: ItemCatalog, shown: PromptFormat, fraction: float, seed: int
-) -> list[dict[str, Any]]:
+def prompt_rows(writer: PromptWriter, examples: Sequence[Example], fraction: float, seed: int) -> list[dict[str, Any]]:
     """A seeded share of the examples, asked as in task 3.
 
     Returns:
@@ -25,7 +21,7 @@ def prompt_rows(
     drawn = np.random.default_rng(seed).permutation(len(examples))[:count]
     return [
         {
-            "prompt": prompts.recommend(example, catalog, shown, with_rationale=True),
+            "prompt": writer.recommend(example, with_rationale=True),
             "candidates": list(example.candidates),
             "target": example.target,
             "history": [entry.item_id for entry in example.history],

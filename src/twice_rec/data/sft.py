@@ -1,4 +1,4 @@
-"""The training rows of stage 2: three tasks, as prompt and completion in conversational form.
+"""The training rows of stage 2: three tasks, as prompt and answer.
 
 Task 1: title -> id, description, details, for items. Task 2: history + candidates -> item, for training examples.
 Task 3: the same -> rationale and item, for training examples with an accepted rationale.
@@ -7,49 +7,83 @@ Task 3: the same -> rationale and item, for training examples with an accepted r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from twice_rec import prompts
 from twice_rec.artifacts import InputError
-from twice_rec.catalog import ItemCatalog
-from twice_rec.prompts import Message, PromptFormat
+from twice_rec.data.fitting import PromptWriter
+from twice_rec.prompts import Message
 from twice_rec.records import Example, Rationale
 
 T = TypeVar("T")
-Row = dict[str, Any]  # {"prompt": [Message], "completion": [Message], "task": str}, as TRL takes it
+Task = Literal["item_info", "direct", "rationale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training row."""
+
+    task: Task
+    prompt: list[Message]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much of a task is trained on.
+
+    Args:
+        rows: draw this many of its rows; None for all, 0 for none.
+        weight: how often each of them stands in an epoch; a fraction is drawn.
+    """
+
+    rows: int | None
+    weight: float = 1.0
 
 
 def training_rows(
-    catalog: ItemCatalog,
-    shown: PromptFormat,
+    writer: PromptWriter,
     examples: Sequence[Example],
     rationales: Iterable[Rationale],
-    item_info_rows: int | None,
-    direct_rows: int | None,
-    rationale_rows: int | None,
+    shares: Mapping[Task, Share],
+    curriculum: bool,
     seed: int,
 ) -> list[Row]:
-    """Draw each task's rows (None for all) and mix them; the same seed gives the same rows in the same order.
+    """Draw each task's rows and mix them; the same seed gives the same rows in the same order.
+
+    Args:
+        curriculum: keep the tasks apart, in the order of `Task`, each mixed in itself.
 
     Raises:
-        InputError: for a rationale whose user or target is not among the examples.
+        InputError: for a rationale whose user or target is not among the examples, and for a task without rows.
     """
     rng = np.random.default_rng(seed)
     by_user = {example.user_id: example for example in examples}
-    rows = [
-        _row(prompts.item_info(i), prompts.item_info_answer(i, shown), "item_info")
-        for i in _draw(rng, list(catalog), item_info_rows)
-    ]
-    for example in _draw(rng, examples, direct_rows):
-        answer = prompts.item_answer(catalog[example.target])
-        rows.append(_row(prompts.recommend(example, catalog, shown, with_rationale=False), answer, "direct"))
-    for rationale in _draw(rng, list(rationales), rationale_rows):
+    catalog, shown = writer.catalog, writer.shown
+    rows: dict[Task, list[Row]] = {
+        "item_info": [
+            Row("item_info", prompts.item_info(item), prompts.item_info_answer(item, shown))
+            for item in _draw(rng, list(catalog), shares["item_info"])
+        ],
+        "direct": [
+            Row("direct", writer.recommend(e, with_rationale=False), prompts.item_answer(catalog[e.target]))
+            for e in _draw(rng, examples, shares["direct"])
+        ],
+        "rationale": [],
+    }
+    for rationale in _draw(rng, list(rationales), shares["rationale"]):
         example = _example_of(rationale, by_user)
         answer = prompts.rationale_answer(rationale.text, catalog[example.target])
-        rows.append(_row(prompts.recommend(example, catalog, shown, with_rationale=True), answer, "rationale"))
-    return [rows[position] for position in rng.permutation(len(rows))]
+        rows["rationale"].append(Row("rationale", writer.recommend(example, with_rationale=True), answer))
+    for task, share in shares.items():
+        if not rows[task] and share.rows != 0 and share.weight:
+            raise InputError(f"task {task} has no rows; set {task}_rows to 0 to train without it")
+    mixed = [[of_task[i] for i in rng.permutation(len(of_task))] for of_task in rows.values()]
+    together = [row for of_task in mixed for row in of_task]
+    return together if curriculum else [together[position] for position in rng.permutation(len(together))]
 
 
 def _example_of(rationale: Rationale, by_user: Mapping[str, Example]) -> Example:
@@ -63,11 +97,8 @@ def _example_of(rationale: Rationale, by_user: Mapping[str, Example]) -> Example
     return example
 
 
-def _draw(rng: np.random.Generator, population: Sequence[T], count: int | None) -> list[T]:
-    """`count` of them without replacement, all of them for None or where there are fewer."""
-    chosen = rng.permutation(len(population))[:count]
-    return [population[position] for position in chosen]
-
-
-def _row(prompt: list[Message], answer: str, task: str) -> Row:
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}], "task": task}
+def _draw(rng: np.random.Generator, population: Sequence[T], share: Share) -> list[T]:
+    """The share's rows without replacement, repeated by its weight."""
+    chosen = [population[position] for position in rng.permutation(len(population))[: share.rows]]
+    whole, rest = divmod(share.weight, 1)
+    return chosen * int(whole) + chosen[: round(rest * len(chosen))]

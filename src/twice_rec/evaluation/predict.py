@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from twice_rec.artifacts import InputError, atomic_path, read_records, to_row, write_json, write_records
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.dataset import PreparedData
+from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.baselines import CFScorer
 from twice_rec.metrics import per_user, ranks_from_scores, summarise
 from twice_rec.progress import progress
-from twice_rec.prompts import Message, PromptFormat, item_answer, rationale_answer, recommend
+from twice_rec.prompts import Message, item_answer, rationale_answer
 from twice_rec.records import CandidateLists, Example, Prediction, Split, UserSequence
 from twice_rec.tags import closing, opening, parse, without_tags
 
@@ -227,13 +228,14 @@ def evaluate_language_model(
     folder: Path,
     generator: Generator,
     batches: Sequence[tuple[str, Sequence[Example]]],
-    data: PreparedData,
+    writer: PromptWriter,
     settings: AskSettings,
 ) -> tuple[list[Path], dict[str, float]]:
     """Ask all questions and write `predictions.jsonl` and `metrics.json`; goes on behind what a killed run has written.
 
     Args:
         batches: (kind of list, questions), asked together in this order.
+        writer: of the prompts.
 
     Returns:
         The files, and the metrics with the rates of the answers' outcomes.
@@ -245,9 +247,9 @@ def evaluate_language_model(
     for number in progress(range(done, len(batches)), desc=folder.name, unit="batch", total=len(batches), initial=done):
         kind, examples = batches[number]
         seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
-        _append(partial, ask(generator, examples, kind, data.catalog, data.prompt_format, settings, seed))
+        _append(partial, ask(generator, examples, kind, writer, settings, seed))
     rows = list(read_records(partial, Prediction))
-    metrics = {**metrics_of(rows), **answer_rates(rows, data.catalog)}
+    metrics = {**metrics_of(rows), **answer_rates(rows, writer.catalog)}
     write_json(folder / METRICS_FILE, metrics)
     partial.replace(folder / PREDICTIONS)
     return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
@@ -257,8 +259,7 @@ def ask(
     generator: Generator,
     examples: Sequence[Example],
     kind: str,
-    catalog: ItemCatalog,
-    shown: PromptFormat,
+    writer: PromptWriter,
     settings: AskSettings,
     sampling_seed: int,
 ) -> list[Prediction]:
@@ -272,7 +273,8 @@ def ask(
         kind: of the candidate lists, for the records.
         sampling_seed: of this batch.
     """
-    prompts = [recommend(example, catalog, shown, settings.with_rationale) for example in examples]
+    catalog = writer.catalog
+    prompts = [writer.recommend(example, settings.with_rationale) for example in examples]
     if settings.ranking == "sampled":
         sampling = (settings.num_samples, settings.temperature, settings.top_p, sampling_seed)
         answers = generator.generate(prompts, *sampling)

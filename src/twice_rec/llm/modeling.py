@@ -142,9 +142,28 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], answer: str = "") -> list[int]:
-    """Token ids of a prompt, opened for the model's turn, and the beginning of its answer.
+    """Token ids of a prompt, opened for the model's turn, and of the beginning of its answer.
 
-    The chat template writes the BOS token itself, so the text is encoded without another.
+    The chat template writes the BOS token itself, so nothing is added to its text. Prompt and answer are encoded apart,
+    since that is how a model meets them: the prompt's last token never depends on the answer.
     """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
+    return [*encode_text(tokenizer, text), *encode_text(tokenizer, answer)]
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template writes behind an answer, up to the first special token: what a model learns to stop with.
+
+    `<end_of_turn>` for Gemma, `<|im_end|>` for Qwen; the EOS token where the template writes no special one.
+    """
+    mark = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    behind = encode_text(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2])
+    special = set(tokenizer.all_special_ids)
+    first = next((i for i, token in enumerate(behind) if token in special), None)
+    return [tokenizer.eos_token_id] if first is None else behind[: first + 1]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing added."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

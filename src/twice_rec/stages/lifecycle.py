@@ -17,6 +17,7 @@ from typing import Any
 from twice_rec.artifacts import InputError, Work
 from twice_rec.config import Recipe, describe_keys
 from twice_rec.data.dataset import PreparedData
+from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.baselines import CFScorer
 from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
 
@@ -207,6 +208,15 @@ def need(path: Path, made_by: str) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; it is made by {made_by}, which must run first")
     return path
+
+
+def prompt_writer(data: PreparedData, max_prompt_tokens: int | None, tokenizer: Any) -> PromptWriter:
+    """The writer of a model's prompts, the same in stages 2, 3 and 4."""
+    from twice_rec.llm.modeling import encode_chat
+
+    return PromptWriter(
+        data.catalog, data.prompt_format, max_prompt_tokens, lambda prompt: len(encode_chat(tokenizer, prompt))
+    )
 
 
 def torch_device(name: str) -> str:

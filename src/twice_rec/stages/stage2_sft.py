@@ -1,7 +1,7 @@
 """Stage 2: multi-task SFT of the base model -> sft/ (adapter, checkpoints, log) and sft/merged/ (plain model).
 
-Three tasks are mixed (see `data/sft.py`) as prompt/completion rows; TRL's SFTTrainer trains a LoRA adapter, or all
-weights, with the loss on the completion only. The merged model is made from a fresh copy of the base.
+Three tasks are mixed (see `data/sft.py`); TRL's SFTTrainer trains a LoRA adapter, or all weights, with the loss on the
+answers only. The merged model is made from a fresh copy of the base.
 
 Deviations from the release: bf16 or float32 base instead of 8 bit, since an adapter trained on a quantised base and
 merged into the plain one is not the model that was trained.
@@ -14,12 +14,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from twice_rec.artifacts import Work, read_records
 from twice_rec.config import SftRecipe, load_training_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.sft import training_rows
+from twice_rec.data.sft import Share, Task, training_rows
+from twice_rec.evaluation.tables import markdown
 from twice_rec.records import Rationale
 from twice_rec.stages.lifecycle import (
     IS_MAIN,
@@ -27,6 +29,7 @@ from twice_rec.stages.lifecycle import (
     about,
     need,
     owned_arguments,
+    prompt_writer,
     run_stage,
     say_finished,
     train_and_save,
@@ -41,6 +44,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from twice_rec.llm.encoding import LENGTH_HEADER, encode_rows, length_table
     from twice_rec.llm.modeling import (
         last_checkpoint,
         load_model,
@@ -49,6 +53,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
         saved_weights,
         write_merged,
     )
+    from twice_rec.llm.samples import SampleAnswers
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -63,24 +68,25 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     if IS_MAIN:
         work.begin(recipe.overwrite)
     data = PreparedData(run / "data")
-    rows = training_rows(
-        data.catalog,
-        data.prompt_format,
-        list(data.training_examples()),
-        read_records(run / "rationales" / "accepted.jsonl", Rationale),
-        recipe.item_info_rows,
-        recipe.direct_rows,
-        recipe.rationale_rows,
-        recipe.seed,
-    )
-    logger.info("%s rows", f"{len(rows):,}")
     tokenizer = load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
+    writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
+    shares = {t: Share(getattr(recipe, f"{t}_rows"), getattr(recipe, f"{t}_weight")) for t in get_args(Task)}
+    accepted = read_records(run / "rationales" / "accepted.jsonl", Rationale)
+    rows = training_rows(writer, list(data.training_examples()), accepted, shares, recipe.curriculum, recipe.seed)
+    arguments = SFTConfig(**owned_arguments(recipe, work.path), **trainer_keys)
+    if recipe.curriculum:
+        arguments.train_sampling_strategy = "sequential"
+    encoded = encode_rows(tokenizer, rows, arguments.max_length)
+    logger.info("tokens, by task:\n%s", markdown(LENGTH_HEADER, length_table(rows, encoded)))
+    logger.info("prompts: %s", ", ".join(f"{count:,} {how}" for how, count in writer.fitted.items()))
+    samples = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts if recipe.sample_every else 0]
     trainer = SFTTrainer(
         model=load_model(recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision),
-        args=SFTConfig(**owned_arguments(recipe, work.path), **trainer_keys),
-        train_dataset=Dataset.from_list(rows),
+        args=arguments,
+        train_dataset=Dataset.from_list(encoded),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
+        callbacks=[SampleAnswers(samples, recipe.sample_every, work.path / "samples.jsonl")] if samples else None,
     )
     train_and_save(trainer, work.path, last_checkpoint(work.path))
     if trainer.is_world_process_zero():

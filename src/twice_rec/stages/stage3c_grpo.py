@@ -29,6 +29,7 @@ from twice_rec.stages.lifecycle import (
     about,
     need,
     owned_arguments,
+    prompt_writer,
     run_stage,
     say_finished,
     torch_device,
@@ -75,16 +76,16 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     rewards = StepRewards(
         recipe.reward_funcs, settings, data.catalog, scorer, recipe.confidence, recipe.confidence_debiased
     )
-    rows = prompt_rows(
-        list(data.training_examples()), data.catalog, data.prompt_format, recipe.train_fraction, recipe.seed
-    )
+    tokenizer = load_tokenizer(model_folder)
+    writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
+    rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
     trainer = GRPOTrainer(
         model=load_model(model_folder, recipe.dtype, recipe.attn_implementation),
         reward_funcs=rewards.functions,
         args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
         train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(model_folder),
+        processing_class=tokenizer,
         peft_config=lora_config(recipe),
     )
     train_and_save(trainer, work.path, last_checkpoint(work.path))

@@ -23,7 +23,15 @@ from twice_rec.evaluation.baselines import OutsideScorer
 from twice_rec.evaluation.predict import AskSettings, evaluate_language_model
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.records import Example
-from twice_rec.stages.lifecycle import about, evaluate_variant, need, run_stage, say_finished, torch_device
+from twice_rec.stages.lifecycle import (
+    about,
+    evaluate_variant,
+    need,
+    prompt_writer,
+    run_stage,
+    say_finished,
+    torch_device,
+)
 
 MODELS = {"stage2": ("sft/merged", "sft.sh"), "stage3": ("grpo/merged", "grpo_step2.sh")}
 
@@ -60,8 +68,8 @@ def _read_scores(path: Path, data: PreparedData) -> list[OutsideScorer]:
 def _language_model(
     recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path, ranking: str, files: list[Path]
 ) -> None:
-    reads = ["num_users", "lists", "with_rationale", "max_new_tokens", "batch_size", "dtype", "seed"]
-    reads += ["num_samples", "temperature", "top_p"] if ranking == "sampled" else []
+    reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
+    reads += ["seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
     settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
     work = Work(recipe.run_path, f"eval/{name}", "evaluate", settings, [*files, *([model] if model.is_dir() else [])])
     if work.is_finished():
@@ -73,10 +81,12 @@ def _language_model(
     from twice_rec.llm.modeling import load_model, load_tokenizer
 
     llm = load_model(model, recipe.dtype, recipe.attn_implementation, device=torch_device(recipe.device))
-    generator = TransformersGenerator(llm, load_tokenizer(model), recipe.max_new_tokens)
+    tokenizer = load_tokenizer(model)
+    generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
+    writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
     own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     asked = AskSettings(**{f.name: own[f.name] for f in fields(AskSettings) if f.name in own}, ranking=ranking)
-    outputs, metrics = evaluate_language_model(work.path, generator, list(_batches(recipe, data)), data, asked)
+    outputs, metrics = evaluate_language_model(work.path, generator, list(_batches(recipe, data)), writer, asked)
     work.finish(outputs, metrics, about(recipe))
 
 

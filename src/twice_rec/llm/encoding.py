@@ -1,0 +1,70 @@
+"""Training rows as token ids with labels, and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from twice_rec.artifacts import InputError
+from twice_rec.llm.modeling import encode_chat, encode_text, end_of_turn_ids
+from twice_rec.prompts import Message
+
+EncodedRow = dict[str, NDArray[np.int32]]
+_QUANTILES = {"50 %": 50, "90 %": 90, "99 %": 99, "max": 100}
+IGNORED = -100  # the label of a token without loss
+
+
+class TrainingRow(Protocol):
+    """What a row has; `data.sft.Row` is one."""
+
+    @property
+    def task(self) -> str: ...  # noqa: D102
+    @property
+    def prompt(self) -> Sequence[Message]: ...  # noqa: D102
+    @property
+    def answer(self) -> str: ...  # noqa: D102
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[TrainingRow], max_length: int | None
+) -> list[EncodedRow]:
+    """`input_ids` and `labels` of every row: the prompt as generation sees it, the answer, the end of the turn.
+
+    Labels are the ids of answer and end of turn, so the loss is on the completion only. Written here and not by the
+    chat template, since templates rewrite answers: Qwen3's moves what stands in think elements.
+
+    Raises:
+        InputError: for a row longer than `max_length`; nothing is cut.
+    """
+    end = end_of_turn_ids(tokenizer)
+    encoded = []
+    for row in rows:
+        prompt, answer = encode_chat(tokenizer, row.prompt), [*encode_text(tokenizer, row.answer), *end]
+        length = len(prompt) + len(answer)
+        if max_length is not None and length > max_length:
+            raise InputError(
+                f"a row of task {row.task} has {len(prompt)} tokens of prompt and {len(answer)} of answer, {length} in "
+                f"all, but max_length is {max_length}; raise it, or lower max_prompt_tokens"
+            )
+        ids, labels = np.array(prompt + answer, dtype=np.int32), np.array([IGNORED] * len(prompt) + answer)
+        encoded.append({"input_ids": ids, "labels": labels.astype(np.int32)})
+    return encoded
+
+
+def length_table(rows: Sequence[TrainingRow], encoded: Sequence[EncodedRow]) -> list[list[str]]:
+    """Tokens of prompts and answers by task: number of rows, then median, 90 %, 99 %, longest of each."""
+    table = []
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [e["labels"] for row, e in zip(rows, encoded, strict=True) if row.task == task]
+        prompts = np.array([int((labels == IGNORED).sum()) for labels in of_task])
+        answers = np.array([len(labels) for labels in of_task]) - prompts
+        cells = [f"{q:,.0f}" for tokens in (prompts, answers) for q in np.percentile(tokens, list(_QUANTILES.values()))]
+        table.append([task, f"{len(of_task):,}", *cells])
+    return table
+
+
+LENGTH_HEADER = ["task", "rows", *(f"{part} {name}" for part in ("prompt", "answer") for name in _QUANTILES)]
