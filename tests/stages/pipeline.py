@@ -20,7 +20,8 @@ STAGES = {
     "sft": (
         "stage2_sft",
         "sft",
-        "--item_info_rows 8 --direct_rows 12 --rationale_rows 12 --save_steps 2 --per_device_train_batch_size 4 --sample_every 3",
+        "--item_info_rows 8 --direct_rows 12 --rationale_rows 12 --save_steps 2 --per_device_train_batch_size 4 "
+        "--sample_every 3",
     ),
     "sasrec": ("stage3a_sasrec", "sasrec", "--epochs 4 --hidden_size 16 --baselines random popularity itemknn"),
     "serve": ("stage3b_serve", "grpo", ""),

@@ -1,0 +1,149 @@
+"""Loss on the answer and its end of turn only, for the chat templates of the tiny base, Gemma and Qwen."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from twice_rec.artifacts import InputError
+from twice_rec.data.sft import Row
+from twice_rec.llm.base import train_tokenizer
+from twice_rec.llm.encoding import IGNORED, encode_rows, length_table
+from twice_rec.llm.modeling import encode_chat, end_of_turn_ids
+
+TEXTS = ["You recommend tea. <think> they like it </think> <item_nm> Green tea </item_nm> <item_id> B1 </item_id>"] * 9
+
+# What the two families' templates do, as far as it concerns a system turn, a question and an answer.
+GEMMA = (
+    "{{ bos_token }}"
+    "{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ system if loop.first else '' }}{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% set parts = m['content'].split('</think>') %}"
+    "<think>\n{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' }}\n</think>\n\n"
+    "{{ parts[-1].lstrip() }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def family(template, special, end, bos):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([*TEXTS, "answer question user model system assistant"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=special[0], bos_token=bos)
+    fast.add_special_tokens({"additional_special_tokens": special})
+    fast.chat_template = template
+    return fast
+
+
+def gemma():
+    return family(GEMMA, ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", "<bos>")
+
+
+def qwen():
+    return family(QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", None)
+
+
+FAMILIES = {
+    "tiny": (lambda: train_tokenizer(TEXTS, 300), "<end_of_turn>", 1),
+    "gemma": (gemma, "<end_of_turn>", 1),
+    "qwen": (qwen, "<|im_end|>", 0),
+}
+PROMPT = [{"role": "system", "content": "You recommend tea."}, {"role": "user", "content": "Which one?"}]
+ANSWER = "<think> they like it </think> <item_nm> Green tea </item_nm> <item_id> B1 </item_id>"
+ROWS = [Row("rationale", PROMPT, ANSWER), Row("direct", PROMPT[1:], "B1")]
+
+
+@pytest.fixture(params=FAMILIES)
+def named(request):
+    make, end, bos_count = FAMILIES[request.param]
+    return make(), end, bos_count
+
+
+def test_labels_are_the_answer_and_the_end_of_turn(named):
+    tokenizer, end, _ = named
+    for row, encoded in zip(ROWS, encode_rows(tokenizer, ROWS, None), strict=True):
+        ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
+        learned = [label for label in labels if label != IGNORED]
+        assert tokenizer.decode(learned[:-1]) == row.answer
+        assert tokenizer.convert_ids_to_tokens(learned[-1]) == end
+        start = labels.index(learned[0])
+        assert labels == [IGNORED] * start + ids[start:]
+        assert ids[:start] == encode_chat(tokenizer, row.prompt), "training sees another prompt than generation"
+
+
+def test_one_bos_at_the_front_where_the_family_has_one(named):
+    tokenizer, _, bos_count = named
+    for encoded in encode_rows(tokenizer, ROWS, None):
+        ids = encoded["input_ids"].tolist()
+        assert ids.count(tokenizer.bos_token_id) == bos_count
+        assert not bos_count or ids[0] == tokenizer.bos_token_id
+
+
+def test_prompts_are_what_grpo_will_tokenize(named):
+    """TRL's GRPOTrainer applies the chat template with a generation prompt and tokenizes in one go."""
+    tokenizer, _, _ = named
+    theirs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert encode_chat(tokenizer, PROMPT) == theirs["input_ids"]
+
+
+def test_the_answer_never_changes_the_prompts_tokens(named):
+    tokenizer, _, _ = named
+    for answer in ("\n\n", " x", "model\n", ANSWER):
+        prompt = encode_chat(tokenizer, PROMPT)
+        assert encode_chat(tokenizer, PROMPT, answer)[: len(prompt)] == prompt
+
+
+def test_a_template_without_special_tokens_ends_with_eos():
+    tokenizer = gemma()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_row_that_is_too_long_is_refused_with_its_numbers():
+    tokenizer = gemma()
+    length = len(encode_rows(tokenizer, ROWS[:1], None)[0]["input_ids"])
+    assert encode_rows(tokenizer, ROWS[:1], length)
+    with pytest.raises(
+        InputError, match=rf"row of task rationale has \d+ tokens .* {length} in all, but max_length is"
+    ):
+        encode_rows(tokenizer, ROWS[:1], length - 1)
+
+
+def test_lengths_by_task():
+    rows = [Row("direct", PROMPT, "B" * n) for n in range(1, 101)]
+    encoded = [{"labels": np.array([IGNORED] * 7 + [1] * n)} for n in range(1, 101)]
+    assert length_table(rows, encoded) == [["direct", "100", "7", "7", "7", "7", "50", "90", "99", "100"]]
+
+
+@pytest.mark.slow
+def test_the_trainer_takes_the_labels_as_they_are(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    from tiny_models import gemma3
+
+    tokenizer = train_tokenizer(TEXTS, 300)
+    encoded = encode_rows(tokenizer, ROWS, None)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", use_cpu=True, bf16=False,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=gemma3(vocab_size=len(tokenizer)),
+        args=arguments,
+        train_dataset=Dataset.from_list(encoded),
+        processing_class=tokenizer,
+    )
+    (batch,) = list(trainer.get_train_dataloader())
+    for row, expected in zip(batch["labels"].tolist(), encoded, strict=True):
+        padding = len(row) - len(expected["labels"])
+        assert row == [*expected["labels"].tolist(), *[IGNORED] * padding]
