@@ -41,6 +41,7 @@ logger = logging.getLogger("sft")
 
 def sft(loaded: tuple[SftRecipe, dict]) -> None:
     """Train, save, merge."""
+    import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -80,6 +81,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     logger.info("tokens, by task:\n%s", markdown(LENGTH_HEADER, length_table(rows, encoded)))
     logger.info("prompts: %s", ", ".join(f"{count:,} {how}" for how, count in writer.fitted.items()))
     samples = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts if recipe.sample_every else 0]
+    torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = SFTTrainer(
         model=load_model(recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision),
         args=arguments,

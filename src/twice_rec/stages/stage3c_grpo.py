@@ -43,6 +43,7 @@ logger = logging.getLogger("grpo")
 
 def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     """Train, save, merge."""
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -80,6 +81,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
+    torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = GRPOTrainer(
         model=load_model(model_folder, recipe.dtype, recipe.attn_implementation),
         reward_funcs=rewards.functions,
