@@ -1,4 +1,4 @@
-"""Two data-parallel processes train what one trains with the same global batch."""
+"""Two processes train what one trains with the same global batch: data-parallel by gloo, and ZeRO-2."""
 
 import os
 import shutil
@@ -13,27 +13,44 @@ from stages.pipeline import ROOT, run, words
 
 pytestmark = pytest.mark.slow
 
+LAUNCHERS = {
+    "one": ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port"],
+    "gloo": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+    "zero2": [
+        "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--mixed_precision", "no",
+        "--config_file", str(ROOT / "recipes" / "accelerate_configs" / "zero2.yaml"), "--main_process_port",
+    ],
+}  # fmt: skip
 
-def train(run_dir, processes, *flags):
-    """Stage 2 with so many processes (gloo); the adapter it saved."""
+
+def train(run_dir, launcher, batch_size):
+    """Stage 2 under a launcher; the adapter it saved."""
     shutil.rmtree(run_dir / "sft", ignore_errors=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--master_port", str(port), "-m", "twice_rec.stages.stage2_sft"]
+    flags = ["--use_peft", "true", "--max_steps", "3", "--save_steps", "9", "--sample_every", "null"]
+    flags += ["--per_device_train_batch_size", str(batch_size)]
+    command = [sys.executable, *LAUNCHERS[launcher], str(port), "-m", "twice_rec.stages.stage2_sft"]
     command += words("sft", run_dir, run_dir / "base", *flags)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
     return load_file(run_dir / "sft" / "adapter_model.safetensors")
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("distributed")
     for stage in ("prepare", "base", "rationales"):
-        assert run(stage, tmp_path, tmp_path / "base") == 0
-    flags = ["--use_peft", "true", "--max_steps", "3", "--save_steps", "9", "--sample_every", "null"]
-    one = train(tmp_path, 1, *flags, "--per_device_train_batch_size", "4")
-    two = train(tmp_path, 2, *flags, "--per_device_train_batch_size", "2")
-    assert one.keys() == two.keys()
-    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+        assert run(stage, run_dir, run_dir / "base") == 0
+    return run_dir, train(run_dir, "one", 4)
+
+
+@pytest.mark.parametrize("launcher", ["gloo", "zero2"])
+def test_two_processes_train_what_one_trains(one, launcher):
+    run_dir, alone = one
+    together = train(run_dir, launcher, 2)
+    assert alone.keys() == together.keys()
+    assert all((alone[name] - together[name]).abs().max() < 1e-5 for name in alone)
+    assert any(tensor.abs().max() > 1e-5 for name, tensor in alone.items() if "lora_B" in name), "nothing was trained"
