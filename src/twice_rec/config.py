@@ -335,6 +335,9 @@ class SftRecipe(ModelKeys, Recipe):
     rationale_weight: float = key(1.0, "the same for task 3")
     curriculum: bool = key(False, "train on the tasks one after another, 1, 2, 3, instead of mixed")
     max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
+    share_prefixes: bool = key(
+        False, "compute what the prompts of a user's rows have in common once; batch sizes then count users"
+    )
     sample_every: int | None = key(
         None, "write sample answers to samples.jsonl every so many steps; null for never", changes_result=False
     )
@@ -345,6 +348,14 @@ class SftRecipe(ModelKeys, Recipe):
         *MODEL_CHECKS,
         *(at_least(f"{task}_{of}", 0) for task in ("item_info", "direct", "rationale") for of in ("rows", "weight")),
         *(at_least(name, 1) for name in ("max_prompt_tokens", "sample_every", "sample_prompts")),
+        Check(
+            lambda c: not c.share_prefixes or c.attn_implementation in ("sdpa", "eager"),
+            lambda c: f"share_prefixes needs attn_implementation sdpa or eager, found {c.attn_implementation}",
+        ),
+        Check(
+            lambda c: not (c.share_prefixes and c.curriculum),
+            lambda c: "curriculum keeps the tasks apart, share_prefixes puts a user's rows together; set one to false",
+        ),
         Check(
             lambda c: (
                 not c.item_info_rows == c.direct_rows == c.rationale_rows == 0

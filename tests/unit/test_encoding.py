@@ -1,16 +1,20 @@
 """Loss on the answer and its end of turn only, for the chat templates of the tiny base, Gemma and Qwen."""
 
+import functools
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tiny_models import gemma3, llama, qwen3
 from twice_rec.artifacts import InputError
 from twice_rec.data.sft import Row
 from twice_rec.llm.base import train_tokenizer
-from twice_rec.llm.encoding import IGNORED, encode_rows, length_table
+from twice_rec.llm.encoding import IGNORED, encode_rows, length_table, share_prefixes
 from twice_rec.llm.modeling import encode_chat, end_of_turn_ids
+from twice_rec.llm.shared_prefix import SharedPrefixCollator
 
 TEXTS = ["You recommend tea. <think> they like it </think> <item_nm> Green tea </item_nm> <item_id> B1 </item_id>"] * 9
 
@@ -125,25 +129,76 @@ def test_lengths_by_task():
     assert length_table(rows, encoded) == [["direct", "100", "7", "7", "7", "7", "50", "90", "99", "100"]]
 
 
-@pytest.mark.slow
-def test_the_trainer_takes_the_labels_as_they_are(tmp_path):
+USERS_ROWS = [
+    Row("direct", [*PROMPT[:1], {"role": "user", "content": "Which one of these? Item only."}], "B1", "u"),
+    Row("item_info", PROMPT[1:], "It is tea."),
+    Row("direct", PROMPT, "B2", "v"),
+    Row("rationale", [*PROMPT[:1], {"role": "user", "content": "Which one of these? Reason first."}], ANSWER, "u"),
+]
+
+
+def test_groups_hold_the_common_beginning_once(named):
+    tokenizer, _, _ = named
+    encoded = encode_rows(tokenizer, USERS_ROWS, None)
+    groups = share_prefixes(USERS_ROWS, encoded)
+    assert [len(group["lengths"]) for group in groups] == [3, 2, 2]  # users u and v, and the item, in the rows' order
+    for group, members in zip(groups, ([0, 3], [1], [2]), strict=True):
+        common, *lengths = group["lengths"]
+        assert set(group["labels"][:common]) == {IGNORED}
+        start = common
+        for length, member in zip(lengths, members, strict=True):
+            whole = group["input_ids"][:common] + group["input_ids"][start : start + length]
+            labels = group["labels"][:common] + group["labels"][start : start + length]
+            assert whole == encoded[member]["input_ids"].tolist()
+            assert labels == encoded[member]["labels"].tolist()
+            assert labels[common] == IGNORED
+            start += length
+    u = groups[0]
+    assert u["input_ids"][u["lengths"][0]] != u["input_ids"][u["lengths"][0] + u["lengths"][1]], "more is in common"
+
+
+def trainer_of(kind, make, tokenizer, folder):
+    """A trainer with all four rows in one batch: padded as TRL does, packed as TRL does, or with shared prefixes."""
     from trl import SFTConfig, SFTTrainer
 
-    from tiny_models import gemma3
-
-    tokenizer = train_tokenizer(TEXTS, 300)
-    encoded = encode_rows(tokenizer, ROWS, None)
+    rows, sharing = encode_rows(tokenizer, USERS_ROWS, None), {}
     arguments = SFTConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", use_cpu=True, bf16=False,
-        train_sampling_strategy="sequential",
+        output_dir=str(folder), per_device_train_batch_size=1 if kind == "packed" else 4, report_to="none",
+        use_cpu=True, bf16=False, train_sampling_strategy="sequential", packing=kind == "packed", max_length=2048,
     )  # fmt: skip
-    trainer = SFTTrainer(
-        model=gemma3(vocab_size=len(tokenizer)),
-        args=arguments,
-        train_dataset=Dataset.from_list(encoded),
-        processing_class=tokenizer,
+    model = make(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    if kind == "shared":
+        rows, arguments.dataset_kwargs = share_prefixes(USERS_ROWS, rows), {"skip_prepare_dataset": True}
+        arguments.remove_unused_columns, sharing = False, {"data_collator": SharedPrefixCollator(model)}
+    return SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **sharing
     )
-    (batch,) = list(trainer.get_train_dataloader())
-    for row, expected in zip(batch["labels"].tolist(), encoded, strict=True):
+
+
+@pytest.mark.slow
+def test_the_trainer_takes_the_labels_as_they_are(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    (batch,) = list(trainer_of("padded", gemma3, tokenizer, tmp_path).get_train_dataloader())
+    for row, expected in zip(batch["labels"].tolist(), encode_rows(tokenizer, USERS_ROWS, None), strict=True):
         padding = len(row) - len(expected["labels"])
         assert row == [*expected["labels"].tolist(), *[IGNORED] * padding]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gemma3, qwen3, llama])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_and_shared_prefixes_change_neither_loss_nor_gradients(tmp_path, make, attention):
+    tokenizer, found = train_tokenizer(TEXTS, 300), {}
+    for kind in ("padded", "packed", "shared"):
+        trainer = trainer_of(kind, functools.partial(make, attention), tokenizer, tmp_path)
+        (batch,) = list(trainer.get_train_dataloader())
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"] != IGNORED).sum())
+        loss.backward()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        found[kind] = (loss.item(), gradients, batch["input_ids"].numel())
+    for kind in ("packed", "shared"):
+        assert found[kind][0] == pytest.approx(found["padded"][0], abs=1e-5)
+        assert found[kind][1].keys() == found["padded"][1].keys()
+        for name, gradient in found[kind][1].items():
+            assert (gradient - found["padded"][1][name]).abs().max() < 1e-5, name
+    assert found["shared"][2] < found["packed"][2] < found["padded"][2]

@@ -24,11 +24,12 @@ Task = Literal["item_info", "direct", "rationale"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row."""
+    """One training row; tasks 2 and 3 are about a user."""
 
     task: Task
     prompt: list[Message]
     answer: str
+    user_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def training_rows(
             for item in _draw(rng, list(catalog), shares["item_info"])
         ],
         "direct": [
-            Row("direct", writer.recommend(e, with_rationale=False), prompts.item_answer(catalog[e.target]))
+            Row("direct", writer.recommend(e, with_rationale=False), prompts.item_answer(catalog[e.target]), e.user_id)
             for e in _draw(rng, examples, shares["direct"])
         ],
         "rationale": [],
@@ -77,7 +78,8 @@ def training_rows(
     for rationale in _draw(rng, list(rationales), shares["rationale"]):
         example = _example_of(rationale, by_user)
         answer = prompts.rationale_answer(rationale.text, catalog[example.target])
-        rows["rationale"].append(Row("rationale", writer.recommend(example, with_rationale=True), answer))
+        prompt = writer.recommend(example, with_rationale=True)
+        rows["rationale"].append(Row("rationale", prompt, answer, example.user_id))
     for task, share in shares.items():
         if not rows[task] and share.rows != 0 and share.weight:
             raise InputError(f"task {task} has no rows; set {task}_rows to 0 to train without it")

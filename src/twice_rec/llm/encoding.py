@@ -19,8 +19,10 @@ IGNORED = -100  # the label of a token without loss
 
 
 class TrainingRow(Protocol):
-    """What a row has; `data.sft.Row` is one."""
+    """What a row has; `data.sft.Row` is one. Rows of one user may share a beginning; without a user none does."""
 
+    @property
+    def user_id(self) -> str: ...  # noqa: D102
     @property
     def task(self) -> str: ...  # noqa: D102
     @property
@@ -53,6 +55,33 @@ def encode_rows(
         ids, labels = np.array(prompt + answer, dtype=np.int32), np.array([IGNORED] * len(prompt) + answer)
         encoded.append({"input_ids": ids, "labels": labels.astype(np.int32)})
     return encoded
+
+
+def share_prefixes(rows: Sequence[TrainingRow], encoded: Sequence[EncodedRow]) -> list[dict[str, list[int]]]:
+    """Rows of the same user as groups that hold what their prompts have in common only once.
+
+    Returns:
+        Groups in the order of their first rows: `input_ids` and `labels` of [common, rest of row 1, rest of row 2, ...]
+        and `lengths`, those of the parts. The rest of a row begins before its answer, so that the token which predicts
+        the answer's first one stands in it.
+    """
+    by_user: dict[str, list[EncodedRow]] = {}
+    for position, (row, entry) in enumerate(zip(rows, encoded, strict=True)):
+        by_user.setdefault(row.user_id or f"row {position}", []).append(entry)
+    groups = []
+    for entries in by_user.values():
+        shortest = min(int((entry["labels"] == IGNORED).sum()) for entry in entries) - 1
+        first = entries[0]["input_ids"][:shortest]
+        alike = np.logical_and.reduce([entry["input_ids"][:shortest] == first for entry in entries])
+        common = shortest if alike.all() else int(alike.argmin())
+        groups.append(
+            {
+                name: [*entries[0][name][:common].tolist(), *(t for e in entries for t in e[name][common:].tolist())]
+                for name in ("input_ids", "labels")
+            }
+            | {"lengths": [common, *(len(entry["labels"]) - common for entry in entries)]}
+        )
+    return groups
 
 
 def length_table(rows: Sequence[TrainingRow], encoded: Sequence[EncodedRow]) -> list[list[str]]:

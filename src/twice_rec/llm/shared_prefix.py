@@ -1,13 +1,14 @@
-"""Log-probabilities of many continuations of one prompt, the prompt computed once.
+"""Many continuations of one prompt, the prompt computed once: their log-probabilities, and batches to train on.
 
 All continuations stand behind the prompt in one row, [prompt, continuation 1, ..., continuation K]. Positions restart
 after the prompt for each, and the attention mask lets a continuation see the prompt and itself only, so every token
-gets exactly the value it would have in a row of its own.
+gets exactly the value it would have in a row of its own. A row may hold several such groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def continuation_log_probabilities(
     logits = model(
         input_ids=ids[None],
         position_ids=positions[None],
-        attention_mask=_masks(model, segment, positions),
+        attention_mask=attention_masks(model, segment, torch.zeros_like(segment), positions),
         logits_to_keep=needed,
         use_cache=False,
     ).logits[0]
@@ -51,20 +52,41 @@ def continuation_log_probabilities(
     return list(values.split(lengths))
 
 
-def _masks(model: PreTrainedModel, segment: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask of each kind of layer, [1, 1, L, L]: own segment and the prompt (segment 0), never the future."""
+def attention_masks(
+    model: PreTrainedModel, segment: Tensor, prefix: Tensor, positions: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """The mask of each kind of layer, [1, 1, L, L]: a token sees its own segment and its prefix, never the future.
+
+    Args:
+        segment: int64 [L], which prompt or continuation a token belongs to.
+        prefix: int64 [L], the segment of its prompt; its own for a prompt's tokens.
+        positions: int64 [L], for sliding windows.
+
+    Returns:
+        One mask, or one a kind of layer where the model's configuration tells them apart.
+    """
     config = model.config.get_text_config()
     order = torch.arange(len(segment), device=segment.device)
-    seen = (order[None, :] <= order[:, None]) & ((segment[None, :] == segment[:, None]) | (segment[None, :] == 0))
+    seen = (order[None, :] <= order[:, None]) & (
+        (segment[None, :] == segment[:, None]) | (segment[None, :] == prefix[:, None])
+    )
     kinds = set(getattr(config, "layer_types", None) or [])
     if not kinds:
         return _as_mask(model, seen)
-    masks = {"full_attention": seen}
+    masks = Masks({"full_attention": seen})
     if "sliding_attention" in kinds:
         masks["sliding_attention"] = seen & (positions[:, None] - positions[None, :] < config.sliding_window)
     if unknown := kinds - masks.keys():
         raise ValueError(f"no mask for layers of the kind {', '.join(sorted(unknown))}")
-    return {kind: _as_mask(model, mask) for kind, mask in masks.items()}
+    return Masks({kind: _as_mask(model, mask) for kind, mask in masks.items()})
+
+
+class Masks(dict):
+    """Kind of layer -> mask."""
+
+    def sum(self) -> Tensor:
+        """Number of tokens, which TRL's log takes from the sum of a plain attention mask."""
+        return torch.tensor(next(iter(self.values())).shape[-1])
 
 
 def _as_mask(model: PreTrainedModel, seen: Tensor) -> Tensor:
@@ -76,3 +98,29 @@ def _as_mask(model: PreTrainedModel, seen: Tensor) -> Tensor:
             ~seen, torch.finfo(model.dtype).min
         )[None, None]
     raise ValueError(f"attention {implementation!r} takes no mask of its own; use sdpa or eager")
+
+
+class SharedPrefixCollator:
+    """Puts groups of rows that share a beginning into one row of a batch; the loss is that of the rows one by one.
+
+    Args:
+        model: sdpa or eager attention.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+
+    def __call__(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Groups as `llm.encoding.share_prefixes` makes them -> `input_ids`, `labels`, `position_ids`, masks."""
+        segment, prefix, positions, first = [], [], [], 0
+        for group in groups:
+            start, *lengths = group["lengths"]
+            positions += [*range(start), *(p for n in lengths for p in range(start, start + n))]
+            for number, length in enumerate(group["lengths"]):
+                segment += [first + number] * length
+            prefix += [first] * (start + sum(lengths))
+            first += len(group["lengths"])
+        masks = attention_masks(self._model, *map(torch.tensor, (segment, prefix, positions)))
+        flat = {name: [token for group in groups for token in group[name]] for name in ("input_ids", "labels")}
+        rows = {**flat, "position_ids": positions}
+        return {**{name: torch.tensor([values]) for name, values in rows.items()}, "attention_mask": masks}

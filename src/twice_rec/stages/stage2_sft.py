@@ -45,16 +45,9 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from twice_rec.llm.encoding import LENGTH_HEADER, encode_rows, length_table
-    from twice_rec.llm.modeling import (
-        last_checkpoint,
-        load_model,
-        load_tokenizer,
-        lora_config,
-        saved_weights,
-        write_merged,
-    )
+    from twice_rec.llm import encoding, modeling
     from twice_rec.llm.samples import SampleAnswers
+    from twice_rec.llm.shared_prefix import SharedPrefixCollator
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -69,7 +62,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     if IS_MAIN:
         work.begin(recipe.overwrite)
     data = PreparedData(run / "data")
-    tokenizer = load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
+    tokenizer = modeling.load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
     writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
     shares = {t: Share(getattr(recipe, f"{t}_rows"), getattr(recipe, f"{t}_weight")) for t in get_args(Task)}
     accepted = read_records(run / "rationales" / "accepted.jsonl", Rationale)
@@ -77,24 +70,33 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     arguments = SFTConfig(**owned_arguments(recipe, work.path), **trainer_keys)
     if recipe.curriculum:
         arguments.train_sampling_strategy = "sequential"
-    encoded = encode_rows(tokenizer, rows, arguments.max_length)
-    logger.info("tokens, by task:\n%s", markdown(LENGTH_HEADER, length_table(rows, encoded)))
+    encoded = encoding.encode_rows(tokenizer, rows, arguments.max_length)
+    logger.info("tokens, by task:\n%s", markdown(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
     logger.info("prompts: %s", ", ".join(f"{count:,} {how}" for how, count in writer.fitted.items()))
+    model = modeling.load_model(
+        recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision
+    )
+    sharing = {}
+    if recipe.share_prefixes:
+        encoded, arguments.dataset_kwargs = encoding.share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
+        arguments.remove_unused_columns, sharing = False, {"data_collator": SharedPrefixCollator(model)}
+        logger.info("%s groups of rows with a common beginning", f"{len(encoded):,}")
     samples = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts if recipe.sample_every else 0]
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = SFTTrainer(
-        model=load_model(recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_list(encoded),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe),
+        peft_config=modeling.lora_config(recipe),
         callbacks=[SampleAnswers(samples, recipe.sample_every, work.path / "samples.jsonl")] if samples else None,
+        **sharing,
     )
-    train_and_save(trainer, work.path, last_checkpoint(work.path))
+    train_and_save(trainer, work.path, modeling.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        write_merged(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
-        outputs = [*saved_weights(work.path), work.path / "trainer_state.json", merged]
+        modeling.write_merged(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
+        outputs = [*modeling.saved_weights(work.path), work.path / "trainer_state.json", merged]
         work.finish(outputs, trainer_figures(trainer), about(recipe, trainer_keys))
 
 
