@@ -253,7 +253,7 @@ class RationalesRecipe(Recipe):
     temperature: float = key(1.0, "of sampling")
     max_tokens: int = key(600, "longest answer")
     structured_outputs: bool = key(True, "the server enforces the answer's JSON schema; false for servers that cannot")
-    extra_body: dict[str, Any] = key({}, "more keys of the request, such as {top_p: 0.9} or {reasoning_effort: low}")
+    extra_body: dict[str, Any] = key({}, "more keys of the request, such as {top_p: 0.9} or {seed: 1}")
     max_reasks: int = key(2, "malformed and cut-off answers are asked again so often, with the fault named")
 
     # openai: how it is sent

@@ -70,7 +70,7 @@ ANNOTATION_FIELDS: Mapping[str, str] = {
     "rationale": "the reasoning, as one plain paragraph",
     "verdict": "relevant, weak or irrelevant",
     "evidence": "the numbers of the past purchases the reasoning rests on, as a list",
-    "confidence": "how sure you are of the verdict, from 0 to 1",
+    "confidence": "how sure you are of the verdict, from 0 to 1 in tenths",
 }
 
 # The rubric of the self-check: key of the JSON object -> what must hold for `true`.

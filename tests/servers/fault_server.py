@@ -14,9 +14,7 @@ import random
 import re
 from collections import Counter
 
-WORDS = (
-    "they like mild teas and crisp oats since the review of honey praised clover over syrup for cakes at dawn".split()
-)
+WORDS = "they like mild teas and crisp oats since the review of honey praised clover over syrup for cakes"
 RUBRIC = ("grounded", "causal", "specific", "nothing_invented", "consistent")
 TRANSPORT = ("429", "429 seconds", "500", "503", "hang", "half", "not json", "empty choices", "close", "408")
 CONTENT = ("broken", "schema", "evidence", "verdict", "refusal", "filter", "length", "twice", "two choices", "nothing")
@@ -26,7 +24,7 @@ class Server:
     def __init__(self, options):
         self.options = options
         self.seen = Counter()
-        self.log = open(options.log, "a") if options.log else None
+        self.log = open(options.log, "a") if options.log else None  # noqa: SIM115 - as long as the process lives
 
     async def handle(self, reader, writer):
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -143,7 +141,7 @@ def good(asked, draw):
     shown = len(re.findall(r"^\d+\. ", question, re.MULTILINE))
     verdict = draw.choices(("relevant", "weak", "irrelevant"), (7, 2, 1))[0]
     return json.dumps({
-        "rationale": " ".join(draw.choices(WORDS, k=draw.randint(25, 60))),
+        "rationale": " ".join(draw.choices(WORDS.split(), k=draw.randint(25, 60))),
         "verdict": verdict,
         "evidence": sorted(draw.sample(range(1, shown + 1), draw.randint(1, shown))),
         "confidence": round(draw.random(), 2),

@@ -102,7 +102,7 @@ def _language_model(
     assert recipe.model is not None
     assert recipe.exemplars is not None
     sampling = Sampling(
-        recipe.model, recipe.temperature, recipe.max_tokens, recipe.seed, recipe.structured_outputs, recipe.extra_body
+        recipe.model, recipe.temperature, recipe.max_tokens, recipe.structured_outputs, recipe.extra_body
     )
     questions = Questions(
         catalog,

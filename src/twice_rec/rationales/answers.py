@@ -17,23 +17,28 @@ from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
 
 VERDICTS = ("relevant", "weak", "irrelevant")
 
-ANNOTATION_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "rationale": {"type": "string"},
-        "verdict": {"type": "string", "enum": list(VERDICTS)},
-        "evidence": {"type": "array", "items": {"type": "integer"}},
-        "confidence": {"type": "number"},
-    },
-    "required": list(ANNOTATION_FIELDS),
-    "additionalProperties": False,
-}
 CHECK_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {name: {"type": "boolean"} for name in RUBRIC},
     "required": list(RUBRIC),
     "additionalProperties": False,
 }
+
+
+def annotation_schema(num_shown: int) -> dict[str, Any]:
+    """The schema of an annotation about `num_shown` purchases; lists of values, since servers differ over ranges."""
+    return {
+        "type": "object",
+        "properties": {
+            "rationale": {"type": "string"},
+            "verdict": {"type": "string", "enum": list(VERDICTS)},
+            "evidence": {"type": "array", "items": {"type": "integer", "enum": list(range(1, num_shown + 1))}},
+            "confidence": {"type": "number", "enum": [tenth / 10 for tenth in range(11)]},
+        },
+        "required": list(ANNOTATION_FIELDS),
+        "additionalProperties": False,
+    }
+
 
 _MAX_STARTS = 50  # braces tried as the start of an object; keeps the time linear on hostile text
 

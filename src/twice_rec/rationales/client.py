@@ -74,7 +74,6 @@ class Request:
             "messages": messages,
             "temperature": settings.temperature,
             "max_completion_tokens": settings.max_tokens,
-            "seed": settings.seed,
         }
         if settings.structured_outputs:
             body["response_format"] = {
@@ -98,7 +97,6 @@ class Sampling:
     model: str
     temperature: float
     max_tokens: int
-    seed: int
     structured_outputs: bool
     extra_body: Mapping[str, Any]
 
@@ -244,8 +242,13 @@ class ChatClient:
         """Close the connections."""
         await self._openai.close()
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the latest requests got no answer, so that the server and not they may be at fault."""
+        return self._failures_in_a_row > 0
+
     async def preflight(self, model: str) -> None:
-        """Check server, key and model before the first request; costs nothing.
+        """Check server, key and model, before the first request or when in doubt; costs nothing.
 
         Raises:
             Stopped: saying which of them is wrong.

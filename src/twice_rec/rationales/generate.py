@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from twice_rec import prompts
 from twice_rec.progress import progress
 from twice_rec.prompts import Exemplar, ItemLookup, Message, PromptFormat
 from twice_rec.rationales.answers import (
-    ANNOTATION_SCHEMA,
     CHECK_SCHEMA,
     Annotation,
     Malformed,
+    annotation_schema,
     parse_annotation,
     parse_check,
 )
@@ -64,7 +64,7 @@ class Questions:
         target = self.catalog[example.target]
         messages = prompts.annotation(past, target, self.shown, self.exemplars, self.words, self.forward_looking)
         found: Annotation = yield from self._talk(
-            messages, ANNOTATION_SCHEMA, "annotation", lambda text: parse_annotation(text, len(past))
+            messages, annotation_schema(len(past)), "annotation", lambda text: parse_annotation(text, len(past))
         )
         return Rationale(
             user_id=example.user_id,
@@ -96,9 +96,8 @@ class Questions:
     ) -> Dialogue[T]:
         """Ask, and ask again with the fault named, up to `max_reasks` times."""
         asked = messages
-        for attempt in range(1 + self.max_reasks):
-            sampling = replace(self.sampling, seed=self.sampling.seed + attempt)
-            answer = yield Request.of(asked, sampling, schema, name)
+        for _ in range(1 + self.max_reasks):
+            answer = yield Request.of(asked, self.sampling, schema, name)
             if answer.refusal or answer.finish == "content_filter":
                 raise NotAnnotated(f"refused by the model: {answer.refusal[:200] or 'content filter'}")
             try:
@@ -106,9 +105,9 @@ class Questions:
             except Malformed as error:
                 text, kind, fault = answer.text.strip() or "(nothing)", "malformed answer", str(error)
             if answer.finish == "length":
-                kind, fault = "cut off", f"it was cut off at {sampling.max_tokens} tokens; be much shorter"
+                kind, fault = "cut off", f"it was cut off at {self.sampling.max_tokens} tokens; be much shorter"
                 text = f"{text[:_SHOWN_OF_CUT_OFF]} ..."
-            asked = prompts.ask_again(messages, text, fault)
+            asked = prompts.ask_again(asked, text, fault)
         raise NotAnnotated(f"{kind}: {fault}")
 
 
@@ -221,6 +220,8 @@ async def _collect(
     try:
         await client.preflight(questions.sampling.model)
         await asyncio.gather(*(work() for _ in range(settings.concurrency)))
+        if client.in_doubt and not client.stopped:
+            await client.preflight(questions.sampling.model)
     finally:
         bar.close()
         await client.close()
