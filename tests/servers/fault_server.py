@@ -51,6 +51,9 @@ class Server:
             await send(writer, 404, {"error": {"message": "no such path"}})
             return True
         asked = json.loads(body)
+        if self.options.limit and sum(len(message["content"]) for message in asked["messages"]) > self.options.limit:
+            await send(writer, 400, {"error": {"message": "too long", "type": "BadRequestError"}})
+            return True
         stream = asked.pop("stream", False)
         asked.pop("stream_options", None)
         name = hashlib.sha256(json.dumps(asked, separators=(",", ":")).encode()).hexdigest()
@@ -185,6 +188,7 @@ async def main():
     parser.add_argument("--content", type=float, default=0.0, help="share of answers that are not as asked")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before an answer")
     parser.add_argument("--key", help="the only API key that is let in")
+    parser.add_argument("--limit", type=int, help="longest prompt in characters")
     parser.add_argument("--quota", type=int, help="requests until the quota is exhausted")
     server = Server(parser.parse_args())
     listening = await asyncio.start_server(server.handle, "127.0.0.1", server.options.port, limit=2**24)
