@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.prompts import PromptFormat
+from twice_rec.prompts import PromptFormat, annotation_instructions
 from twice_rec.rationales.cache import AnswerCache
 from twice_rec.rationales.client import ClientSettings, Sampling
 from twice_rec.rationales.exemplars import load_exemplars
@@ -88,9 +88,9 @@ def _response(body: object) -> bytes:
 
 def examples(catalog: ItemCatalog, count: int, seed: int) -> Iterator[Example]:
     """Users with ten random purchases and a random next one."""
-    draw = random.Random(seed)
+    draw, ids = random.Random(seed), catalog.ids
     for number in range(count):
-        *past, target = draw.sample(catalog.ids, 11)
+        *past, target = draw.sample(ids, 11)
         history = tuple(Interaction(item, rating=float(draw.randint(1, 5)), review_title="Good") for item in past)
         yield Example(f"u{number}", history, (target,), target)
 
@@ -104,7 +104,8 @@ def questions() -> tuple[ItemCatalog, Questions]:
     )
     shown = PromptFormat(None, FIELDS, ("review_title", "rating"), FIELDS, 300, 300, 300)
     exemplars = load_exemplars(ROOT / "recipes/exemplars/grocery.json")
-    return catalog, Questions(catalog, shown, exemplars, Sampling("m", 1.0, 600, True, {}), 150, False, 2)
+    instructions = annotation_instructions(shown, exemplars, 150, False)
+    return catalog, Questions(catalog, shown, instructions, Sampling("m", 1.0, 600, True, {}), 2)
 
 
 def ours(port: int, count: int, seed: int) -> float:

@@ -226,18 +226,12 @@ class Exemplar:
     confidence: float
 
 
-def annotation(
-    history: Sequence[tuple[Interaction, Item]],
-    target: Item,
-    shown: PromptFormat,
-    exemplars: Sequence[Exemplar],
-    words: int,
-    forward_looking: bool,
+def annotation_instructions(
+    shown: PromptFormat, exemplars: Sequence[Exemplar], words: int, forward_looking: bool
 ) -> list[Message]:
-    """Ask for a rationale of one purchase and for a verdict on it. Ids are shown to nobody: they explain nothing.
+    """What every request for a rationale begins with: the task and the exemplars.
 
     Args:
-        history: what the prompt shows, oldest first; the answer's evidence counts it from 1.
         words: length to aim at.
         forward_looking: ask for a text that argues from the history to the product without naming it.
     """
@@ -248,9 +242,18 @@ def annotation(
         text = exemplar.forward_rationale if forward_looking else exemplar.rationale
         values = (text, exemplar.verdict, list(exemplar.evidence), exemplar.confidence)
         answer = json.dumps(dict(zip(ANNOTATION_FIELDS, values, strict=True)), ensure_ascii=False)
-        messages.append({"role": "user", "content": _purchases(exemplar.history, exemplar.target, shown)})
+        messages.append(annotation_question(exemplar.history, exemplar.target, shown))
         messages.append({"role": "assistant", "content": answer})
-    return [*messages, {"role": "user", "content": _purchases(history, target, shown)}]
+    return messages
+
+
+def annotation_question(history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat) -> Message:
+    """The purchase a rationale is asked for. Ids are shown to nobody: they explain nothing.
+
+    Args:
+        history: what the prompt shows, oldest first; the answer's evidence counts it from 1.
+    """
+    return {"role": "user", "content": _purchases(history, target, shown)}
 
 
 def self_check(

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 
@@ -9,7 +10,11 @@ from servers.processes import ROOT, vllm_server
 from twice_rec.rationales.answers import VERDICTS
 from twice_rec.stages import base_model
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; see requirements-vllm-cpu.txt"),
+]
 ROWS = 6
 
 

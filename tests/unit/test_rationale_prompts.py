@@ -26,7 +26,11 @@ GOOD = {"rationale": "Tea calls for honey.", "verdict": "relevant", "evidence": 
 
 
 def questions(**changes):
-    return replace(Questions(CATALOG, SHOWN, (EXEMPLAR,), SAMPLING, 120, False, 2), **changes)
+    return replace(Questions(CATALOG, SHOWN, annotation(), SAMPLING, 2), **changes)
+
+
+def annotation(forward_looking=False):
+    return prompts.annotation_instructions(SHOWN, [EXEMPLAR], 120, forward_looking)
 
 
 def said(text, finish="stop", refusal=""):
@@ -49,7 +53,8 @@ def messages(request):
 
 
 def test_annotation_prompt():
-    system, shown, example_answer, asked = prompts.annotation([(HISTORY[1], TEA)], HONEY, SHOWN, [EXEMPLAR], 120, False)
+    system, shown, example_answer = annotation()
+    asked = prompts.annotation_question([(HISTORY[1], TEA)], HONEY, SHOWN)
     assert "about 120 words" in system["content"]
     assert all(verdict in system["content"] for verdict in ("relevant:", "weak:", "irrelevant:"))
     assert all(f'"{name}"' in system["content"] for name in prompts.ANNOTATION_FIELDS)
@@ -71,9 +76,7 @@ def test_annotation_prompt():
 
 
 def test_looking_forward_asks_for_texts_that_name_nothing():
-    back, forward = (
-        prompts.annotation([(HISTORY[1], TEA)], HONEY, SHOWN, [EXEMPLAR], 120, forward) for forward in (False, True)
-    )
+    back, forward = annotation(), annotation(forward_looking=True)
     assert "Never give the product's title" in forward[0]["content"]
     assert "Never give the product's title" not in back[0]["content"]
     assert "looking ahead" in forward[2]["content"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.config import RationalesRecipe
-from twice_rec.prompts import PromptFormat
+from twice_rec.prompts import PromptFormat, annotation_instructions
 from twice_rec.rationales import batch, generate
 from twice_rec.rationales.cache import AnswerCache
 from twice_rec.rationales.client import ClientSettings, Sampling, Stopped
@@ -104,15 +104,9 @@ def _language_model(
     sampling = Sampling(
         recipe.model, recipe.temperature, recipe.max_tokens, recipe.structured_outputs, recipe.extra_body
     )
-    questions = Questions(
-        catalog,
-        shown,
-        load_exemplars(Path(recipe.exemplars)),
-        sampling,
-        recipe.target_words,
-        recipe.forward_looking,
-        recipe.max_reasks,
-    )
+    exemplars = load_exemplars(Path(recipe.exemplars))
+    instructions = annotation_instructions(shown, exemplars, recipe.target_words, recipe.forward_looking)
+    questions = Questions(catalog, shown, instructions, sampling, recipe.max_reasks)
     with AnswerCache(recipe.run_path / ANSWERS) as cache:
         yield questions, cache
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from twice_rec import prompts
 from twice_rec.progress import progress
-from twice_rec.prompts import Exemplar, ItemLookup, Message, PromptFormat
+from twice_rec.prompts import ItemLookup, Message, PromptFormat
 from twice_rec.rationales.answers import (
     CHECK_SCHEMA,
     Annotation,
@@ -48,21 +48,19 @@ class Unanswered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """How examples are asked about; see the keys of `config.RationalesRecipe`."""
+    """How examples are asked about; `instructions` as `prompts.annotation_instructions` makes them."""
 
     catalog: ItemLookup
     shown: PromptFormat
-    exemplars: Sequence[Exemplar]
+    instructions: Sequence[Message]
     sampling: Sampling
-    words: int
-    forward_looking: bool
     max_reasks: int
 
     def annotate(self, example: Example) -> Dialogue[Rationale]:
         """Ask for rationale and verdict; raises NotAnnotated where no answer can be used."""
         past, first = self._history(example)
-        target = self.catalog[example.target]
-        messages = prompts.annotation(past, target, self.shown, self.exemplars, self.words, self.forward_looking)
+        question = prompts.annotation_question(past, self.catalog[example.target], self.shown)
+        messages = [*self.instructions, question]
         found: Annotation = yield from self._talk(
             messages, annotation_schema(len(past)), "annotation", lambda text: parse_annotation(text, len(past))
         )
