@@ -21,7 +21,7 @@ ROWS = 6
 @pytest.fixture(scope="module")
 def model(prepared):
     """A model that knows nothing, with the tokenizer of the domain."""
-    sizes = ["--vocab_size", "1000", "--hidden_size", "64", "--num_hidden_layers", "2", "--head_dim", "16"]
+    sizes = ["--vocab_size", "1000", "--hidden_size", "64", "--num_hidden_layers", "2"]
     words = ["--config", str(ROOT / "recipes" / "tiny" / "base.yaml"), "--run_dir", str(prepared), *sizes]
     assert base_model.main(words) == 0
     return prepared / "base"
@@ -47,7 +47,18 @@ def closing_tokens(model):
 @pytest.mark.parametrize("structured", ["true", "false"])
 def test_end_to_end(new_run, url, closing_tokens, stream, structured):
     flags = ["--model", "served", "--api_key_env", "null", "--max_rationales", str(ROWS), "--concurrency", "4"]
-    flags += ["--stream", stream, "--structured_outputs", structured, "--max_tokens", "300", "--max_reasks", "1"]
+    flags += [
+        "--stream",
+        stream,
+        "--structured_outputs",
+        structured,
+        "--max_tokens",
+        "300",
+        "--max_reasks",
+        "1",
+        "--max_attempts",
+        "2",
+    ]
     flags += [
         "--min_words",
         "1",
