@@ -193,16 +193,20 @@ def _memory(port: int, quick: bool) -> dict[str, object]:
 
 
 def _speed(port: int, quick: bool) -> dict[str, object]:
-    count, rounds = (1_000, 1) if quick else (4_000, 3)
-    rates, usual = [], []
+    count, rounds = (2_000, 1) if quick else (4_000, 3)
+    rates, usual, cpu = [], [], []
+    ours(port, CONCURRENCY, rounds)  # imports
     for number in range(rounds):
+        used = time.process_time()
         rates.append(count / ours(port, count, number))
+        cpu.append(1e3 * (time.process_time() - used) / count)
         usual.append(count / 4 / usual_client(port, count // 4, number))
         print(f"round {number + 1}: ours {rates[-1]:.1f}/s, chat.completions.create {usual[-1]:.1f}/s", flush=True)
     bound, rate = CONCURRENCY / LATENCY, statistics.median(rates)
     return {
         "name": "rationale_client", "peer": "bound 64 / 0.2 s", "ratio": round(rate / bound, 3), "ours": round(rate, 1),
         "theirs": bound, "unit": "requests/s", "chat_completions_create": round(statistics.median(usual), 1),
+        "cpu_ms_a_request": round(statistics.median(cpu), 2),
     }  # fmt: skip
 
 

@@ -37,7 +37,6 @@ from twice_rec.rationales.cache import Answer, AnswerCache
 
 logger = logging.getLogger(__name__)
 
-_CONNECTIONS_PER_POOL = 4  # httpcore looks at all connections of a pool before and after every request
 _STOPS = {
     401: "the server does not accept the API key",
     402: "the account has no credit left",
@@ -190,35 +189,17 @@ class ChatClient:
         import httpx2
         from openai import AsyncOpenAI
 
+        from twice_rec.rationales.transport import DirectTransport
+
         url = urllib.parse.urlsplit(self.settings.base_url)
         proxy = None if urllib.request.proxy_bypass(url.hostname or "") else urllib.request.getproxies().get(url.scheme)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-
-        class Pools(httpx2.AsyncBaseTransport):
-            """Several small connection pools in turn."""
-
-            def __init__(self, count: int):
-                verify = httpx2.create_ssl_context()
-                self._pools = [
-                    httpx2.AsyncHTTPTransport(verify=verify, limits=limits, proxy=proxy) for _ in range(count)
-                ]
-                self._turn = 0
-
-            async def handle_async_request(self, request: Any) -> Any:
-                self._turn = (self._turn + 1) % len(self._pools)
-                return await self._pools[self._turn].handle_async_request(request)
-
-            async def aclose(self) -> None:
-                for pool in self._pools:
-                    await pool.aclose()
-
-        pools = Pools(max(1, self.settings.concurrency // _CONNECTIONS_PER_POOL))
+        transport = httpx2.AsyncHTTPTransport(proxy=proxy) if proxy else DirectTransport()
         return AsyncOpenAI(
             api_key=self._api_key or "none",
             base_url=self.settings.base_url,
             max_retries=0,
             timeout=self.settings.timeout_seconds,
-            http_client=httpx2.AsyncClient(transport=pools),
+            http_client=httpx2.AsyncClient(transport=transport),
         )
 
     @property
