@@ -460,7 +460,8 @@ def read_completion(text: str) -> Answer:
 
 def _join_chunks(chunks: Sequence[Any]) -> Answer:
     """Put a stream together; one without a finish reason was cut."""
-    content, refusal, finish, usage = [], [], "", {}
+    content, refusal, finish = [], [], ""
+    usage: dict[str, Any] = {}
     try:
         for chunk in chunks:
             usage = chunk.get("usage") or usage

@@ -24,10 +24,25 @@ _LEAK_MEANINGS = {
 class Outcome(Protocol):
     """A row after curation; `curate.Judged` is one."""
 
-    target: str
-    reason: str
-    text: str
-    verdict: str
+    @property
+    def target(self) -> str:
+        """Id of the target item."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Empty for an accepted row."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """Empty where there is no rationale."""
+        ...
+
+    @property
+    def verdict(self) -> str:
+        """Empty where there is no rationale."""
+        ...
 
 
 Row = TypeVar("Row", bound=Outcome)
