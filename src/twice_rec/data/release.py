@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twice_rec import tags
 from twice_rec.artifacts import InputError, read_json
 from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text
 from twice_rec.prompts import RATING_WORDS
@@ -125,6 +126,21 @@ class ReleaseSource:
                 for item_id, review, word in purchases:
                     if word in RATING_WORDS:
                         found[users[0], item_id] = (clean_text(review), float(RATING_WORDS.index(word) + 1))
+        return found
+
+    def rationales(self) -> dict[tuple[str, ...], str]:
+        """The authors' rationales (`train_case_1`): item ids of the history and the target, in order -> text."""
+        found = {}
+        for path in self._prompts:
+            for number, row in enumerate(_rows(path) if "_llm_train_case_1" in path.name else (), start=1):
+                where = f"{path}, row {number}"
+                text = tags.parse(str(row.get("output", ""))).rationale
+                if not text:
+                    raise InputError(f"{where}: no complete <think> element in `output`")
+                indices = _indices(row, len(self._items), where)
+                found[tuple(self._items[index - 1].item_id for index in indices)] = clean_text(text)
+        if not found:
+            raise InputError("the source has no file *_llm_train_case_1*.json, where the released rationales stand")
         return found
 
     def titled(self, wanted: set[str]) -> set[str]:

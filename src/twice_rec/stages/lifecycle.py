@@ -111,7 +111,20 @@ def _log_to_terminal() -> None:
     terminal.setLevel(logging.INFO if IS_MAIN else logging.ERROR)
     terminal.setFormatter(_TerminalFormat("%(message)s"))
     root.addHandler(terminal)
-    for noisy in ("urllib3", "filelock", "httpx", "httpcore", "fsspec", "asyncio", "matplotlib", "datasets", "wandb"):
+    for noisy in (
+        "urllib3",
+        "filelock",
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "httpcore2",
+        "openai",
+        "fsspec",
+        "asyncio",
+        "matplotlib",
+        "datasets",
+        "wandb",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
