@@ -418,6 +418,9 @@ class SftRecipe(ModelKeys, Recipe):
     """Stage 2: multi-task SFT. All keys of TRL's SFTConfig stand beside these."""
 
     model_name_or_path: str = required("the base model: a folder, or a name on the hub")
+    quantization: Literal["none", "8bit", "4bit"] = key(
+        "none", "of the frozen base under an adapter, by bitsandbytes on a GPU (release: 8bit)"
+    )
     item_info_rows: int | None = key(None, "rows of task 1 (title -> item); null for all, 0 for none")
     direct_rows: int | None = key(None, "rows of task 2 (history + candidates -> item); null for all, 0 for none")
     rationale_rows: int | None = key(None, "rows of task 3 (the same -> rationale, item); null for all, 0 for none")
@@ -439,6 +442,10 @@ class SftRecipe(ModelKeys, Recipe):
         *MODEL_CHECKS,
         *(at_least(f"{task}_{of}", 0) for task in ("item_info", "direct", "rationale") for of in ("rows", "weight")),
         *(at_least(name, 1) for name in ("max_prompt_tokens", "sample_every", "sample_prompts")),
+        Check(
+            lambda c: c.quantization == "none" or c.use_peft,
+            lambda c: f"quantization {c.quantization} needs use_peft: quantised weights are not trained",
+        ),
         Check(
             lambda c: not c.share_prefixes or c.attn_implementation in ("sdpa", "eager"),
             lambda c: f"share_prefixes needs attn_implementation sdpa or eager, found {c.attn_implementation}",

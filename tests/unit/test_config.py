@@ -29,6 +29,7 @@ CLASSES = {
     "base": BaseModelRecipe,
     "rationales": RationalesRecipe,
     "sft": SftRecipe,
+    "sft_qwen3": SftRecipe,
     "sasrec": SasrecRecipe,
     "sasrec_release": SasrecRecipe,
     "grpo": GrpoRecipe,
@@ -41,7 +42,7 @@ RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.n
 def trainer_config(stem):
     import trl
 
-    return {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}.get(stem)
+    return {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}.get(stem.partition("_")[0])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -204,3 +204,11 @@ def test_scores_differ_as_the_plain_log_probabilities(generator):
 def test_no_server_is_said_with_its_address():
     with pytest.raises(InputError, match=r"no rollout server answers at http://127.0.0.1:9/health.*grpo_step1.sh"):
         check_server("127.0.0.1", 9, timeout=2)
+
+
+def test_a_quantised_base_needs_bitsandbytes(base, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"quantization is 8bit, but bitsandbytes is not installed; .*requirements-gpu"
+    ):
+        load_model(base, "bfloat16", "sdpa", quantization="8bit")

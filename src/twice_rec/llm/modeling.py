@@ -5,6 +5,7 @@ Nothing here knows which model it is: chat templates, end-of-turn tokens and lay
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -13,7 +14,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from twice_rec.artifacts import InputError
 from twice_rec.config import ModelKeys
@@ -41,13 +48,34 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def load_model(
-    name: str | Path, dtype: str, attn_implementation: str, revision: str | None = None, device: str | None = None
+    name: str | Path,
+    dtype: str,
+    attn_implementation: str,
+    revision: str | None = None,
+    device: str | None = None,
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub, safetensors only, without code from the hub.
 
+    Args:
+        quantization: `8bit` or `4bit` (NF4) for a frozen base on a GPU, by bitsandbytes.
+
     Raises:
-        InputError: where there is none, or it is gated.
+        InputError: where there is none, it is gated, or it is to be quantised without bitsandbytes.
     """
+    options = {}
+    if quantization != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"quantization is {quantization}, but bitsandbytes is not installed; pip install -r "
+                "requirements-gpu.txt, or use --quantization none"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
     model = _from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -55,6 +83,7 @@ def load_model(
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
         use_safetensors=True,
+        **options,
     )
     return model.to(device) if device else model
 

@@ -3,8 +3,8 @@
 Three tasks are mixed (see `data/sft.py`); TRL's SFTTrainer trains a LoRA adapter, or all weights, with the loss on the
 answers only. The merged model is made from a fresh copy of the base.
 
-Deviations from the release: bf16 or float32 base instead of 8 bit, since an adapter trained on a quantised base and
-merged into the plain one is not the model that was trained.
+Deviations from the release: by default the base is not in 8 bit (`quantization`), since an adapter
+trained on a quantised base and merged into the plain one is not the model that was trained.
 Resumes from the newest complete checkpoint in sft/.
 """
 
@@ -73,9 +73,8 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     encoded = encoding.encode_rows(tokenizer, rows, arguments.max_length)
     logger.info("tokens, by task:\n%s", markdown(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
     logger.info("prompts: %s", ", ".join(f"{count:,} {how}" for how, count in writer.fitted.items()))
-    model = modeling.load_model(
-        recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision
-    )
+    named = (recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
+    model = modeling.load_model(*named, quantization=recipe.quantization)
     sharing = {}
     if recipe.share_prefixes:
         encoded, arguments.dataset_kwargs = encoding.share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
