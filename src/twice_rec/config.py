@@ -410,6 +410,7 @@ MAX_PROMPT_TOKENS = (
     "longer prompts lose the oldest purchases, then text of descriptions; the same value belongs in sft, grpo and "
     "evaluate; null for no limit"
 )
+ITEM_FIRST = "task 3 names the item before its rationale; the same value belongs in sft, grpo and evaluate"
 MODEL_CHECKS = (at_least("lora_r", 1), at_least("lora_alpha", 1), within("lora_dropout", 0, 0.99))
 
 
@@ -429,6 +430,7 @@ class SftRecipe(ModelKeys, Recipe):
     rationale_weight: float = key(1.0, "the same for task 3")
     curriculum: bool = key(False, "train on the tasks one after another, 1, 2, 3, instead of mixed")
     max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
+    item_first: bool = key(False, ITEM_FIRST)
     share_prefixes: bool = key(
         False, "compute what the prompts of a user's rows have in common once; batch sizes then count users"
     )
@@ -474,6 +476,7 @@ class GrpoRecipe(ModelKeys, Recipe):
     """Stage 3: confidence-weighted GRPO. All keys of TRL's GRPOConfig stand beside these."""
 
     max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
+    item_first: bool = key(False, ITEM_FIRST)
     train_fraction: float = key(0.15, "share of the training examples that are prompted")
     reward_funcs: list[RewardName] = key(["collaborative", "structure", "tags", "only_expected_tags"], "see rewards.py")
     reward_weights: list[float] = key([4.0, 1.0, 1.0, 1.0], "one a reward, in the same order")
@@ -549,6 +552,7 @@ class EvaluateRecipe(Recipe):
     temperature: float = key(0.9, "sampled")
     top_p: float = key(1.0, "sampled")
     max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
+    item_first: bool = key(False, ITEM_FIRST)
     max_new_tokens: int = key(300, "longest answer")
     batch_size: int = key(8, "questions at once")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "of the weights")

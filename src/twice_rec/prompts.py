@@ -115,6 +115,10 @@ _REASON_FIRST = (
     "Reason first: what do the purchases, the good and the bad ratings and the reviews show, what do they call for "
     "next, and which candidate answers that?"
 )
+_REASON_LAST = (
+    "Name it first, then give your reasons: what the purchases, the good and the bad ratings and the reviews show, "
+    "what they call for next, and how this candidate answers that."
+)
 _ANSWER_IN_THIS_FORM = "Answer in this form:"
 
 
@@ -150,8 +154,10 @@ def describe_purchase(purchase: Interaction, item: Item, shown: PromptFormat) ->
     return " | ".join([describe_item(item, shown.history_fields, shown), *said])
 
 
-def recommend(example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool) -> list[Message]:
-    """The prompt of task 3 (`with_rationale`) or task 2 for one user."""
+def recommend(
+    example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool, item_first: bool = False
+) -> list[Message]:
+    """The prompt of task 3 (`with_rationale`, asked for before or after the item) or task 2 for one user."""
     history = example.history[-shown.history_items :] if shown.history_items else example.history
     purchases = [
         f"{number}. {describe_purchase(purchase, catalog[purchase.item_id], shown)}"
@@ -161,8 +167,10 @@ def recommend(example: Example, catalog: ItemLookup, shown: PromptFormat, with_r
         f"{number}. {describe_item(catalog[item_id], shown.candidate_fields, shown)}"
         for number, item_id in enumerate(example.candidates, start=1)
     ]
-    expected = tags.WITH_RATIONALE if with_rationale else tags.ITEM_ONLY
-    instruction = f"{_CHOOSE} {_REASON_FIRST}" if with_rationale else _CHOOSE
+    expected, instruction = tags.ITEM_ONLY, _CHOOSE
+    if with_rationale:
+        expected = tags.ITEM_FIRST if item_first else tags.WITH_RATIONALE
+        instruction = f"{_CHOOSE} {_REASON_LAST if item_first else _REASON_FIRST}"
     content = "\n".join(
         [
             "Purchase history, oldest first:",
@@ -198,9 +206,10 @@ def item_answer(item: Item) -> str:
     return tags.render({"item_nm": item.title, "item_id": item.item_id})
 
 
-def rationale_answer(rationale: str, item: Item) -> str:
-    """The answer of task 3, rationale first."""
-    return tags.render({"think": rationale, "item_nm": item.title, "item_id": item.item_id})
+def rationale_answer(rationale: str, item: Item, item_first: bool = False) -> str:
+    """The answer of task 3."""
+    values: dict[tags.Field, str] = {"think": rationale, "item_nm": item.title, "item_id": item.item_id}
+    return tags.render({field: values[field] for field in (tags.ITEM_FIRST if item_first else tags.WITH_RATIONALE)})
 
 
 def item_info_answer(item: Item, shown: PromptFormat) -> str:

@@ -24,6 +24,7 @@ FIELDS: Mapping[Field, str] = {
 
 # The fields of each kind of answer, in order.
 WITH_RATIONALE: tuple[Field, ...] = ("think", "item_nm", "item_id")
+ITEM_FIRST: tuple[Field, ...] = ("item_nm", "item_id", "think")
 ITEM_ONLY: tuple[Field, ...] = ("item_nm", "item_id")
 ITEM_INFO: tuple[Field, ...] = ("item_info",)
 
@@ -75,7 +76,7 @@ class ParsedAnswer:
 
 
 def render(values: Mapping[Field, str]) -> str:
-    """Write an answer; `parse(render(values)).fields` equals the values, stripped.
+    """Write an answer, its elements in the order given; `parse(render(values)).fields` equals the values, stripped.
 
     Raises:
         ValueError: where a value itself contains one of the tags, so that no parser could tell them apart.
@@ -85,8 +86,7 @@ def render(values: Mapping[Field, str]) -> str:
             for tag in (opening(known), closing(known)):
                 if tag in value:
                     raise ValueError(f"the text for {opening(field)} contains the tag {tag}: {value[:80]!r}")
-    parts = (f"{opening(field)} {values[field].strip()} {closing(field)}" for field in FIELDS if field in values)
-    return " ".join(parts)
+    return " ".join(f"{opening(field)} {value.strip()} {closing(field)}" for field, value in values.items())
 
 
 def parse(text: str) -> ParsedAnswer:

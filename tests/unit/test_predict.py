@@ -172,6 +172,20 @@ def test_likelihood_ranks_all_candidates_behind_the_rationale():
     assert prediction.answers == ("<think> tea </think>",)
 
 
+def test_where_the_item_comes_first_nothing_is_generated():
+    class NoRationale(FakeGenerator):
+        def generate(self, *arguments, **others):
+            raise AssertionError("the candidates are scored at once")
+
+        def score(self, prompt, answers):
+            assert all(answer.startswith("<item_nm>") for answer in answers)
+            return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
+
+    writer = PromptWriter(CATALOG, SHOWN, None, len, item_first=True)
+    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, settings(), 1)
+    assert prediction.ranks == {"uniform": 3}
+
+
 def test_sampled_ranks_by_votes():
     generator = FakeGenerator(item_text("I4"))
     (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, settings(ranking="sampled"), 11)

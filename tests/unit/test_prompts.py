@@ -134,6 +134,15 @@ def test_curriculum_keeps_the_tasks_apart():
     assert [row.task for row in rows(curriculum=True)] == ["item_info"] * 3 + ["direct", "rationale"]
 
 
+def test_item_first_turns_prompt_and_answer_around():
+    writer = PromptWriter(CATALOG, SHOWN, None, len, item_first=True)
+    rows = training_rows(writer, [EXAMPLE], RATIONALES, shares(item_info=0, direct=0), False, 0)
+    assert rows[0].answer == f"{prompts.item_answer(SAUCE)} <think> They like Alder. </think>"
+    assert rows[0].prompt[1]["content"].endswith(tags.describe(tags.ITEM_FIRST))
+    assert prompt_rows(writer, [EXAMPLE], 1.0, 0)[0]["prompt"] == rows[0].prompt
+    assert CATALOG.outcome(tags.parse(rows[0].answer), EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
+
+
 def test_a_task_without_rows_is_an_error():
     with pytest.raises(InputError, match=r"task rationale has no rows; set rationale_rows to 0"):
         training_rows(WRITER, [EXAMPLE], [], shares(), False, 0)

@@ -23,11 +23,20 @@ class PromptWriter:
         shown: how much a prompt shows where the limit allows it.
         limit: of a prompt's tokens, the chat template's included; None for none.
         count_tokens: a prompt's tokens; not called without a limit.
+        item_first: ask for the item before the rationale.
     """
 
-    def __init__(self, catalog: ItemCatalog, shown: PromptFormat, limit: int | None, count_tokens: TokenCounter):
+    def __init__(
+        self,
+        catalog: ItemCatalog,
+        shown: PromptFormat,
+        limit: int | None,
+        count_tokens: TokenCounter,
+        item_first: bool = False,
+    ):
         self.catalog = catalog
         self.shown = shown
+        self.item_first = item_first
         self.fitted = Counter[str]()  # `whole`, `purchases dropped`, `descriptions cut` -> prompts
         self._limit = limit
         self._count = count_tokens
@@ -40,7 +49,7 @@ class PromptWriter:
         """
 
         def write(shown: PromptFormat) -> list[Message]:
-            return recommend(example, self.catalog, shown, with_rationale)
+            return recommend(example, self.catalog, shown, with_rationale, self.item_first)
 
         whole = write(self.shown)
         if self._limit is None or self._count(whole) <= self._limit:

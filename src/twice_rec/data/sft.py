@@ -77,7 +77,7 @@ def training_rows(
     }
     for rationale in _draw(rng, list(rationales), shares["rationale"]):
         example = _example_of(rationale, by_user)
-        answer = prompts.rationale_answer(rationale.text, catalog[example.target])
+        answer = prompts.rationale_answer(rationale.text, catalog[example.target], writer.item_first)
         prompt = writer.recommend(example, with_rationale=True)
         rows["rationale"].append(Row("rationale", prompt, answer, example.user_id))
     for task, share in shares.items():

@@ -265,7 +265,8 @@ def ask(
 ) -> list[Prediction]:
     """Ask a language model one batch of questions and rank each list by its answers.
 
-    `likelihood`: the model writes its rationale greedily, then every candidate is scored as the answer that follows it.
+    `likelihood`: the model writes its rationale greedily, then every candidate is scored as the answer that follows it;
+    where the item comes first or alone, the candidates are scored at once.
     `sampled`: several answers are sampled; candidates are ordered by votes, then by the mean log-probability of the
     answers that voted for them, then as listed.
 
@@ -278,7 +279,7 @@ def ask(
     if settings.ranking == "sampled":
         sampling = (settings.num_samples, settings.temperature, settings.top_p, sampling_seed)
         answers = generator.generate(prompts, *sampling)
-    elif settings.with_rationale:
+    elif settings.with_rationale and not writer.item_first:
         answers = generator.generate(prompts)
     else:
         answers = [[] for _ in prompts]

@@ -20,6 +20,7 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.baselines import CFScorer
 from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
+from twice_rec.prompts import Message
 
 logger = logging.getLogger(__name__)
 
@@ -223,13 +224,14 @@ def need(path: Path, made_by: str) -> Path:
     return path
 
 
-def prompt_writer(data: PreparedData, max_prompt_tokens: int | None, tokenizer: Any) -> PromptWriter:
+def prompt_writer(data: PreparedData, recipe: Any, tokenizer: Any) -> PromptWriter:
     """The writer of a model's prompts, the same in stages 2, 3 and 4."""
     from twice_rec.llm.modeling import encode_chat
 
-    return PromptWriter(
-        data.catalog, data.prompt_format, max_prompt_tokens, lambda prompt: len(encode_chat(tokenizer, prompt))
-    )
+    def count_tokens(prompt: Sequence[Message]) -> int:
+        return len(encode_chat(tokenizer, prompt))
+
+    return PromptWriter(data.catalog, data.prompt_format, recipe.max_prompt_tokens, count_tokens, recipe.item_first)
 
 
 def torch_device(name: str) -> str:

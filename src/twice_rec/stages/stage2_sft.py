@@ -63,7 +63,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
         work.begin(recipe.overwrite)
     data = PreparedData(run / "data")
     tokenizer = modeling.load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
-    writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
+    writer = prompt_writer(data, recipe, tokenizer)
     shares = {t: Share(getattr(recipe, f"{t}_rows"), getattr(recipe, f"{t}_weight")) for t in get_args(Task)}
     accepted = read_records(run / "rationales" / "accepted.jsonl", Rationale)
     rows = training_rows(writer, list(data.training_examples()), accepted, shares, recipe.curriculum, recipe.seed)

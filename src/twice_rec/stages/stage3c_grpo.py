@@ -78,7 +78,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         recipe.reward_funcs, settings, data.catalog, scorer, recipe.confidence, recipe.confidence_debiased
     )
     tokenizer = load_tokenizer(model_folder)
-    writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
+    writer = prompt_writer(data, recipe, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights

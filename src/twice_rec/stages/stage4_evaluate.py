@@ -69,7 +69,7 @@ def _language_model(
     recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path, ranking: str, files: list[Path]
 ) -> None:
     reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
-    reads += ["seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
+    reads += ["item_first", "seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
     settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
     work = Work(recipe.run_path, f"eval/{name}", "evaluate", settings, [*files, *([model] if model.is_dir() else [])])
     if work.is_finished():
@@ -83,7 +83,7 @@ def _language_model(
     llm = load_model(model, recipe.dtype, recipe.attn_implementation, device=torch_device(recipe.device))
     tokenizer = load_tokenizer(model)
     generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
-    writer = prompt_writer(data, recipe.max_prompt_tokens, tokenizer)
+    writer = prompt_writer(data, recipe, tokenizer)
     own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     asked = AskSettings(**{f.name: own[f.name] for f in fields(AskSettings) if f.name in own}, ranking=ranking)
     outputs, metrics = evaluate_language_model(work.path, generator, list(_batches(recipe, data)), writer, asked)
