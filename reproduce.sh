@@ -4,7 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash install.sh
 bash prepare.sh
-bash base.sh
 bash rationales.sh
 bash sft.sh
 bash sasrec.sh

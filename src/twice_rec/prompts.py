@@ -154,10 +154,8 @@ def describe_purchase(purchase: Interaction, item: Item, shown: PromptFormat) ->
     return " | ".join([describe_item(item, shown.history_fields, shown), *said])
 
 
-def recommend(
-    example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool, item_first: bool = False
-) -> list[Message]:
-    """The prompt of task 3 (`with_rationale`, asked for before or after the item) or task 2 for one user."""
+def show_lists(example: Example, catalog: ItemLookup, shown: PromptFormat) -> list[str]:
+    """The lines of the history and of the candidates, each numbered from 1, as every prompt about a user shows them."""
     history = example.history[-shown.history_items :] if shown.history_items else example.history
     purchases = [
         f"{number}. {describe_purchase(purchase, catalog[purchase.item_id], shown)}"
@@ -167,22 +165,19 @@ def recommend(
         f"{number}. {describe_item(catalog[item_id], shown.candidate_fields, shown)}"
         for number, item_id in enumerate(example.candidates, start=1)
     ]
+    return ["Purchase history, oldest first:", *purchases, "", "Candidates:", *candidates]
+
+
+def recommend(
+    example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool, item_first: bool = False
+) -> list[Message]:
+    """The prompt of task 3 (`with_rationale`, asked for before or after the item) or task 2 for one user."""
     expected, instruction = tags.ITEM_ONLY, _CHOOSE
     if with_rationale:
         expected = tags.ITEM_FIRST if item_first else tags.WITH_RATIONALE
         instruction = f"{_CHOOSE} {_REASON_LAST if item_first else _REASON_FIRST}"
     content = "\n".join(
-        [
-            "Purchase history, oldest first:",
-            *purchases,
-            "",
-            "Candidates:",
-            *candidates,
-            "",
-            instruction,
-            _ANSWER_IN_THIS_FORM,
-            tags.describe(expected),
-        ]
+        [*show_lists(example, catalog, shown), "", instruction, _ANSWER_IN_THIS_FORM, tags.describe(expected)]
     )
     return [{"role": "system", "content": _RECOMMENDER}, {"role": "user", "content": content}]
 
@@ -215,6 +210,16 @@ def rationale_answer(rationale: str, item: Item, item_first: bool = False) -> st
 def item_info_answer(item: Item, shown: PromptFormat) -> str:
     """The answer of task 1."""
     return tags.render({"item_info": describe_item(item, ("item_id", "description", "details"), shown)})
+
+
+def exercise(lines: Sequence[str], question: str) -> list[Message]:
+    """A question of the tiny base's pretraining about lists or an item, in the form of the other prompts."""
+    return [{"role": "system", "content": _EXPERT}, {"role": "user", "content": "\n".join([*lines, "", question])}]
+
+
+def in_form(question: str, form: tuple[tags.Field, ...]) -> str:
+    """The question with the form of its answer."""
+    return "\n".join([question, _ANSWER_IN_THIS_FORM, tags.describe(form)])
 
 
 @dataclass(frozen=True, slots=True)

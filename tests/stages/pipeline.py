@@ -15,7 +15,8 @@ STAGES = {
     "base": (
         "base_model",
         "base",
-        "--vocab_size 500 --hidden_size 32 --intermediate_size 32 --num_hidden_layers 2 --head_dim 8",
+        "--vocab_size 500 --hidden_size 32 --intermediate_size 32 --num_hidden_layers 2 --head_dim 8 --steps 4 "
+        "--tokens_per_step 600 --questions 3 --exam_documents 2 --save_steps 2 --publish_dir null",
     ),
     "rationales": ("stage1_rationales", "rationales", "--max_rationales 60"),
     "sft": (

@@ -57,11 +57,15 @@ def test_exactly_one_bos(base):
     assert ids[0] == tokenizer.bos_token_id
 
 
-def test_tags_and_digits_are_tokens_of_their_own(base):
-    tokenizer = load_tokenizer(base)
-    assert [tokenizer.decode([i]) for i in tokenizer("<think> 128</item_id>")["input_ids"]] == [
-        "<think>", " ", "1", "2", "8", "</item_id>",
+def test_tags_are_one_token_and_ids_come_in_pairs():
+    tokenizer = train_tokenizer(["B0 Oat green tea"] * 50, 1700)
+    assert [tokenizer.decode([i]) for i in tokenizer("<think> B0X7K1234Z Oat 8</item_id>")["input_ids"]] == [
+        "<think>", " B0", "X7", "K1", "23", "4Z", " Oat", " ", "8", "</item_id>",
     ]  # fmt: skip
+
+
+def test_any_text_comes_back(base):
+    tokenizer = load_tokenizer(base)
     text = "é <item_nm> Tea\n3 </item_nm>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 

@@ -14,7 +14,8 @@ from twice_rec.data.grpo import prompt_rows
 from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.curate import rejection
-from twice_rec.rationales.offline import OfflineAnnotator, attributes
+from twice_rec.rationales.offline import OfflineAnnotator
+from twice_rec.reading import attributes
 from twice_rec.records import Example, Interaction, Item, Rationale
 
 PASTA = Item(
@@ -229,7 +230,7 @@ class TestOfflineAnnotator:
         found = self.annotate(HISTORY, ("B3", "B2"), "B2")
         assert found.verdict == "relevant"
         assert found.evidence == (1, 2)
-        assert "goes well with Sauces" in found.text
+        assert found.text.endswith("Last was Pasta, so Sauces.")
         assert found.annotator == "offline"
 
     def test_nothing_in_common_is_irrelevant(self):

@@ -57,10 +57,10 @@ SIZES = ("6 oz", "8 oz", "12 oz", "16 oz", "2 lb", "Pack of 3", "Pack of 6")
 COHORTS = 8
 
 # Review titles by (what the user feels about the diet or the brand, which of the two).
-_PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x}")
-_BLAME = ("{x} is not for me", "I do not like {x}", "Never again {x}")
-_NEUTRAL_GOOD = ("Good product", "Does the job", "Would buy again")
-_NEUTRAL_BAD = ("Nothing special", "Expected more", "Just okay")
+PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x}")
+BLAME = ("{x} is not for me", "I do not like {x}", "Never again {x}")
+NEUTRAL_GOOD = ("Good product", "Does the job", "Would buy again")
+NEUTRAL_BAD = ("Nothing special", "Expected more", "Just okay")
 _START_MS = 1_577_836_800_000  # 2020-01-01
 _DAY_MS = 86_400_000
 
@@ -262,9 +262,9 @@ class World:
         felt = [(name, feeling) for name, feeling in felt if feeling and (feeling > 0) == (rating >= 3)]
         if felt:
             name, feeling = _pick(felt, draw[0])
-            title = _pick(_PRAISE if feeling > 0 else _BLAME, draw[1]).format(x=name)
+            title = _pick(PRAISE if feeling > 0 else BLAME, draw[1]).format(x=name)
         else:
-            title = _pick(_NEUTRAL_GOOD if rating >= 4 else _NEUTRAL_BAD, draw[1])
+            title = _pick(NEUTRAL_GOOD if rating >= 4 else NEUTRAL_BAD, draw[1])
         # The text speaks of the user's taste at large, whatever the item.
         names, taste = _pick(((DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])), draw[2])
         spoken = _pick(np.flatnonzero(taste), draw[3])

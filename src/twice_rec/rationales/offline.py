@@ -1,37 +1,38 @@
 """An annotator that writes rationales by rule, for machines without a language model. Marks its rows `offline`.
 
 It reads what a text model would be shown: the items' texts and the user's ratings and reviews. It never sees the
-synthetic world's hidden cohorts or probabilities. An item's attributes are the short values of its details, its brand
-and its narrowest category.
+synthetic world's hidden cohorts or probabilities. Its texts argue from the history in the steps of `reading.py`, each
+of which a small model can take: what each review says, what was bought last, what that calls for. They do not name the
+target.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.records import Example, Interaction, Item, Rationale
+from twice_rec.reading import attributes, called_for, last_note, opinion, review_notes
+from twice_rec.records import Example, Interaction, Rationale
 
 ANNOTATOR = "offline"
 
-_DETAIL = re.compile(r'"([^"]+)": "([^"]+)"')
 _LIKED, _DISLIKED = 4.0, 2.0  # ratings from which on a purchase counts for or against its attributes
-
-
-def attributes(item: Item) -> tuple[str, ...]:
-    """Short attribute values, each once: details, brand, narrowest category. Measures (with digits) are left out."""
-    found = [value for _, value in _DETAIL.findall(item.details)]
-    found += [item.brand, *item.categories[-1:]]
-    return tuple(dict.fromkeys(value for value in found if value and len(value) <= 30 and not re.search(r"\d", value)))
+_NOTHING = "Nothing in the history calls for this."
 
 
 class OfflineAnnotator:
-    """Writes a forward-looking rationale for each example's target and judges whether it is relevant."""
+    """Writes a forward-looking rationale for each example's target and judges whether it is relevant.
 
-    def __init__(self, catalog: ItemCatalog):
+    Args:
+        catalog: all items.
+        history_items: how many of the most recent purchases prompts show; None for all.
+    """
+
+    def __init__(self, catalog: ItemCatalog, history_items: int | None = None):
         self._catalog = catalog
+        self._history_items = history_items
+        self._categories = list(dict.fromkeys(item.categories[-1] for item in catalog if item.categories))
 
     def annotate(self, example: Example) -> Rationale:
         """What the history shows, what it calls for next, and the verdict.
@@ -43,22 +44,23 @@ class OfflineAnnotator:
         liked, disliked = self._tastes(example.history)
         wanted = attributes(target)
         last = self._catalog[example.history[-1].item_id]
-        called_for = [name for name in target.categories[-1:] if name and name in last.description]
+        calls_for = called_for(last, self._categories)
+        answered = [name for name in target.categories[-1:] if name in calls_for]
         for_it = [name for name in wanted if liked[name] > 0]
         against = [name for name in wanted if disliked[name] > liked[name]]
-        reasons = len(for_it) + len(called_for)
+        reasons = len(for_it) + len(answered)
         verdict = "relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant"
         evidence = [
             index
             for index, entry in enumerate(example.history)
             if set(attributes(self._catalog[entry.item_id])) & {*for_it, *against}
         ]
-        if called_for and len(example.history) - 1 not in evidence:
+        if answered and len(example.history) - 1 not in evidence:
             evidence.append(len(example.history) - 1)
         return Rationale(
             user_id=example.user_id,
             target=example.target,
-            text=self._write(liked, disliked, last, for_it, called_for),
+            text=self._write(example.history, calls_for) if reasons else _NOTHING,
             verdict=verdict,
             evidence=tuple(evidence),
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
@@ -75,21 +77,7 @@ class OfflineAnnotator:
                 disliked[name] += rating <= _DISLIKED
         return liked, disliked
 
-    def _write(
-        self, liked: Counter[str], disliked: Counter[str], last: Item, for_it: list[str], called_for: list[str]
-    ) -> str:
-        frequent = [name for name, count in liked.most_common(3) if count >= 2]
-        sentences = []
-        if frequent:
-            sentences.append(f"The customer keeps buying {_and(frequent)}.")
-        if disliked_names := [name for name, count in disliked.most_common(2) if count > liked[name]]:
-            sentences.append(f"They were unhappy with {_and(disliked_names)}.")
-        if called_for:
-            sentences.append(f"The last purchase, {attributes(last)[-1]}, goes well with {_and(called_for)}.")
-        wanted = list(dict.fromkeys([*for_it, *called_for]))
-        sentences.append(f"So {_and(wanted)} fits next." if wanted else "Nothing in the history calls for this.")
-        return " ".join(sentences)
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    def _write(self, history: Sequence[Interaction], calls_for: Sequence[str]) -> str:
+        shown = history[-self._history_items :] if self._history_items else history
+        opinions = [opinion(entry, self._catalog[entry.item_id]) for entry in shown]
+        return f"{review_notes(opinions)} {last_note(self._catalog[history[-1].item_id], calls_for)}"

@@ -1,32 +1,41 @@
-"""The tiny base model -> a folder with tokenizer, chat template and random weights (see `llm/base.py`).
+"""The tiny base model -> base/ (model, tokenizer, chat template, exam, model card), and a copy in `publish_dir`.
 
-It knows nothing: the base of the tiny recipe stands for a model that has read neither items nor users. Reads only the
-catalogue's texts and the prompts' wording, never a purchase.
+It plays the part of gemma-3-1b-it where no weights can be downloaded: it reads the prompts' form and answers questions
+about what stands there. It reads the catalogue's texts and made-up lists (see `data/exercises.py`), never a purchase.
+Killed and started again, it goes on from the last training state.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from twice_rec import prompts
-from twice_rec.artifacts import Work
-from twice_rec.catalog import ItemCatalog
+from twice_rec.artifacts import Work, write_json, write_text
 from twice_rec.config import BaseModelRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
+from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
+from twice_rec.llm import pretrain
 from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
-from twice_rec.prompts import PromptFormat
+from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
 from twice_rec.records import Example, Interaction
 from twice_rec.stages.lifecycle import about, need, run_stage, say_finished
 
 logger = logging.getLogger("base")
 
+_TRAINING, _EXAM, _TEXTS = 1, 2, 3  # streams of random numbers
+
 
 def base(recipe: BaseModelRecipe) -> None:
-    """Train the tokenizer, build the model, save both."""
+    """Train the tokenizer and the model, examine it, save everything."""
     files = [need(recipe.run_path / "data" / name, "prepare.sh") for name in (dataset.CATALOG, dataset.PROMPT)]
     work = Work(recipe.run_path, "base", "base", recipe.settings(), files)
     if work.is_finished():
@@ -34,23 +43,99 @@ def base(recipe: BaseModelRecipe) -> None:
         return
     work.begin(recipe.overwrite)
     data = PreparedData(recipe.run_path / "data")
-    tokenizer = train_tokenizer(_texts(data.catalog, data.prompt_format), recipe.vocab_size)
-    model = build_model(tokenizer, BaseSettings(**{f.name: getattr(recipe, f.name) for f in fields(BaseSettings)}))
+    writer = ExerciseWriter(data.catalog, data.prompt_format)
+    tokenizer = train_tokenizer(_texts(writer, data, recipe), recipe.vocab_size)
+    own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    model = build_model(tokenizer, BaseSettings(**{f.name: own[f.name] for f in fields(BaseSettings)}))
+    logger.info("%s parameters, %s tokens", f"{model.num_parameters():,}", f"{len(tokenizer):,}")
+
+    def encoded(document: Document) -> pretrain.Encoded:
+        turns = [(turn.question, turn.answer) for turn in document.turns]
+        return encode_conversation(tokenizer, document.prompt, turns)
+
+    longest = Lengths(recipe.max_purchases, recipe.max_candidates)
+
+    def batch(step: int) -> list[pretrain.Encoded]:
+        rng, documents, tokens = np.random.default_rng([recipe.seed, _TRAINING, step]), [], 0
+        while tokens < recipe.tokens_per_step:
+            lengths = longest.at(step / recipe.curriculum_steps)
+            documents.append(encoded(writer.draw(rng, lengths, recipe.item_share, recipe.questions)))
+            tokens += len(documents[-1][0])
+        return documents
+
+    settings = PretrainSettings(**{f.name: own[f.name] for f in fields(PretrainSettings)})
+    losses = pretrain.pretrain(model, batch, settings, work.path)
+    examiner = ExerciseWriter(data.catalog, data.prompt_format, held_out=True)
+    marks = dict[str, list[bool]]()
+    rng = np.random.default_rng([recipe.seed, _EXAM])
+    for _ in range(recipe.exam_documents):
+        document = examiner.document(rng, longest.purchases, longest.candidates, recipe.questions)
+        for turn, right in zip(document.turns, answers_right(model, *encoded(document)), strict=True):
+            marks.setdefault(turn.kind, []).append(right)
+    exam = {kind: {"right": sum(rights) / len(rights), "questions": len(rights)} for kind, rights in marks.items()}
+    logger.info("exam: %s", ", ".join(f"{kind} {entry['right']:.3f}" for kind, entry in sorted(exam.items())))
+    figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "exam": exam}
     tokenizer.save_pretrained(work.path)
     model.save_pretrained(work.path)
-    figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}
-    logger.info("%s parameters, %s tokens", f"{figures['parameters']:,}", f"{figures['vocabulary']:,}")
-    work.finish(sorted(path for path in work.path.iterdir() if path.name[0] != "."), figures, about(recipe))
+    write_json(work.path / "exam.json", exam)
+    write_text(work.path / "README.md", _card(recipe, figures, losses))
+    (work.path / pretrain.STATE).unlink(missing_ok=True)
+    outputs = sorted(path for path in work.path.iterdir() if path.name[0] != ".")
+    work.finish(outputs, figures, about(recipe))
+    if recipe.publish_dir:
+        target = Path(recipe.publish_dir)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for path in outputs:
+            shutil.copy(path, target)
+        logger.info("copied to %s", target)
 
 
-def _texts(catalog: ItemCatalog, shown: PromptFormat) -> Iterator[str]:
-    """Item texts, and each item in the prompts' own form with every rating word."""
-    for number, item in enumerate(catalog):
-        rating = float(1 + number % 5)
-        example = Example("", (Interaction(item.item_id, rating=rating),), (item.item_id,), item.item_id)
-        for message in prompts.recommend(example, catalog, shown, with_rationale=number % 2 == 0):
-            yield message["content"]
-        yield prompts.item_info_answer(item, shown)
+def _texts(writer: ExerciseWriter, data: PreparedData, recipe: BaseModelRecipe) -> Iterator[str]:
+    """What the tokenizer is trained on: documents as in pretraining, and each item in the tasks' prompts."""
+    rng = np.random.default_rng([recipe.seed, _TEXTS])
+    lengths = Lengths(recipe.max_purchases, recipe.max_candidates)
+    for number, item in enumerate(data.catalog):
+        document = writer.draw(rng, lengths, recipe.item_share, recipe.questions)
+        yield from (message["content"] for message in document.prompt)
+        yield from (text for turn in document.turns for text in (turn.question, turn.answer))
+        example = Example("", (Interaction(item.item_id, rating=float(1 + number % 5)),), (item.item_id,), item.item_id)
+        asked = prompts.recommend(example, data.catalog, data.prompt_format, with_rationale=number % 2 == 0)
+        yield from (message["content"] for message in [*asked, *prompts.item_info(item)])
+        yield prompts.item_info_answer(item, data.prompt_format)
+
+
+def _card(recipe: BaseModelRecipe, figures: dict[str, Any], losses: Sequence[tuple[int, float]]) -> str:
+    """The model card."""
+    exam = "\n".join(
+        f"| {kind} | {entry['right']:.3f} | {entry['questions']:,} |" for kind, entry in sorted(figures["exam"].items())
+    )
+    curve = ", ".join(f"{loss:.3f} ({step:,})" for step, loss in losses[:: max(1, len(losses) // 10)] + losses[-1:])
+    return f"""---
+license: apache-2.0
+---
+# Tiny base model
+
+A Gemma 3 with {figures["parameters"]:,} parameters and {figures["vocabulary"]:,} tokens, made by
+`bash base.sh recipes/tiny/base.yaml`. It stands in for gemma-3-1b-it where no weights can be downloaded, and is of no
+use for anything else.
+
+**Training data.** Made-up lists of purchases and candidates in the form of twice_rec's prompts, and questions that the
+text itself answers: copy a candidate, find the candidate with an attribute or two, or the one that fits stated wishes,
+say what each review says, name what was bought last and what its description goes well with, describe an item, answer
+in the asked form. Items are random combinations of the synthetic shop's words with random ids. No purchase of any user
+was read, and who buys what next is never asked.
+
+**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at
+{recipe.learning_rate:g}, on a CPU. Loss per answer token by step: {curve}.
+
+**Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
+training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases:
+
+| questions | right | number |
+|---|---|---|
+{exam}
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,263 @@
+"""What the tiny base model practises: reading, copying and comparing lists in the form of the prompts.
+
+Every document shows made-up purchases and candidates and asks several questions about them, each of which the text
+itself answers. Items are random combinations of the synthetic world's words with fresh random ids, reviews are random,
+and no list follows a user's behaviour: who buys what next is never asked or shown. The only facts taught are those of
+the item texts: what product type is of which category, and which categories its description goes well with.
+
+One combination of brand, diet and product type in ten is held out; `ExerciseWriter(held_out=True)` uses those alone.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twice_rec import prompts
+from twice_rec.catalog import ItemCatalog
+from twice_rec.data import world
+from twice_rec.prompts import Message, PromptFormat
+from twice_rec.reading import attributes, called_for, last_note, opinion, review_note, review_notes
+from twice_rec.records import Example, Interaction, Item
+from twice_rec.tags import ITEM_ONLY, WITH_RATIONALE
+
+_CATEGORY_WEIGHT = 1.5  # of a called-for category against one liked attribute, in "which candidate fits"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its only right answer. `kind` is one of copy, attributes, format, reading, items."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A conversation: the prompt of the first turn (lists and question), its answer, and the turns that follow."""
+
+    prompt: list[Message]
+    turns: list[Turn]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """The longest lists."""
+
+    purchases: int
+    candidates: int
+
+    def at(self, progress: float) -> Lengths:
+        """Shorter ones at the beginning: from 1 purchase and 3 candidates (progress 0) to these (1)."""
+        share = min(1.0, progress)
+        return Lengths(1 + round(share * (self.purchases - 1)), 3 + round(share * (self.candidates - 3)))
+
+
+class ExerciseWriter:
+    """Writes documents.
+
+    Args:
+        catalog: whose descriptions say which categories go well together.
+        shown: the form of the lines.
+        held_out: make items of the held-out combinations instead of all others.
+    """
+
+    def __init__(self, catalog: ItemCatalog, shown: PromptFormat, held_out: bool = False):
+        self._shown = shown
+        self._held_out = held_out
+        self._categories = list(world.PRODUCT_TYPES)
+        self._goes_with = {item.categories[-1]: called_for(item, self._categories) for item in catalog}
+
+    def draw(self, rng: np.random.Generator, lengths: Lengths, item_share: float, questions: int) -> Document:
+        """A document about items with probability `item_share`, else about lists of random lengths."""
+        if rng.random() < item_share:
+            return self.item_document(rng, max(1, questions // 2))
+        purchases, candidates = rng.integers(0, lengths.purchases + 1), rng.integers(3, lengths.candidates + 1)
+        return self.document(rng, int(purchases), int(candidates), questions)
+
+    def document(self, rng: np.random.Generator, purchases: int, candidates: int, questions: int) -> Document:
+        """Lists of the given lengths and different questions about them, of kinds drawn at random."""
+        lists = _Lists(self, rng, purchases, candidates)
+        askers: Sequence[Callable[[], Turn | None]] = lists.askers
+        weights = np.array(lists.weights) / sum(lists.weights)
+        turns, asked = list[Turn](), set[str]()
+        while len(turns) < questions:
+            turn = askers[int(rng.choice(len(askers), p=weights))]()
+            if turn is not None and turn.question not in asked:
+                turns.append(turn)
+                asked.add(turn.question)
+        lines = prompts.show_lists(lists.example, lists, self._shown)
+        return Document(prompts.exercise(lines, turns[0].question), turns)
+
+    def item_document(self, rng: np.random.Generator, questions: int) -> Document:
+        """What items are, from their titles alone."""
+        turns = []
+        for item in (self.item(rng) for _ in range(questions)):
+            said = prompts.describe_item(item, ("category", "description", "details"), self._shown)
+            turns.append(Turn("items", f"Product: {item.title}\n\nGive its category, description and details.", said))
+        return Document(prompts.exercise([], turns[0].question), turns)
+
+    def item(self, rng: np.random.Generator) -> Item:
+        """A random combination of the world's words."""
+        while True:
+            category = self._categories[rng.integers(len(self._categories))]
+            kinds = world.PRODUCT_TYPES[category]
+            kind, brand = kinds[rng.integers(len(kinds))], world.BRANDS[rng.integers(len(world.BRANDS))]
+            diet, size = world.DIETS[rng.integers(len(world.DIETS))], world.SIZES[rng.integers(len(world.SIZES))]
+            if (zlib.crc32(f"{brand} {diet} {kind}".encode()) % 10 == 0) == self._held_out:
+                break
+        letters = "".join("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] for i in rng.integers(36, size=8))
+        details = {"Brand": brand, "Diet": diet, "Category": category, "Size": size}
+        others = " and ".join(self._goes_with.get(category, ())) or "everything"
+        return Item(
+            f"B0{letters}",
+            f"{brand} {diet} {kind}, {size}",
+            f"{kind} for every day. Goes well with {others}.",
+            json.dumps(details)[1:-1],
+            brand,
+            ("Grocery & Gourmet Food", category),
+        )
+
+    def purchase(self, rng: np.random.Generator, item: Item) -> Interaction:
+        """A random review: praise or blame of the brand or the diet, or nothing of either."""
+        details = json.loads(f"{{{item.details}}}")
+        name = (details["Brand"], details["Diet"])[rng.integers(2)]
+        feeling = rng.choice(3, p=(0.55, 0.25, 0.2))
+        if feeling == 2:
+            rating = int(rng.integers(1, 6))
+            title = rng.choice(world.NEUTRAL_GOOD if rating >= 4 else world.NEUTRAL_BAD)
+        else:
+            rating = int(rng.integers(1, 3) if feeling else rng.integers(3, 6))
+            title = rng.choice(world.BLAME if feeling else world.PRAISE).format(x=name)
+        return Interaction(item.item_id, rating=float(rating), review_title=str(title))
+
+
+class _Lists:
+    """One document's items and what can be asked about them; an asker returns None where its question is unclear."""
+
+    def __init__(self, writer: ExerciseWriter, rng: np.random.Generator, purchases: int, candidates: int):
+        self._rng, self._writer = rng, writer
+        self.bought = [writer.item(rng) for _ in range(purchases)]
+        self.shown = [writer.item(rng) for _ in range(candidates)]
+        self._by_id = {item.item_id: item for item in (*self.bought, *self.shown)}
+        history = tuple(writer.purchase(rng, item) for item in self.bought)
+        ids = tuple(item.item_id for item in self.shown)
+        self.example = Example("", history, ids, ids[0])
+        self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
+        self._attributes = [set(attributes(item)) for item in self.shown]
+        chosen = [(self._all, 2), (self._copy, 3), (self._has, 4), (self._has_both, 2), (self._shared, 1)]
+        chosen += [(self._fits, 6)]
+        if purchases:
+            chosen += [(self._review, 1), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 0.5)]
+            chosen += [(self._fits_the_reviews, 3)]
+        self.askers, self.weights = zip(*chosen, strict=True)
+
+    def __getitem__(self, item_id: str) -> Item:
+        return self._by_id[item_id]
+
+    def _pick(self, options):
+        return options[int(self._rng.integers(len(options)))]
+
+    def _item_turn(self, kind: str, question: str, item: Item, thought: str) -> Turn:
+        """Ask for an item; one in four such questions says the form, and half of these ask for a thought."""
+        draw = self._rng.random()
+        if draw < 0.125:
+            return Turn("format", prompts.in_form(question, ITEM_ONLY), prompts.item_answer(item))
+        if draw < 0.25:
+            return Turn("format", prompts.in_form(question, WITH_RATIONALE), prompts.rationale_answer(thought, item))
+        return Turn(kind, question, prompts.item_answer(item))
+
+    def _all(self) -> Turn:
+        return Turn("copy", "Give all candidates.", " ".join(prompts.item_answer(item) for item in self.shown))
+
+    def _copy(self) -> Turn:
+        number = int(self._rng.integers(len(self.shown)))
+        item = self.shown[number]
+        return self._item_turn("copy", f"Give candidate {number + 1}.", item, f"Candidate {number + 1}.")
+
+    def _has(self) -> Turn | None:
+        return self._with_attributes(1)
+
+    def _has_both(self) -> Turn | None:
+        return self._with_attributes(2)
+
+    def _with_attributes(self, count: int) -> Turn | None:
+        position = int(self._rng.integers(len(self.shown)))
+        own = attributes(self.shown[position])
+        names = [own[i] for i in self._rng.permutation(len(own))[:count]]
+        if sum(set(names) <= having for having in self._attributes) != 1:
+            return None
+        asked = " and ".join(names)
+        return self._item_turn("attributes", f"Which candidate has {asked}?", self.shown[position], f"{asked}.")
+
+    def _fits(self) -> Turn | None:
+        """Wishes as the notes on a history write them, drawn at random."""
+        count = int(self._rng.integers(1, 7))
+        names = [*world.BRANDS, *world.DIETS]
+        of_candidates = [name for having in self._attributes for name in having if name in names]
+        pool = of_candidates if self._rng.random() < 0.7 else names
+        wishes: list[tuple[str, bool] | None] = [
+            (self._pick(pool), bool(self._rng.random() < 0.7)) if self._rng.random() < 0.8 else None
+            for _ in range(count)
+        ]
+        last = self._writer.item(self._rng)
+        calls_for = called_for(last, list(world.PRODUCT_TYPES))
+        return self._fitting(wishes, calls_for, f"{review_notes(wishes)} {last_note(last, calls_for)}")
+
+    def _fits_the_reviews(self) -> Turn | None:
+        """The same about the shown reviews, without the last purchase."""
+        return self._fitting(self._opinions, [], "", "Which candidate fits the reviews best?")
+
+    def _fitting(
+        self, wishes: Sequence[tuple[str, bool] | None], calls_for: Sequence[str], notes: str, question: str = ""
+    ) -> Turn | None:
+        named = {entry for entry in wishes if entry is not None}
+        if {name for name, liked in named if liked} & {name for name, liked in named if not liked}:
+            return None
+        scores = [
+            sum((1 if liked else -1) * (name in having) for name, liked in named)
+            + _CATEGORY_WEIGHT * any(name in having for name in calls_for)
+            for having in self._attributes
+        ]
+        best = int(np.argmax(scores))
+        if scores[best] <= 0 or scores.count(scores[best]) != 1:
+            return None
+        item = self.shown[best]
+        thought = notes or review_notes(wishes)
+        return self._item_turn("attributes", question or f"Which candidate fits best? {notes}", item, thought)
+
+    def _shared(self) -> Turn:
+        """Which candidates have something in common."""
+        name = self._pick(sorted(self._pick(self._attributes)))
+        numbers = [str(i) for i, having in enumerate(self._attributes, start=1) if name in having]
+        return Turn("attributes", f"Which candidates have {name}?", f"{', '.join(numbers)}.")
+
+    def _review(self) -> Turn:
+        number = int(self._rng.integers(len(self.bought)))
+        note = review_note(number + 1, self._opinions[number])
+        return Turn("reading", f"What does review {number + 1} say?", note)
+
+    def _reviews(self) -> Turn:
+        return Turn("reading", "What does each review say?", review_notes(self._opinions))
+
+    def _last(self) -> Turn:
+        last = self.bought[-1]
+        note = last_note(last, called_for(last, list(world.PRODUCT_TYPES)))
+        return Turn("reading", "What was bought last, and what goes well with it?", note)
+
+    def _frequent(self) -> Turn | None:
+        counts = Counter(name for item in self.bought for name in attributes(item)).most_common(2)
+        if len(counts) > 1 and counts[0][1] == counts[1][1]:
+            return None
+        return Turn("reading", "What do the purchases have in common most often?", f"{counts[0][0]}.")
+
+    def _rated(self) -> Turn:
+        rating = self._pick(self.example.history).rating
+        numbers = [str(i) for i, entry in enumerate(self.example.history, start=1) if entry.rating == rating]
+        return Turn("reading", f"Which purchases were rated {prompts.rating_word(rating)}?", f"{', '.join(numbers)}.")

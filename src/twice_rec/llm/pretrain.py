@@ -1,0 +1,206 @@
+"""Pretraining of the tiny base model on conversations whose answers can be read off their prompts.
+
+The loss is on the answers and on the ends of the model's turns, each token counting the same. Documents are sorted
+into batches of about the same number of tokens; a batch is padded on the right, which a causal model does not see.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from twice_rec.artifacts import atomic_path
+from twice_rec.llm.base import END_OF_TURN, START_OF_TURN
+from twice_rec.llm.encoding import IGNORED
+from twice_rec.llm.modeling import encode_chat, encode_text
+from twice_rec.prompts import Message
+
+logger = logging.getLogger(__name__)
+
+Encoded = tuple[list[int], list[int]]  # token ids, labels
+STATE = "training_state.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSettings:
+    """See `config.BaseModelRecipe`."""
+
+    steps: int
+    tokens_per_step: int
+    learning_rate: float
+    warmup_steps: int
+    decay_fraction: float
+    weight_decay: float
+    save_steps: int
+    seed: int
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of every matrix is made orthogonal (Jordan et al., 2024), at AdamW's scale of updates.
+
+    torch's own iterates in bfloat16, one matrix at a time, which takes ten times as long on CPUs without such
+    instructions; this one takes float32 and all matrices of a shape together.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update."""
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            for parameter in group["params"]:
+                mean = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(mean, group["momentum"])
+                of_shape.setdefault(parameter.shape, []).append((parameter, update))
+            for shape, pairs in of_shape.items():
+                updates = orthogonalised(torch.stack([update for _, update in pairs])) * 0.2 * max(shape) ** 0.5
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+
+def orthogonalised(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Matrices [B, m, n] with their singular values brought near 1 by a quintic Newton-Schulz iteration."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x if wide else x.mT
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], turns: Sequence[tuple[str, str]]
+) -> Encoded:
+    """Token ids and labels of a prompt and (question, answer) turns; the first question stands in the prompt."""
+    ids = encode_chat(tokenizer, prompt)
+    labels = [IGNORED] * len(ids)
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    for number, (question, answer) in enumerate(turns):
+        if number:
+            asked = f"\n{START_OF_TURN}user\n{question}{END_OF_TURN}\n{START_OF_TURN}model\n"
+            tokens = encode_text(tokenizer, asked)
+            ids += tokens
+            labels += [IGNORED] * len(tokens)
+        tokens = [*encode_text(tokenizer, answer), end]
+        ids += tokens
+        labels += tokens
+    return ids, labels
+
+
+def pretrain(
+    model: PreTrainedModel, batch: Callable[[int], Sequence[Encoded]], settings: PretrainSettings, folder: Path
+) -> list[tuple[int, float]]:
+    """Train all weights; goes on from `folder`'s training state if there is one.
+
+    Args:
+        batch: the documents of a step, from its number alone, so that a resumed run sees the same ones.
+        folder: gets the training state every `save_steps`.
+
+    Returns:
+        (step, mean loss since the last entry) every hundred steps.
+    """
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    path, first, losses = folder / STATE, 0, list[tuple[int, float]]()
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first, losses = state["step"], [tuple(entry) for entry in state["losses"]]
+        logger.info("going on at step %d", first)
+    model.train()
+    recent, tokens, start = list[float](), 0, time.monotonic()
+    for step in range(first, settings.steps):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = settings.learning_rate * schedule(step, settings)
+        loss, seen = _step(model, batch(step), settings.tokens_per_step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        recent.append(loss)
+        tokens += seen
+        if (step + 1) % 100 == 0 or step + 1 == settings.steps:
+            losses.append((step + 1, float(np.mean(recent))))
+            rate = tokens / (time.monotonic() - start)
+            logger.info("step %d of %d: loss %.4f, %.0f tokens/s", step + 1, settings.steps, losses[-1][1], rate)
+            recent = []
+        if (step + 1) % settings.save_steps == 0:
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            with atomic_path(path) as temporary:
+                torch.save({**state, "step": step + 1, "losses": losses}, temporary)
+    model.eval()
+    return losses
+
+
+@torch.inference_mode()
+def answers_right(model: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> list[bool]:
+    """For each answer of an encoded conversation whether the model, decoding greedily, gives it to the letter.
+
+    Every token must be the likeliest one after the right ones before it, which is the same as generating the answer.
+    """
+    guesses = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].argmax(dim=-1)[:-1]
+    expected = torch.tensor(list(labels))[1:]
+    right, answer = list[bool](), list[bool]()
+    for is_answer, hit in zip((expected != IGNORED).tolist(), (guesses == expected).tolist(), strict=True):
+        if is_answer:
+            answer.append(hit)
+        elif answer:
+            right.append(all(answer))
+            answer = []
+    return [*right, all(answer)] if answer else right
+
+
+def schedule(step: int, settings: PretrainSettings) -> float:
+    """Share of the learning rate: a linear warm-up, a plateau, and a linear decay to 0 over `decay_fraction`."""
+    decay = max(1, math.ceil(settings.decay_fraction * settings.steps))
+    return min(1.0, (step + 1) / settings.warmup_steps, (settings.steps - step) / decay)
+
+
+def _step(model: PreTrainedModel, documents: Sequence[Encoded], tokens_per_step: int) -> tuple[float, int]:
+    """Gradients of the mean loss over all labelled tokens of the documents; that loss, and the number of tokens."""
+    labelled = sum(sum(label != IGNORED for label in labels) for _, labels in documents)
+    total = 0.0
+    for part in _in_batches(documents, max(1, tokens_per_step // 2)):
+        longest = max(len(ids) for ids, _ in part)
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in part])
+        labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in part])[:, 1:]
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        wanted = labels != IGNORED
+        logits = model.lm_head(hidden[wanted]).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum") / labelled
+        loss.backward()
+        total += loss.item()
+    return total, sum(len(ids) for ids, _ in documents)
+
+
+def _in_batches(documents: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
+    """Documents of similar length together, at most about `tokens` a batch, padding included."""
+    batch: list[Encoded] = []
+    for document in sorted(documents, key=lambda entry: len(entry[0])):
+        if batch and (len(batch) + 1) * len(document[0]) > tokens:
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
