@@ -301,3 +301,23 @@ def test_every_variant_of_the_recipes_page_is_a_recipe():
     assert len(commands) >= 6
     assert len(tiny) == 1
     assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("domain", ["grocery", "amazon"])
+def test_paper_and_improved_recipes_differ_where_they_say_so(domain):
+    paper, improved = (
+        yaml.safe_load((ROOT / "recipes" / domain / f"{name}.yaml").read_text()) for name in ("grpo", "grpo_improved")
+    )
+    of_the_release = {
+        "beta": 0.04, "temperature": 0.9, "epsilon": 0.2, "loss_type": "bnpo", "use_bias_correction_kl": False,
+        "scale_rewards": "group", "num_iterations": 1, "num_generations": 16, "learning_rate": 2e-5,
+        "reward_funcs": ["collaborative", "structure", "tags_release", "only_expected_tags"],
+        "reward_weights": [4, 1, 1, 1], "reward_lambda": 3, "reward_tau": 0.3, "reward_tau_quantile": None,
+        "confidence": "sigmoid", "confidence_debiased": False,
+    }  # fmt: skip
+    assert {name: paper[name] for name in of_the_release} == of_the_release
+    differing = {name for name in paper.keys() | improved.keys() if paper.get(name) != improved.get(name)}
+    assert differing == {
+        "variant", "beta", "temperature", "epsilon_high", "loss_type", "use_bias_correction_kl", "scale_rewards",
+        "reward_tau", "reward_tau_quantile", "confidence", "confidence_debiased", "cf_variant",
+    }  # fmt: skip
