@@ -241,14 +241,11 @@ class StepRewards:
 
     @classmethod
     def of(cls, recipe: GrpoRecipe, data: PreparedData, model: ConfidenceModel, policy: Policy) -> StepRewards:
-        """The rewards of a recipe; tau is worked out where it is given as a quantile."""
-        tau = recipe.reward_tau
-        if tau is None:
-            tau = tau_of_quantile(recipe.reward_tau_quantile or 0.0, data, model, recipe)
+        """The rewards of a recipe."""
         items = [index for history in data.training_histories() for index in history]
         return cls(
             recipe.reward_funcs,
-            RewardSettings(recipe.reward_lambda, tau, recipe.reward_rank),
+            RewardSettings(recipe.reward_lambda, tau_of(recipe, data, model), recipe.reward_rank),
             data.catalog,
             model,
             recipe.confidence,
@@ -295,8 +292,11 @@ class StepRewards:
         }
 
 
-def tau_of_quantile(quantile: float, data: PreparedData, model: ConfidenceModel, recipe: GrpoRecipe) -> float:
-    """The quantile of the CF model's confidences in all validation candidates, of the recipe's kind of confidence."""
+def tau_of(recipe: GrpoRecipe, data: PreparedData, model: ConfidenceModel) -> float:
+    """Tau as the recipe gives it, or as a quantile of its kind of confidence in all validation candidates."""
+    if recipe.reward_tau_quantile is None:
+        assert recipe.reward_tau is not None  # the recipe's checks: one of the two is given
+        return recipe.reward_tau
     (kind,) = data.candidates("train")[0].lists
     examples = list(data.examples("valid", kind))
     confidences = model.confidences(
@@ -305,4 +305,4 @@ def tau_of_quantile(quantile: float, data: PreparedData, model: ConfidenceModel,
         recipe.confidence,
         recipe.confidence_debiased,
     )
-    return float(np.quantile(confidences, quantile))
+    return float(np.quantile(confidences, recipe.reward_tau_quantile))
