@@ -492,14 +492,30 @@ class SftRecipe(ModelKeys, Recipe):
 
 
 RewardName = Literal[
-    "collaborative", "match", "cf", "structure", "tags", "tags_release", "only_expected_tags"
+    "collaborative", "match", "cf", "structure", "tags", "tags_release", "only_expected_tags", "rank"
 ]  # fmt: skip
+
+# Results of stage 3: stage3, or stage3_NAME; names that evaluation gives to second rankings are left to it.
+_GRPO_VARIANT = re.compile(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)")
+
+
+def grpo_folder(variant: str) -> str:
+    """Folder of a stage-3 variant under run_dir: `grpo` for `stage3`, `grpo_D` for `stage3_D`."""
+    return variant.replace("stage3", "grpo", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoRecipe(ModelKeys, Recipe):
     """Stage 3: confidence-weighted GRPO. All keys of TRL's GRPOConfig stand beside these."""
 
+    variant: str = key(
+        "stage3",
+        "name of the results, stage3 or stage3_NAME: folder grpo or grpo_NAME under run_dir, and name in evaluate",
+        changes_result=False,
+    )
+    model_name_or_path: str | None = key(
+        None, "the model stage 3 starts from, a folder or a name on the hub; null for the stage-2 model"
+    )
     max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
     item_first: bool = key(False, ITEM_FIRST)
     train_fraction: float = key(0.15, "share of the training examples that are prompted")
@@ -508,6 +524,9 @@ class GrpoRecipe(ModelKeys, Recipe):
     reward_lambda: float = key(3.0, "Eq. 2: bonus of a confident hit")
     reward_tau: float | None = key(0.3, "Eq. 2: confidence from which on it counts; null to set reward_tau_quantile")
     reward_tau_quantile: float | None = key(None, "tau as a quantile of the confidences of validation candidates")
+    reward_rank: Literal["reciprocal_rank", "ndcg"] = key(
+        "reciprocal_rank", "what the reward rank makes of the target's rank"
+    )
     confidence: Literal["sigmoid", "calibrated", "softmax"] = key("sigmoid", "how SASRec's scores become confidences")
     confidence_debiased: bool = key(False, "remove each item's mean score over users first")
     cf_variant: str = key("sasrec", "the CF model under run_dir that gives the confidences")
@@ -520,10 +539,45 @@ class GrpoRecipe(ModelKeys, Recipe):
     rollout_port: int = key(8000, "of the server", changes_result=False)
     rollout_tensor_parallel_size: int = key(1, "GPUs of the server", changes_result=False)
     rollout_max_model_len: int | None = key(None, "longest prompt and answer the server takes", changes_result=False)
+    sample_every: int | None = key(
+        None, "show sample completions with their rewards every so many steps; null for never", changes_result=False
+    )
+    sample_completions: int = key(4, "how many of them", changes_result=False)
+
+    @property
+    def folder(self) -> str:
+        """Folder of the results under run_dir."""
+        return grpo_folder(self.variant)
 
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
         *MODEL_CHECKS,
+        Check(
+            lambda c: _GRPO_VARIANT.fullmatch(c.variant) is not None,
+            lambda c: (
+                f"variant is {c.variant!r}; it must be stage3 or stage3_NAME, NAME of letters, digits, _ . - and not "
+                "sampled or likelihood"
+            ),
+        ),
+        Check(
+            lambda c: c.model_revision is None or c.model_name_or_path is not None,
+            lambda c: (
+                f"model_revision is {c.model_revision}, but model_name_or_path is null: the stage-2 model has no "
+                "revisions"
+            ),
+        ),
+        Check(
+            lambda c: "rank" not in c.reward_funcs or not c.item_first,
+            lambda c: (
+                "the reward rank judges the rationale by the item that follows it, but item_first is true: all "
+                "completions of a prompt would earn the same; leave rank out of reward_funcs"
+            ),
+        ),
+        Check(
+            lambda c: "rank" not in c.reward_funcs or c.attn_implementation in ("sdpa", "eager"),
+            lambda c: f"the reward rank needs attn_implementation sdpa or eager, found {c.attn_implementation}",
+        ),
+        *(at_least(name, 1) for name in ("sample_every", "sample_completions")),
         Check(
             lambda c: 0 < c.train_fraction <= 1,
             lambda c: f"train_fraction is {c.train_fraction}; it must be above 0 and at most 1",
@@ -556,12 +610,17 @@ class GrpoRecipe(ModelKeys, Recipe):
     )
 
 
+def _is_ours(variant: str) -> bool:
+    return variant in ("base", "stage2", "oracle") or _GRPO_VARIANT.fullmatch(variant) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRecipe(Recipe):
     """Stage 4: the same test questions to every variant."""
 
     variants: list[str] = key(
-        ["base", "stage2", "stage3"], "base, stage2, stage3; oracle for the world; or a name in outside_scores"
+        ["base", "stage2", "stage3"],
+        "base, stage2, stage3 or stage3_NAME (grpo's variant); oracle for the world; or a name in outside_scores",
     )
     model_name_or_path: str | None = key(None, "variant base: the model stage 2 starts from")
     outside_scores: dict[str, str] = key({}, "other models: variant name -> .npz with `scores` [users, items]")
@@ -604,15 +663,15 @@ class EvaluateRecipe(Recipe):
             lambda c: f"variants names one twice: {', '.join(c.variants)}",
         ),
         Check(
-            lambda c: not {"base", "stage2", "stage3", "oracle"} & c.outside_scores.keys(),
-            lambda c: "outside_scores uses a name of ours (base, stage2, stage3, oracle); choose another",
+            lambda c: not any(map(_is_ours, c.outside_scores)),
+            lambda c: "outside_scores uses a name of ours (base, stage2, stage3, stage3_..., oracle); choose another",
         ),
         Check(
-            lambda c: all(v in ("base", "stage2", "stage3", "oracle") or v in c.outside_scores for v in c.variants),
+            lambda c: all(_is_ours(v) or v in c.outside_scores for v in c.variants),
             lambda c: (
                 "variants names "
-                + ", ".join(v for v in c.variants if v not in ("base", "stage2", "stage3", "oracle", *c.outside_scores))
-                + "; known are base, stage2, stage3, oracle and the names in outside_scores"
+                + ", ".join(v for v in c.variants if not _is_ours(v) and v not in c.outside_scores)
+                + "; known are base, stage2, stage3, stage3_NAME, oracle and the names in outside_scores"
             ),
         ),
     )

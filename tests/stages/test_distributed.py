@@ -1,15 +1,18 @@
 """Two processes train what one trains with the same global batch: data-parallel by gloo, and ZeRO-2."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 
-from stages.pipeline import ROOT, run, words
+from stages.pipeline import ROOT, STAGES, run, words
 
 pytestmark = pytest.mark.slow
 
@@ -26,17 +29,21 @@ LAUNCHERS = {
 def train(run_dir, launcher, batch_size):
     """Stage 2 under a launcher; the adapter it saved."""
     shutil.rmtree(run_dir / "sft", ignore_errors=True)
+    flags = ["--use_peft", "true", "--max_steps", "3", "--save_steps", "9", "--sample_every", "null"]
+    launch(launcher, "sft", run_dir, *flags, "--per_device_train_batch_size", str(batch_size))
+    return load_file(run_dir / "sft" / "adapter_model.safetensors")
+
+
+def launch(launcher, stage, run_dir, *flags):
+    """Run a stage in the launcher's processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--use_peft", "true", "--max_steps", "3", "--save_steps", "9", "--sample_every", "null"]
-    flags += ["--per_device_train_batch_size", str(batch_size)]
-    command = [sys.executable, *LAUNCHERS[launcher], str(port), "-m", "twice_rec.stages.stage2_sft"]
-    command += words("sft", run_dir, run_dir / "base", *flags)
+    command = [sys.executable, *LAUNCHERS[launcher], str(port), "-m", f"twice_rec.stages.{STAGES[stage][0]}"]
+    command += words(stage, run_dir, run_dir / "base", *flags)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
-    return load_file(run_dir / "sft" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +61,19 @@ def test_two_processes_train_what_one_trains(one, launcher):
     assert alone.keys() == together.keys()
     assert all((alone[name] - together[name]).abs().max() < 1e-5 for name in alone)
     assert any(tensor.abs().max() > 1e-5 for name, tensor in alone.items() if "lora_B" in name), "nothing was trained"
+
+
+def test_a_group_split_over_two_processes_is_one_group(one):
+    """Its completions stand together in the file, and what is said of the step is of all of them."""
+    run_dir, _ = one
+    assert run("sasrec", run_dir, run_dir / "base") == 0
+    launch("gloo", "grpo", run_dir, "--per_device_train_batch_size", "2")  # groups of four
+    log = json.loads((run_dir / "grpo" / "trainer_state.json").read_text())["log_history"]
+    for step in (1, 2, 3):
+        found = pyarrow.parquet.read_table(run_dir / "grpo" / "completions" / f"completions_{step:05d}.parquet")
+        columns = found.to_pydict()
+        assert len(columns["step"]) == 4
+        assert len({str(prompt) for prompt in columns["prompt"]}) == 1
+        assert np.mean([outcome == "malformed" for outcome in columns["outcome"]]) == log[step - 1]["outcome/malformed"]
+        assert log[step - 1]["groups/without_hit"] == float("hit" not in columns["outcome"])
+        assert log[step - 1]["groups/without_variance"] == log[step - 1]["frac_reward_zero_std"]

@@ -109,7 +109,10 @@ KILLED = {
     "base": ("base/training_state.pt", ["base/model.safetensors", "base/exam.json", "base/tokenizer.json"]),
     "sft": ("sft/checkpoint-4/trainer_state.json", ["sft/merged/model.safetensors"]),
     "sasrec": ("sasrec/training_state.safetensors", ["sasrec/model.safetensors", "eval/sasrec/predictions.jsonl"]),
-    "grpo": ("grpo/checkpoint-2/trainer_state.json", ["grpo/merged/model.safetensors"]),
+    "grpo": (
+        "grpo/checkpoint-2/trainer_state.json",
+        ["grpo/merged/model.safetensors", *(f"grpo/completions/completions_0000{step}.parquet" for step in (1, 2, 3))],
+    ),
     "evaluate": (
         "eval/stage2/predictions.partial.jsonl",
         ["eval/stage2/predictions.jsonl", "eval/stage3/metrics.json"],
@@ -202,3 +205,26 @@ def test_sft_of_an_adapter_leaves_adapter_and_merged_model(finished, tmp_path):
     assert changed
     assert all("_proj" in name for name in changed)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_variants_of_stage_3_stand_beside_each_other(finished, tmp_path):
+    """Like Rec-R1, and from the base model: rewards, start, folder and name in the evaluation are recipe values."""
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    for folder in ("data", "sasrec", "grpo", "eval"):
+        shutil.copytree(whole / folder, run_dir / folder)
+    before = files_of(run_dir)
+    rewards = ["--reward_funcs", "rank", "structure", "tags", "only_expected_tags"]
+    start_from = ["--model_name_or_path", str(base)]
+    assert run("grpo", run_dir, base, "--variant", "stage3_C.rank", *start_from, *rewards) == 0
+    assert run("evaluate", run_dir, base, "--variants", "stage3_C.rank") == 0
+    assert json.loads((run_dir / "eval" / "stage3_C.rank" / "metrics.json").read_text())["n"] == 6
+    logged = json.loads((run_dir / "grpo_C.rank" / "trainer_state.json").read_text())["log_history"][0]
+    assert {name.split("/")[1] for name in logged if name.startswith("rewards/")} == set(rewards[1:])
+    merged = load_file(run_dir / "grpo_C.rank" / "merged" / "model.safetensors")
+    plain = load_file(base / "model.safetensors")
+    changed = {name for name in plain if (plain[name] != merged[name]).any()}
+    assert changed
+    assert all("_proj" in name for name in changed)
+    after = files_of(run_dir)
+    assert {name: after[name] for name in before} == before

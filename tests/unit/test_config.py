@@ -33,6 +33,7 @@ CLASSES = {
     "sasrec": SasrecRecipe,
     "sasrec_release": SasrecRecipe,
     "grpo": GrpoRecipe,
+    "grpo_improved": GrpoRecipe,
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
 }
@@ -214,6 +215,9 @@ PREPARE = MINIMAL + "source: release\n"
         (EvaluateRecipe, {"variants": ["stage2", "bert"]}, "variants names bert; known are"),
         (EvaluateRecipe, {"variants": ["base"]}, "variants names base: set model_name_or_path"),
         (EvaluateRecipe, {"outside_scores": {"oracle": "x.npz"}}, "outside_scores uses a name of ours"),
+        (EvaluateRecipe, {"outside_scores": {"stage3_D": "x.npz"}}, "outside_scores uses a name of ours"),
+        (EvaluateRecipe, {"variants": ["stage3_D", "stage2_D"]}, "variants names stage2_D; known are"),
+        (EvaluateRecipe, {"variants": ["stage3_sampled"]}, "variants names stage3_sampled; known are"),
         (ReportRecipe, {"comparisons": [["a", "b", "c"]]}, r"not a pair \[a, b\]"),
         (SasrecRecipe, {"variant": "../x"}, "it names folders"),
     ],
@@ -253,14 +257,67 @@ class TestTrainerKeys:
             ("reward_weights: [1.0]\n", "reward_funcs has 4 names and reward_weights 1 values"),
             ("reward_weights: [0, 0, 0, 0]\n", "reward_weights are all 0"),
             ("reward_tau_quantile: 0.5\n", "set one of them and the other to null"),
+            ("variant: D\n", "variant is 'D'; it must be stage3 or stage3_NAME"),
+            ("variant: stage3_a/b\n", "it must be stage3 or stage3_NAME"),
+            ("variant: stage3_D_sampled\n", "not sampled or likelihood"),
+            ("model_revision: main\n", "model_name_or_path is null: the stage-2 model has no revisions"),
+            ("reward_funcs: [rank]\nreward_weights: [1]\nitem_first: true\n", "would earn the same"),
+            (
+                "reward_funcs: [rank]\nreward_weights: [1]\nattn_implementation: flash_attention_2\n",
+                "rank needs attn_implementation sdpa or eager",
+            ),
+            ("reward_rank: hr\n", "reward_rank must be one of reciprocal_rank, ndcg"),
+            ("sample_every: 0\n", "sample_every is 0; it must be at least 1"),
+            ("log_completions: true\n", "all completions go to completions/ by themselves"),
         ],
     )
     def test_errors(self, tmp_path, text, message):
         with pytest.raises(InputError, match=message):
             self.load(tmp_path, text)
 
+    def test_variants_name_folders(self, tmp_path):
+        assert self.load(tmp_path, "")[0].folder == "grpo"
+        assert self.load(tmp_path, "", "--variant", "stage3_lambda_0.5")[0].folder == "grpo_lambda_0.5"
+
 
 @pytest.mark.parametrize("recipe", CLASSES.values(), ids=lambda c: c.__name__)
 def test_help_names_every_key(recipe):
     text = config.describe_keys(recipe)
     assert all(f"--{f.name}\n" in text for f in dataclasses.fields(recipe))
+
+
+def test_every_variant_of_the_recipes_page_is_a_recipe():
+    """The flags of each command in the table are accepted, and each names results of its own."""
+    import trl
+
+    page = (ROOT / "recipes" / "README.md").read_text().partition("## Variants of stage 3")[2]
+    commands = re.findall(r"`bash grpo_step2\.sh (recipes/\S+)(.*?)`", page)
+    tiny = re.findall(r"`(--variant stage3_D .*?)`", page)
+    folders = []
+    for path, flags in [*commands, *(("recipes/tiny/grpo.yaml", flags) for flags in tiny)]:
+        words = [*flags.split(), "--bf16", "false", "--use_cpu", "true"]
+        recipe, _ = load_training_recipe(ROOT / path, GrpoRecipe, trl.GRPOConfig, words, OWNED_BY_STAGES)
+        folders.append((recipe.run_dir, recipe.folder))
+    assert len(commands) >= 6
+    assert len(tiny) == 1
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("domain", ["grocery", "amazon"])
+def test_paper_and_improved_recipes_differ_where_they_say_so(domain):
+    paper, improved = (
+        yaml.safe_load((ROOT / "recipes" / domain / f"{name}.yaml").read_text()) for name in ("grpo", "grpo_improved")
+    )
+    of_the_release = {
+        "beta": 0.04, "temperature": 0.9, "epsilon": 0.2, "loss_type": "bnpo", "use_bias_correction_kl": False,
+        "scale_rewards": "group", "num_iterations": 1, "num_generations": 16, "learning_rate": 2e-5,
+        "reward_funcs": ["collaborative", "structure", "tags_release", "only_expected_tags"],
+        "reward_weights": [4, 1, 1, 1], "reward_lambda": 3, "reward_tau": 0.3, "reward_tau_quantile": None,
+        "confidence": "sigmoid", "confidence_debiased": False,
+    }  # fmt: skip
+    assert {name: paper[name] for name in of_the_release} == of_the_release
+    differing = {name for name in paper.keys() | improved.keys() if paper.get(name) != improved.get(name)}
+    assert differing == {
+        "variant", "beta", "temperature", "epsilon_high", "loss_type", "use_bias_correction_kl", "scale_rewards",
+        "reward_tau", "reward_tau_quantile", "confidence", "confidence_debiased", "cf_variant",
+    }  # fmt: skip

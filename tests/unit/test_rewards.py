@@ -1,49 +1,66 @@
-"""Reward truth tables, worked out from the paper's Eqs. 2-5."""
+"""Reward truth tables worked out from the paper's Eqs. 2-5; gold answers; any text; the release's formulas."""
+
+import math
+import random
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import release_rewards
 from twice_rec import rewards
+from twice_rec.artifacts import write_records
 from twice_rec.catalog import ItemCatalog, Outcome
-from twice_rec.records import Item
-from twice_rec.rewards import REWARDS, RewardSettings, Scored, StepRewards, outcome_rates, score_completions
+from twice_rec.config import GrpoRecipe
+from twice_rec.data import dataset
+from twice_rec.data.dataset import PreparedData
+from twice_rec.data.fitting import PromptWriter
+from twice_rec.evaluation.predict import AskSettings, ask
+from twice_rec.prompts import PromptFormat, rationale_answer
+from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
+from twice_rec.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
+from twice_rec.sasrec.model import SasRec, SasRecSettings
+from twice_rec.sasrec.scorer import SasRecScorer
 from twice_rec.tags import parse, render
 
+ROOT = Path(__file__).parents[2]
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(6)])
-PAPER = RewardSettings(lambda_=3.0, tau=0.3)
+PURCHASES = np.arange(7)
+PAPER = RewardSettings(lambda_=3.0, tau=0.3, rank_metric="reciprocal_rank")
 COMPLETE = "<think> because </think> <item_nm> item 1 </item_nm> <item_id> I1 </item_id>"
 
 
-def scored(outcome=Outcome.HIT, confidence=0.5, text=COMPLETE):
-    return Scored(parse(text), outcome, confidence)
+def scored(outcome=Outcome.HIT, confidence=0.5, text=COMPLETE, target_rank=None):
+    return Scored(parse(text), outcome, confidence, target_rank)
 
 
+@pytest.mark.parametrize("lambda_", range(6))
 @pytest.mark.parametrize(
-    ("outcome", "confidence", "collaborative", "match", "cf"),
+    ("outcome", "confidence", "base", "times_lambda", "match", "cf"),
     [
-        (Outcome.HIT, 0.9, 1 + 3 * 0.9, 1, 0.9),
-        (Outcome.HIT, 0.3, 1 + 3 * 0.3, 1, 0.3),  # at tau
-        (Outcome.HIT, 0.29, 1, 1, 0.29),
-        (Outcome.HIT, 0.0, 1, 1, 0.0),
-        (Outcome.MISS, 0.9, 0.9, 0, 0.9),
-        (Outcome.MISS, 0.3, 0.3, 0, 0.3),
-        (Outcome.MISS, 0.29, 0, 0, 0.29),
-        (Outcome.OUTSIDE, 0.0, 0, 0, 0),
-        (Outcome.MALFORMED, 0.0, 0, 0, 0),
+        (Outcome.HIT, 9 / 10, 1, 9 / 10, 1, 9 / 10),
+        (Outcome.HIT, 3 / 10, 1, 3 / 10, 1, 3 / 10),  # at tau
+        (Outcome.HIT, 29 / 100, 1, 0, 1, 29 / 100),
+        (Outcome.HIT, 0, 1, 0, 1, 0),
+        (Outcome.MISS, 9 / 10, 9 / 10, 0, 0, 9 / 10),
+        (Outcome.MISS, 3 / 10, 3 / 10, 0, 0, 3 / 10),  # at tau
+        (Outcome.MISS, 29 / 100, 0, 0, 0, 29 / 100),
+        (Outcome.MISS, 0, 0, 0, 0, 0),
+        (Outcome.OUTSIDE, 0, 0, 0, 0, 0),
+        (Outcome.MALFORMED, 0, 0, 0, 0, 0),
     ],
 )
-def test_item_rewards(outcome, confidence, collaborative, match, cf):
-    entry = scored(outcome, confidence)
-    assert rewards.collaborative(entry, PAPER) == pytest.approx(collaborative)
-    assert rewards.match(entry, PAPER) == match
-    assert rewards.cf(entry, PAPER) == cf
-
-
-@pytest.mark.parametrize(("lambda_", "expected"), [(0, 1.0), (1, 1.5), (5, 3.5)])
-def test_lambda_weighs_the_confidence_of_a_hit(lambda_, expected):
-    assert rewards.collaborative(scored(confidence=0.5), RewardSettings(lambda_, 0.3)) == expected
+def test_item_rewards(outcome, confidence, base, times_lambda, match, cf, lambda_):
+    entry, settings = scored(outcome, confidence), RewardSettings(lambda_, 0.3, "ndcg")
+    assert rewards.collaborative(entry, settings) == pytest.approx(base + lambda_ * times_lambda)
+    assert rewards.match(entry, settings) == match
+    assert rewards.cf(entry, settings) == cf
 
 
 @pytest.mark.parametrize(
@@ -68,11 +85,14 @@ def test_format_rewards(text, structure, tags, tags_release, only_expected):
     assert rewards.only_expected_tags(entry, PAPER) == only_expected
 
 
-@given(st.text(), st.sampled_from(list(Outcome)), st.floats(0, 1), st.floats(0, 5), st.floats(0, 1))
-def test_rewards_are_bounded_for_any_text(text, outcome, confidence, lambda_, tau):
-    entry, settings = scored(outcome, confidence, text), RewardSettings(lambda_, tau)
-    for name, reward in REWARDS.items():
-        assert 0 <= reward(entry, settings) <= {"collaborative": 1 + lambda_, "tags_release": 1.5}.get(name, 1), name
+@pytest.mark.parametrize(
+    ("target_rank", "reciprocal", "ndcg"),
+    [(1, 1, 1), (2, 1 / 2, 1 / math.log2(3)), (3, 1 / 3, 1 / 2), (30, 1 / 30, 1 / math.log2(31)), (None, 0, 0)],
+)
+def test_rank(target_rank, reciprocal, ndcg):
+    entry = scored(target_rank=target_rank)
+    assert rewards.rank(entry, RewardSettings(3, 0.3, "reciprocal_rank")) == pytest.approx(reciprocal)
+    assert rewards.rank(entry, RewardSettings(3, 0.3, "ndcg")) == pytest.approx(ndcg)
 
 
 class FixedConfidences:
@@ -86,8 +106,78 @@ class FixedConfidences:
         return (candidates / 10).astype(np.float32)
 
 
+class HashPolicy:
+    """Scores that depend on every letter of prompt and answer."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def score(self, prompt, answers):
+        self.asked += 1
+        return [-float(zlib.crc32((prompt[0]["content"] + answer).encode()) % 7) for answer in answers]
+
+
 def answer(item_id, title):
     return render({"think": "r", "item_nm": title, "item_id": item_id})
+
+
+def step_rewards(names, settings=PAPER, model=None, kind="sigmoid", debiased=False, policy=None):
+    return StepRewards(names, settings, CATALOG, model or FixedConfidences(), kind, debiased, PURCHASES, policy)
+
+
+def call(texts, candidates, targets, histories=None, **others):
+    """A reward call as TRL makes it."""
+    return {
+        "prompts": [[{"role": "user", "content": "?"}]] * len(texts),
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": [[1]] * len(texts),
+        "trainer_state": None,
+        "candidates": candidates,
+        "target": targets,
+        "history": histories or [["I0"]] * len(texts),
+        **others,
+    }
+
+
+def test_the_gold_answer_earns_full_marks():
+    gold = rationale_answer("They like item 0.", CATALOG["I5"])
+    step = step_rewards(list(REWARDS), policy=SimpleNamespace(score=lambda _, texts: ["I5" in text for text in texts]))
+    earned = {f.__name__: f(**call([gold], [["I3", "I5", "I4"]], ["I5"]))[0] for f in step.functions}
+    assert earned == pytest.approx(
+        {
+            "collaborative": 1 + 3 * 6 / 10,
+            "match": 1,
+            "cf": 6 / 10,
+            "structure": 1,
+            "tags": 1,
+            "tags_release": 3 / 2,
+            "only_expected_tags": 1,
+            "rank": 1,
+        }
+    )
+
+
+FRAGMENTS = [
+    "<think>", "</think>", "<item_nm>", "</item_nm>", "<item_id>", "</item_id>", "<item_info>", "<b>", " ",
+    *(text for item in CATALOG for text in (item.item_id, item.title)), COMPLETE,
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=12).map("".join)
+LISTS = st.lists(st.sampled_from(CATALOG.ids), min_size=1, unique=True)
+
+
+@given(st.data(), st.lists(TEXTS, min_size=1, max_size=6), LISTS, st.floats(0, 5), st.floats(0, 1))
+def test_rewards_of_any_text_and_any_list_stay_in_their_range_in_any_order(data, texts, shown, lambda_, tau):
+    targets = data.draw(st.lists(st.sampled_from(shown), min_size=len(texts), max_size=len(texts)))
+    order = data.draw(st.permutations(range(len(texts))))
+    settings = RewardSettings(lambda_, tau, data.draw(st.sampled_from(["reciprocal_rank", "ndcg"])))
+    step = step_rewards(list(REWARDS), settings, policy=HashPolicy())
+    whole = call(texts, [shown] * len(texts), targets)
+    shuffled = call([texts[i] for i in order], [shown] * len(texts), [targets[i] for i in order])
+    for function in step.functions:
+        earned = function(**whole)
+        highest = {"collaborative": 1 + lambda_, "tags_release": 1.5}.get(function.__name__, 1)
+        assert all(math.isfinite(reward) and 0 <= reward <= highest for reward in earned), function.__name__
+        assert function(**shuffled) == [earned[i] for i in order]
 
 
 def test_a_step_is_scored_with_one_question_to_the_cf_model():
@@ -111,17 +201,24 @@ def test_a_step_is_scored_with_one_question_to_the_cf_model():
 
 
 def test_functions_for_the_trainer():
-    model, logged = FixedConfidences(), {}
-    step = StepRewards(["collaborative", "structure"], PAPER, CATALOG, model, "softmax", True)
+    model, kept = FixedConfidences(), {}
+    step = step_rewards(["collaborative", "structure"], model=model, kind="softmax", debiased=True)
     assert [function.__name__ for function in step.functions] == ["collaborative", "structure"]
-    completions = [[{"role": "assistant", "content": text}] for text in (answer("I3", "item 3"), "x")]
-    columns = {"candidates": [["I3", "I4"]] * 2, "target": ["I3"] * 2, "history": [["I0"]] * 2}
-    call = {"prompts": None, "completions": completions, "log_metric": logged.__setitem__, **columns}
-    assert [function(**call) for function in step.functions] == [[pytest.approx(1 + 3 * 0.4), 0], [1, 0]]
+    columns = {"policy_version": [3, 3], "truncated": [False, True], "log_extra": kept.__setitem__}
+    asked = call([answer("I3", "item 3"), "x"], [["I3", "I4"]] * 2, ["I3"] * 2, **columns)
+    assert [function(**asked) for function in step.functions] == [[pytest.approx(1 + 3 * 0.4), 0], [1, 0]]
     assert model.asked == [(1, "softmax", True)]
-    assert logged["outcome/hit"] == 0.5
-    assert logged["confidence/hit"] == pytest.approx(0.4)
-    step.functions[0](**{**call, "completions": list(completions)})
+    assert math.isnan(kept["log_popularity"].pop())
+    assert kept == {
+        "outcome": ["hit", "malformed"],
+        "target": ["I3", "I3"],
+        "recommended": ["I3", ""],
+        "confidence": [pytest.approx(0.4), 0],
+        "log_popularity": [pytest.approx(math.log(1 + 4))],
+        "policy_version": [3, 3],
+        "truncated": [False, True],
+    }
+    step.functions[0](**{**asked, "completions": list(asked["completions"])})
     assert len(model.asked) == 2
 
 
@@ -130,22 +227,169 @@ def test_failures_of_the_cf_model_are_not_rewards():
         def confidences(self, *args):
             raise RuntimeError("CUDA error")
 
-    step = StepRewards(["match"], PAPER, CATALOG, Broken(), "sigmoid", False)
+    step = step_rewards(["match"], model=Broken())
     with pytest.raises(RuntimeError, match="CUDA error"):
-        step.functions[0](
-            prompts=None, completions=[[{"content": "x"}]], candidates=[["I1", "I2"]], target=["I1"], history=[["I0"]]
+        step.functions[0](**call(["x"], [["I1", "I2"]], ["I1"]))
+
+
+def test_the_policy_is_asked_only_where_a_recipe_names_rank():
+    policy = HashPolicy()
+    asked = call([COMPLETE, "no rationale"], [["I1", "I2"]] * 2, ["I1"] * 2)
+    step_rewards(["match"], policy=policy).functions[0](**asked)
+    assert policy.asked == 0
+    ranked = step_rewards(["match", "rank"], policy=policy)
+    assert ranked.functions[1](**asked)[1] == 0
+    ranked.functions[0](**asked)
+    assert policy.asked == 1
+    with pytest.raises(ValueError, match="rank needs the policy"):
+        step_rewards(["rank"])
+
+
+def test_rank_is_that_of_evaluation_by_likelihood():
+    """The same generated text, the same ranking, in training and in evaluation; ties against the target."""
+    shown = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
+    writer = PromptWriter(CATALOG, shown, None, len)
+    policy, ranks = HashPolicy(), []
+    for number in range(40):
+        text = rationale_answer(f"Reason {number} <odd>", CATALOG["I1"])
+        example = Example("u", (Interaction("I0"),), ("I1", "I2", "I3", "I4", "I5"), f"I{1 + number % 5}")
+        generator = SimpleNamespace(
+            score=policy.score, generate=lambda prompts, text=text: [[SimpleNamespace(text=text)] for _ in prompts]
         )
+        (predicted,) = ask(generator, [example], "uniform", writer, AskSettings("likelihood", True, 1, 1, 1, 0), 0)
+        asked = call([text], [list(example.candidates)], [example.target])
+        asked["prompts"] = [writer.recommend(example, with_rationale=True)]
+        (reward,) = step_rewards(["rank"], policy=policy).functions[0](**asked)
+        assert reward == 1 / predicted.ranks["uniform"]
+        ranks.append(predicted.ranks["uniform"])
+    assert len(set(ranks)) == 5
 
 
-def test_outcome_rates():
-    rates = outcome_rates([scored(Outcome.HIT, 0.8), scored(Outcome.MISS, 0.2), scored(Outcome.MISS, 0.4)])
-    assert rates == pytest.approx(
-        {
-            "outcome/hit": 1 / 3,
-            "outcome/miss": 2 / 3,
-            "outcome/outside": 0,
-            "outcome/malformed": 0,
-            "confidence/hit": 0.8,
-            "confidence/miss": 0.3,
-        }
+def test_rewards_of_a_recipe(tmp_path):
+    """Tau as a quantile of the validation candidates' confidences, popularity counted in the training parts."""
+    CATALOG.save(tmp_path / dataset.CATALOG)
+    bought = tuple(map(Interaction, ("I0", "I1", "I2", "I3")))
+    write_records(
+        tmp_path / dataset.SEQUENCES, [UserSequence("u", bought, 2, 2, 3), UserSequence("w", bought, 2, 2, 3)]
     )
+    for split, target in (("train", "I1"), ("valid", "I2")):
+        lists = [CandidateLists(user, target, {"uniform": ("I1", "I2", "I3", "I4", "I5")}) for user in "uw"]
+        write_records(tmp_path / dataset.candidates_file(split), lists)
+    keys = {"run_dir": "r", "domain": "D", "seed": 1, "reward_funcs": ["match", "cf"], "reward_rank": "ndcg"}
+    model, kept = FixedConfidences(), {}
+    recipe = GrpoRecipe(**keys, reward_tau=None, reward_tau_quantile=0.75, confidence="softmax", reward_lambda=2.0)
+    step = StepRewards.of(recipe, PreparedData(tmp_path), model, HashPolicy())
+    assert step.settings == RewardSettings(2.0, pytest.approx(5 / 10), "ndcg")  # of 2/10, 3/10, 4/10, 5/10, 6/10
+    assert model.asked == [(2, "softmax", False)]
+    assert [function.__name__ for function in step.functions] == ["match", "cf"]
+    step.functions[0](**call([answer("I1", "item 1")], [["I1", "I2"]], ["I1"], log_extra=kept.__setitem__))
+    assert kept["log_popularity"] == [pytest.approx(math.log(1 + 2))]
+    fixed = StepRewards.of(GrpoRecipe(**keys, reward_tau=0.25), PreparedData(tmp_path), model, HashPolicy())
+    assert fixed.settings.tau == 0.25
+    assert len(model.asked) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper recipe against the release's formulas
+
+SHOP = ItemCatalog(
+    [Item(f"B{i:03}", f"product {i}") for i in range(56)]
+    + [Item(f"S{i}", f"shared {i // 2}") for i in range(4)]  # S0 and S1 have one title, S2 and S3 another
+)
+SHARED = ["S0", "S2"]  # stand in every candidate list
+
+# Kind of completion -> the rewards in which we differ from the release (PAPER, section 5), and why. The kinds without
+# an entry earn the same.
+DIFFERENCES = {
+    "outside the list": ({"collaborative"}, "an item outside the candidate list earns no item reward"),
+    "invented id": ({"collaborative"}, "the id decides, and no candidate has it; the release looks at the title"),
+    "no id": ({"collaborative"}, "the id decides; without one an answer is malformed"),
+    "contradiction": ({"collaborative"}, "a title of another item makes an answer malformed"),
+    "shared title": ({"collaborative"}, "the confidence is that of the id, not of another item with its title"),
+    "unknown title": ({"collaborative"}, "the release fails on it and calls that 0; the id decides"),
+    "two items": ({"collaborative", "structure"}, "one item per answer"),
+    "repeated tag": ({"structure"}, "nor is a rationale that is opened twice one complete element"),
+}
+KINDS = ("hit", "miss", "no rationale", "cut off", "nothing", "extra tag", *DIFFERENCES)
+
+
+def recorded_completion(kind, shown, target, rng):
+    """One completion of a kind, as a policy may write it."""
+    outside = [item for item in SHOP if item.item_id not in shown]
+    miss = rng.choice([SHOP[item_id] for item_id in shown if item_id != target and item_id not in SHARED])
+    item = miss if kind != "hit" and rng.random() < 0.5 else SHOP[target]
+    if kind in ("miss", "contradiction"):
+        item = miss
+    if kind == "outside the list":
+        item = rng.choice(outside)
+    if kind == "shared title":
+        item = SHOP[rng.choice(SHARED)]
+    name, item_id, think = item.title, item.item_id, f"<think> They bought tea {rng.randint(1, 99)} times. </think>"
+    if kind == "invented id":
+        item_id = "X" + item_id
+    if kind == "contradiction":
+        name = rng.choice(outside).title
+    if kind == "unknown title":
+        name += " (new)"
+    named = f"<item_nm> {name} </item_nm>"
+    recommended = f"{named} <item_id> {item_id} </item_id>"
+    return {
+        "no rationale": recommended,
+        "cut off": think[:20],
+        "nothing": "I recommend tea.",
+        "extra tag": f"<b> {think} {recommended}",
+        "repeated tag": f"<think> {think} {recommended}",
+        "no id": f"{think} {named}",
+        "two items": f"{think} {recommended} <item_nm> {miss.title} </item_nm> <item_id> {miss.item_id} </item_id>",
+    }.get(kind, f"{think} {recommended}")
+
+
+def test_the_paper_recipe_earns_what_the_release_pays_but_for_the_listed_differences():
+    recipe = yaml.safe_load((ROOT / "recipes" / "grocery" / "grpo.yaml").read_text())
+    names, lambda_, tau = recipe["reward_funcs"], recipe["reward_lambda"], recipe["reward_tau"]
+    assert (names, recipe["confidence"], recipe["confidence_debiased"]) == (
+        ["collaborative", "structure", "tags_release", "only_expected_tags"],
+        "sigmoid",
+        False,
+    )
+    torch.manual_seed(0)
+    model = SasRec(SasRecSettings(len(SHOP), 16, 16, 1, 2, 0.0, "post", 5)).eval()
+    torch.nn.init.normal_(model.item_embedding.weight[1:], std=0.4)
+    rng, rows = random.Random(1), []
+    for _ in range(20):
+        history = rng.sample(SHOP.ids[:40], 3)
+        shown = rng.sample(SHOP.ids[40:56], 8) + SHARED
+        with torch.no_grad():
+            logits = (model.item_embedding.weight @ model.user_states([SHOP.indices(history)])[0]).tolist()[1:]
+        for _ in range(10):
+            kind = KINDS[len(rows) % len(KINDS)]
+            target = rng.choice(SHARED if kind == "shared title" else shown[:8])
+            text = recorded_completion(kind, shown, target, rng)
+            rows.append((kind, text, shown, target, history, dict(zip(SHOP.ids, logits, strict=True))))
+    assert len(rows) == 200
+
+    settings = RewardSettings(lambda_, tau, recipe["reward_rank"])
+    step = StepRewards(names, settings, SHOP, SasRecScorer(model), "sigmoid", False, np.zeros(len(SHOP) + 1, np.int64))
+    columns = list(zip(*rows, strict=True))
+    ours = [function(**call(*columns[1:5])) for function in step.functions]
+    differing = {kind: set() for kind in DIFFERENCES}
+    seen = set()
+    titles = {item.item_id: item.title for item in SHOP}
+    for (kind, text, _, target, _, logits), earned in zip(rows, zip(*ours, strict=True), strict=True):
+        paid = {
+            "collaborative": release_rewards.collaborative(text, target, logits, titles, lambda_, tau),
+            "structure": release_rewards.structure(text),
+            "tags_release": release_rewards.tags(text),
+            "only_expected_tags": release_rewards.only_expected_tags(text),
+        }
+        for name, reward in zip(names, earned, strict=True):
+            if reward == pytest.approx(paid[name], abs=1e-5):
+                continue
+            assert kind in DIFFERENCES, (kind, name, reward, paid[name], text)
+            differing[kind].add(name)
+        if kind == "hit":
+            seen.add(paid["collaborative"] > 1)
+        if kind == "miss":
+            seen.add(paid["collaborative"] > 0)
+    assert differing == {kind: where for kind, (where, _) in DIFFERENCES.items()}
+    assert seen == {True, False}  # confidences on both sides of tau

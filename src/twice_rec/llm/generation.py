@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from twice_rec.artifacts import InputError
 from twice_rec.llm.modeling import encode_chat, stop_token_ids
 from twice_rec.llm.shared_prefix import continuation_log_probabilities
 from twice_rec.prompts import Message
@@ -129,3 +131,32 @@ class TransformersGenerator:
         shared = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest - 1)
         values = continuation_log_probabilities(self.model, rows[0][:shared], [row[shared:] for row in rows])
         return [float(value.sum()) for value in values]
+
+
+class Policy:
+    """A model in training as the judge of given answers; its training mode is afterwards what it was.
+
+    Args:
+        model: the module that the adapter is injected into, or whose own weights are trained.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
+        """See `TransformersGenerator.score`.
+
+        Raises:
+            InputError: under ZeRO-3, where no process has the whole model.
+        """
+        if is_deepspeed_zero3_enabled():
+            raise InputError(
+                "the reward rank needs the whole model in every process, which ZeRO-3 splits; use "
+                "recipes/accelerate_configs/zero2.yaml, or leave rank out of reward_funcs"
+            )
+        training = self._model.training
+        try:
+            return TransformersGenerator(self._model, self._tokenizer, max_new_tokens=1).score(prompt, answers)
+        finally:
+            self._model.train(training)

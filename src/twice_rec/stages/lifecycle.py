@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.artifacts import InputError, Work
-from twice_rec.config import Recipe, describe_keys
+from twice_rec.config import GrpoRecipe, Recipe, describe_keys
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.baselines import CFScorer
@@ -179,6 +179,10 @@ OWNED_BY_STAGES = {
     "resume_from_checkpoint": "a checkpoint in the results' folder is resumed by itself",
     "model_init_kwargs": "use dtype, attn_implementation and model_revision",
     "reward_weights": "it is read from our own key of that name",
+    **dict.fromkeys(
+        ("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+        "all completions go to completions/ by themselves, and sample_every shows some",
+    ),
 }
 
 
@@ -222,6 +226,13 @@ def need(path: Path, made_by: str) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; it is made by {made_by}, which must run first")
     return path
+
+
+def grpo_start(recipe: GrpoRecipe) -> Path:
+    """The model that stage 3 starts from, for trainer and server alike: a folder, or a name on the hub."""
+    if recipe.model_name_or_path is not None:
+        return Path(recipe.model_name_or_path)
+    return need(recipe.run_path / "sft" / "merged", "sft.sh")
 
 
 def prompt_writer(data: PreparedData, recipe: Any, tokenizer: Any) -> PromptWriter:

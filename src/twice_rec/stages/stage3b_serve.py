@@ -17,14 +17,14 @@ from collections.abc import Sequence
 
 from twice_rec.artifacts import InputError
 from twice_rec.config import GrpoRecipe, load_training_recipe
-from twice_rec.stages.lifecycle import OWNED_BY_STAGES, need, run_stage
+from twice_rec.stages.lifecycle import OWNED_BY_STAGES, grpo_start, run_stage
 
 logger = logging.getLogger("serve")
 
 
 def server_command(recipe: GrpoRecipe) -> list[str]:
     """The server's command line."""
-    model = need(recipe.run_path / "sft" / "merged", "sft.sh")
+    model = grpo_start(recipe)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", recipe.rollout_host, "--port", str(recipe.rollout_port), "--dtype", recipe.dtype]
     command += ["--tensor-parallel-size", str(recipe.rollout_tensor_parallel_size)]

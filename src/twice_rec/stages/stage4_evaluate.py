@@ -1,8 +1,8 @@
 """Stage 4: the same test questions to every variant -> eval/<variant>/ (predictions and metrics).
 
-`base`, `stage2` and `stage3` are language models, asked about stored candidate lists; `oracle` and the models in
-`outside_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their own stage.
-Killed and started again, it goes on behind the last whole batch.
+`base`, `stage2`, `stage3` and `stage3_NAME` are language models, asked about stored candidate lists; `oracle` and the
+models in `outside_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their own
+stage. Killed and started again, it goes on behind the last whole batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from twice_rec.artifacts import InputError, Work
-from twice_rec.config import EvaluateRecipe, load_recipe
+from twice_rec.config import EvaluateRecipe, grpo_folder, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.baselines import OutsideScorer
@@ -33,8 +33,6 @@ from twice_rec.stages.lifecycle import (
     torch_device,
 )
 
-MODELS = {"stage2": ("sft/merged", "sft.sh"), "stage3": ("grpo/merged", "grpo_step2.sh")}
-
 
 def evaluate(recipe: EvaluateRecipe) -> None:
     """Evaluate every variant of the recipe that is not finished."""
@@ -50,11 +48,12 @@ def evaluate(recipe: EvaluateRecipe) -> None:
             scorer = partial(_read_scores, outside, data)
             evaluate_variant(recipe, "evaluate", variant, data, recipe.score_lists, scorer, inputs)
         else:
-            model = (
-                Path(recipe.model_name_or_path or "")
-                if variant == "base"
-                else need(run / MODELS[variant][0], MODELS[variant][1])
-            )
+            if variant == "base":
+                model = Path(recipe.model_name_or_path or "")
+            elif variant == "stage2":
+                model = need(run / "sft" / "merged", "sft.sh")
+            else:
+                model = need(run / grpo_folder(variant) / "merged", f"grpo_step2.sh with --variant {variant}")
             for ranking in recipe.rankings:
                 name = variant if ranking == recipe.rankings[0] else f"{variant}_{ranking}"
                 _language_model(recipe, data, name, model, ranking, files)
