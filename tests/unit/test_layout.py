@@ -17,7 +17,7 @@ MODULES = sorted(
 )
 LEVELS = {
     "records": 0, "tags": 0, "metrics": 0, "artifacts": 0,
-    "config": 1, "catalog": 1, "prompts": 1, "progress": 1,
+    "config": 1, "catalog": 1, "prompts": 1, "progress": 1, "reading": 1,
     "data": 2, "rationales": 2, "sasrec": 2, "llm": 2,
     "rewards": 3, "evaluation": 3,
     "stages": 4,

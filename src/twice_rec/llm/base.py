@@ -118,27 +118,65 @@ def build_model(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> G
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = Gemma3ForCausalLM(config)
-        for layer in model.model.layers:
-            _match_and_copy(layer.self_attn)
+        _start_with_induction(model)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
 @torch.no_grad()
-def _match_and_copy(attention: torch.nn.Module) -> None:
-    """Start every head so that it looks for tokens like its own and passes on what it finds.
+def _start_with_induction(model: Gemma3ForCausalLM) -> None:
+    """Give the random weights the circuit that copying is made of, which random ones take millions of tokens to find.
 
-    Queries and keys share one orthonormal projection, values and outputs another (Trockman and Kolter, "Mimetic
-    initialization of self-attention layers", 2023). Reading is copying, and from there it is learned in a third of the
-    steps that usual random weights take to begin.
+    A head of layer 1 attends to the token before and writes its code (a random projection) into the residual stream; a
+    head of layer 2, which has full attention, looks for places whose written code is the current token's and passes on
+    the token that stands there (Olsson et al., "In-context learning and induction heads", 2022). All other heads look
+    for tokens like their own (Trockman and Kolter, "Mimetic initialization of self-attention layers", 2023). Training
+    is free to change all of it.
+
+    Attention to the token before rests on rotary positions: queries and keys are constants, from a direction that all
+    embeddings share, with a phase of one position between them in the fast dimensions. Looking for content uses the
+    slow dimensions, which do not turn within a prompt.
     """
-    size, groups = attention.head_dim, attention.num_key_value_groups
-    query, output = attention.q_proj.weight, attention.o_proj.weight
-    for number in range(len(attention.k_proj.weight) // size):
-        own = slice(number * size, (number + 1) * size)
-        matching, copying = (torch.linalg.qr(torch.randn(query.shape[1], size))[0] for _ in range(2))
-        attention.k_proj.weight[own], attention.v_proj.weight[own] = matching.T, copying.T
-        for head in range(number * groups, (number + 1) * groups):
-            query[head * size : (head + 1) * size] = matching.T
-            output[:, head * size : (head + 1) * size] = copying
+    config = model.config
+    size, width, half = config.head_dim, config.hidden_size, config.head_dim // 2
+    fast, slow = torch.arange(max(1, 3 * half // 8)), torch.arange(half // 2, half)
+    content = torch.cat([slow, slow + half])  # rotary pairs are (i, i + half)
+    shared, code, written = _orthonormal(1 + 2 * len(content), width).split([1, len(content), len(content)])
+    embeddings = model.model.embed_tokens.weight
+    embeddings.mul_(4)
+    embeddings.add_(shared * 0.5 * embeddings.norm(dim=1).mean())
+    for number, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        layer.post_feedforward_layernorm.weight.fill_(-0.8)  # the norm's factor is 1 + weight
+        attention.q_norm.weight.fill_(1.0)
+        attention.k_norm.weight.fill_(1.0)
+        for group in range(config.num_key_value_heads):
+            matching = torch.zeros(size, width)
+            matching[content] = _orthonormal(len(content), width)
+            query, key, value = matching, matching, _orthonormal(size, width)
+            output = 0.3 * value
+            if number == 0 and group == 0:
+                theta = config.rope_parameters["sliding_attention"]["rope_theta"]
+                phase = theta ** (-fast / half)
+                query, key, value = torch.zeros(size, width), torch.zeros(size, width), torch.zeros(size, width)
+                query[fast] = shared
+                key[fast], key[fast + half] = shared * phase.cos()[:, None], shared * phase.sin()[:, None]
+                value[content] = code
+                output = torch.zeros(size, width)
+                output[content] = written
+            elif number == 1 and group == 0:
+                query, key = torch.zeros(size, width), torch.zeros(size, width)
+                query[content], key[content] = code, written
+                output = value
+                layer.post_attention_layernorm.weight.fill_(1.0)
+            own = slice(group * size, (group + 1) * size)
+            attention.k_proj.weight[own], attention.v_proj.weight[own] = key, value
+            for head in range(group * attention.num_key_value_groups, (group + 1) * attention.num_key_value_groups):
+                attention.q_proj.weight[head * size : (head + 1) * size] = query
+                attention.o_proj.weight[:, head * size : (head + 1) * size] = output.T
+
+
+def _orthonormal(rows: int, width: int) -> torch.Tensor:
+    """Random orthonormal rows [rows, width]."""
+    return torch.linalg.qr(torch.randn(width, rows))[0].T

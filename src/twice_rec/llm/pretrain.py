@@ -2,6 +2,7 @@
 
 The loss is on the answers and on the ends of the model's turns, each token counting the same. Documents are sorted
 into batches of about the same number of tokens; a batch is padded on the right, which a causal model does not see.
+Several processes (torchrun, gloo) share the documents of a step and add up their gradients.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twice_rec.artifacts import atomic_path
@@ -134,6 +136,7 @@ def pretrain(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = settings.learning_rate * schedule(step, settings)
         loss, seen = _step(model, batch(step), settings.tokens_per_step)
+        loss = _added_up(model, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -145,7 +148,7 @@ def pretrain(
             rate = tokens / (time.monotonic() - start)
             logger.info("step %d of %d: loss %.4f, %.0f tokens/s", step + 1, settings.steps, losses[-1][1], rate)
             recent = []
-        if (step + 1) % settings.save_steps == 0:
+        if (step + 1) % settings.save_steps == 0 and rank() == 0:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             with atomic_path(path) as temporary:
                 torch.save({**state, "step": step + 1, "losses": losses}, temporary)
@@ -179,9 +182,11 @@ def schedule(step: int, settings: PretrainSettings) -> float:
 
 def _step(model: PreTrainedModel, documents: Sequence[Encoded], tokens_per_step: int) -> tuple[float, int]:
     """Gradients of the mean loss over all labelled tokens of the documents; that loss, and the number of tokens."""
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
     labelled = sum(sum(label != IGNORED for label in labels) for _, labels in documents)
     total = 0.0
-    for part in _in_batches(documents, max(1, tokens_per_step // 2)):
+    documents = sorted(documents, key=lambda entry: len(entry[0]))
+    for part in _in_batches(documents[rank() :: processes], max(1, tokens_per_step // 2)):
         longest = max(len(ids) for ids, _ in part)
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in part])
         labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in part])[:, 1:]
@@ -194,10 +199,28 @@ def _step(model: PreTrainedModel, documents: Sequence[Encoded], tokens_per_step:
     return total, sum(len(ids) for ids, _ in documents)
 
 
+def rank() -> int:
+    """Number of this process."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _added_up(model: PreTrainedModel, loss: float) -> float:
+    """Sum of the processes' losses; their gradients are added up in place."""
+    if not distributed.is_initialized():
+        return loss
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([torch.tensor([loss]), *(gradient.flatten() for gradient in gradients)])
+    distributed.all_reduce(flat)
+    parts = flat[1:].split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return float(flat[0])
+
+
 def _in_batches(documents: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
-    """Documents of similar length together, at most about `tokens` a batch, padding included."""
+    """Documents, sorted by length, at most about `tokens` a batch, padding included."""
     batch: list[Encoded] = []
-    for document in sorted(documents, key=lambda entry: len(entry[0])):
+    for document in documents:
         if batch and (len(batch) + 1) * len(document[0]) > tokens:
             yield batch
             batch = []

@@ -2,12 +2,14 @@
 
 It plays the part of gemma-3-1b-it where no weights can be downloaded: it reads the prompts' form and answers questions
 about what stands there. It reads the catalogue's texts and made-up lists (see `data/exercises.py`), never a purchase.
-Killed and started again, it goes on from the last training state.
+Killed and started again, it goes on from the last training state. Several processes share the work:
+`torchrun --nproc_per_node 2 -m twice_rec.stages.base_model --config RECIPE`, one thread each.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from twice_rec import prompts
 from twice_rec.artifacts import Work, write_json, write_text
@@ -27,7 +30,7 @@ from twice_rec.llm import pretrain
 from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
 from twice_rec.records import Example, Interaction
-from twice_rec.stages.lifecycle import about, need, run_stage, say_finished
+from twice_rec.stages.lifecycle import IS_MAIN, about, need, run_stage, say_finished
 
 logger = logging.getLogger("base")
 
@@ -41,7 +44,10 @@ def base(recipe: BaseModelRecipe) -> None:
     if work.is_finished():
         say_finished(work.path)
         return
-    work.begin(recipe.overwrite)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
+    if IS_MAIN:
+        work.begin(recipe.overwrite)
     data = PreparedData(recipe.run_path / "data")
     writer = ExerciseWriter(data.catalog, data.prompt_format)
     tokenizer = train_tokenizer(_texts(writer, data, recipe), recipe.vocab_size)
@@ -65,6 +71,8 @@ def base(recipe: BaseModelRecipe) -> None:
 
     settings = PretrainSettings(**{f.name: own[f.name] for f in fields(PretrainSettings)})
     losses = pretrain.pretrain(model, batch, settings, work.path)
+    if not IS_MAIN:
+        return
     examiner = ExerciseWriter(data.catalog, data.prompt_format, held_out=True)
     marks = dict[str, list[bool]]()
     rng = np.random.default_rng([recipe.seed, _EXAM])
