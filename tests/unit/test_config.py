@@ -253,6 +253,10 @@ class TestTrainerKeys:
             ("reward_weights: [1.0]\n", "reward_funcs has 4 names and reward_weights 1 values"),
             ("reward_weights: [0, 0, 0, 0]\n", "reward_weights are all 0"),
             ("reward_tau_quantile: 0.5\n", "set one of them and the other to null"),
+            (
+                "share_prefixes: true\nattn_implementation: flash_attention_2\n",
+                "share_prefixes needs attn_implementation sdpa or eager or flex_attention, found flash_attention_2",
+            ),
         ],
     )
     def test_errors(self, tmp_path, text, message):

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from tiny_models import gemma3, qwen3
 from twice_rec.llm.base import train_tokenizer
-from twice_rec.llm.grpo import groups_together, shared_prefix_trainer
+from twice_rec.llm.grpo import groups_together, grpo_trainer
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
 PROMPTS = [" ".join(WORDS[: 2 + i]) + " then?" for i in range(6)]
@@ -70,11 +70,9 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_are_those_of_trl(tmp_path, case):
-    from trl import GRPOTrainer
-
     make, settings = CASES[case]
-    expected, plain_updates, plain_tokens = trained(GRPOTrainer, make, tmp_path, **settings)
-    found, updates, tokens = trained(shared_prefix_trainer(), make, tmp_path, **settings)
+    expected, plain_updates, plain_tokens = trained(grpo_trainer(False), make, tmp_path, **settings)
+    found, updates, tokens = trained(grpo_trainer(True), make, tmp_path, **settings)
     assert expected[0]["completions/min_length"] < expected[0]["completions/max_length"]
     assert expected[0]["completions/clipped_ratio"] > 0 or "mask_truncated_completions" not in settings
     for a, b in zip(found, expected, strict=True):

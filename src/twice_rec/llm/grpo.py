@@ -16,9 +16,12 @@ Batch = dict[str, Any]
 
 
 @functools.cache
-def shared_prefix_trainer() -> type:
-    """`SharedPrefixGRPOTrainer`, made on demand: its parent comes with all of TRL."""
+def grpo_trainer(share_prefixes: bool) -> type:
+    """TRL's `GRPOTrainer`, or `SharedPrefixGRPOTrainer`, made on demand: its parent comes with all of TRL."""
     from trl import GRPOTrainer
+
+    if not share_prefixes:
+        return GRPOTrainer
 
     class SharedPrefixGRPOTrainer(GRPOTrainer):
         """TRL's `GRPOTrainer` that groups the samples of a micro-batch by prompt and computes each prompt once.

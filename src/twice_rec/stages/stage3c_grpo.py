@@ -45,16 +45,10 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     """Train, save, merge."""
     import torch
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
-    from twice_rec.llm.modeling import (
-        last_checkpoint,
-        load_model,
-        load_tokenizer,
-        lora_config,
-        saved_weights,
-        write_merged,
-    )
+    from twice_rec.llm import modeling
+    from twice_rec.llm.grpo import grpo_trainer
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -77,24 +71,24 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     rewards = StepRewards(
         recipe.reward_funcs, settings, data.catalog, scorer, recipe.confidence, recipe.confidence_debiased
     )
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = modeling.load_tokenizer(model_folder)
     writer = prompt_writer(data, recipe, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
-    trainer = GRPOTrainer(
-        model=load_model(model_folder, recipe.dtype, recipe.attn_implementation),
+    trainer = grpo_trainer(recipe.share_prefixes)(
+        model=modeling.load_model(model_folder, recipe.dtype, recipe.attn_implementation),
         reward_funcs=rewards.functions,
         args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe),
+        peft_config=modeling.lora_config(recipe),
     )
-    train_and_save(trainer, work.path, last_checkpoint(work.path))
+    train_and_save(trainer, work.path, modeling.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        write_merged(model_folder, work.path, merged, recipe.dtype)
-        outputs = [*saved_weights(work.path), work.path / "trainer_state.json", merged]
+        modeling.write_merged(model_folder, work.path, merged, recipe.dtype)
+        outputs = [*modeling.saved_weights(work.path), work.path / "trainer_state.json", merged]
         work.finish(outputs, {"tau": settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
 
 
