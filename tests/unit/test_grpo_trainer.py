@@ -1,5 +1,9 @@
 """The shared-prefix GRPO trainer computes what TRL's own does, with less work."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
@@ -67,12 +71,10 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_steps_are_those_of_trl(tmp_path, case):
-    make, settings = CASES[case]
-    expected, plain_updates, plain_tokens = trained(grpo_trainer(False), make, tmp_path, **settings)
-    found, updates, tokens = trained(grpo_trainer(True), make, tmp_path, **settings)
+def assert_alike(folder, make, settings):
+    """Both trainers take the same steps, ours with less work."""
+    expected, plain_updates, plain_tokens = trained(grpo_trainer(False), make, folder, **settings)
+    found, updates, tokens = trained(grpo_trainer(True), make, folder, **settings)
     assert expected[0]["completions/min_length"] < expected[0]["completions/max_length"]
     assert expected[0]["completions/clipped_ratio"] > 0 or "mask_truncated_completions" not in settings
     for a, b in zip(found, expected, strict=True):
@@ -83,6 +85,23 @@ def test_two_steps_are_those_of_trl(tmp_path, case):
         assert update.abs().max() > 0, name
         assert (updates[name] - update).abs().max() < 1e-4 * update.abs().max() + 1e-7, name
     assert tokens < plain_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_are_those_of_trl(tmp_path, case):
+    assert_alike(tmp_path, *CASES[case])
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_trl_too(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("both alike") == 2
 
 
 def test_groups_come_together_and_stay_whole():
@@ -98,3 +117,9 @@ def test_groups_come_together_and_stay_whole():
     for batch in together:
         assert batch["num_items_in_batch"] == 40
         assert batch["prompt_ids"][:, 0].equal(prompts[batch["advantages"].long()])
+
+
+if __name__ == "__main__":  # one of the two processes
+    assert_alike(sys.argv[1], gemma3, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4})
+    assert torch.distributed.get_world_size() == 2
+    print("both alike", flush=True)
