@@ -421,7 +421,7 @@ class ModelKeys:
 
     model_revision: str | None = key(None, "branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "of the weights")
-    attn_implementation: str = key("sdpa", "sdpa, eager, flash_attention_2, ...")
+    attn_implementation: str = key("sdpa", "sdpa, eager, flex_attention, flash_attention_2, ...")
     use_peft: bool = key(True, "train a LoRA adapter; false trains all weights")
     lora_r: int = key(8, "rank of the adapter")
     lora_alpha: int = key(16, "its scale is lora_alpha / lora_r")
@@ -437,6 +437,17 @@ MAX_PROMPT_TOKENS = (
 )
 ITEM_FIRST = "task 3 names the item before its rationale; the same value belongs in sft, grpo and evaluate"
 MODEL_CHECKS = (at_least("lora_r", 1), at_least("lora_alpha", 1), within("lora_dropout", 0, 0.99))
+
+
+def sharing_takes_masks(*implementations: str) -> Check:
+    """Shared prefixes need a kind of attention that takes a mask of their own."""
+    return Check(
+        lambda c: not c.share_prefixes or c.attn_implementation in implementations,
+        lambda c: (
+            f"share_prefixes needs attn_implementation {' or '.join(implementations)}, found {c.attn_implementation}; "
+            "change it, or set share_prefixes to false"
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,10 +484,7 @@ class SftRecipe(ModelKeys, Recipe):
             lambda c: c.quantization == "none" or c.use_peft,
             lambda c: f"quantization {c.quantization} needs use_peft: quantised weights are not trained",
         ),
-        Check(
-            lambda c: not c.share_prefixes or c.attn_implementation in ("sdpa", "eager"),
-            lambda c: f"share_prefixes needs attn_implementation sdpa or eager, found {c.attn_implementation}",
-        ),
+        sharing_takes_masks("sdpa", "eager"),
         Check(
             lambda c: not (c.share_prefixes and c.curriculum),
             lambda c: "curriculum keeps the tasks apart, share_prefixes puts a user's rows together; set one to false",
@@ -519,6 +527,7 @@ class GrpoRecipe(ModelKeys, Recipe):
     max_prompt_tokens: int | None = key(None, MAX_PROMPT_TOKENS)
     item_first: bool = key(False, ITEM_FIRST)
     train_fraction: float = key(0.15, "share of the training examples that are prompted")
+    share_prefixes: bool = key(False, "compute a group's prompt once instead of once a sample; the same loss")
     reward_funcs: list[RewardName] = key(["collaborative", "structure", "tags", "only_expected_tags"], "see rewards.py")
     reward_weights: list[float] = key([4.0, 1.0, 1.0, 1.0], "one a reward, in the same order")
     reward_lambda: float = key(3.0, "Eq. 2: bonus of a confident hit")
@@ -552,6 +561,7 @@ class GrpoRecipe(ModelKeys, Recipe):
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
         *MODEL_CHECKS,
+        sharing_takes_masks("sdpa", "eager", "flex_attention"),
         Check(
             lambda c: _GRPO_VARIANT.fullmatch(c.variant) is not None,
             lambda c: (
@@ -574,8 +584,10 @@ class GrpoRecipe(ModelKeys, Recipe):
             ),
         ),
         Check(
-            lambda c: "rank" not in c.reward_funcs or c.attn_implementation in ("sdpa", "eager"),
-            lambda c: f"the reward rank needs attn_implementation sdpa or eager, found {c.attn_implementation}",
+            lambda c: "rank" not in c.reward_funcs or c.attn_implementation in ("sdpa", "eager", "flex_attention"),
+            lambda c: (
+                f"the reward rank needs attn_implementation sdpa, eager or flex_attention, found {c.attn_implementation}"
+            ),
         ),
         *(at_least(name, 1) for name in ("sample_every", "sample_completions")),
         Check(

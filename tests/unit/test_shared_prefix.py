@@ -1,12 +1,18 @@
 """The shared prefix is exact: values and gradients of the plain computation, for every kind of attention."""
 
+import functools
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention.flex_attention import create_mask
 
 from tiny_models import gemma3, llama, qwen3
-from twice_rec.llm.shared_prefix import continuation_log_probabilities
+from twice_rec.llm.grpo import padded_scores
+from twice_rec.llm.shared_prefix import SharedRows, continuation_log_probabilities
 
 MODELS = {"gemma3": gemma3(), "gemma3-eager": gemma3("eager"), "qwen3": qwen3(), "llama": llama()}
 
@@ -60,5 +66,128 @@ def test_empty_prompts_and_continuations_are_refused():
 def test_attention_without_a_mask_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="use sdpa or eager"):
+    with pytest.raises(ValueError, match="use sdpa, eager or"):
         continuation_log_probabilities(model, [1], [[2]])
+
+
+TEMPERATURE = 0.8
+GROUPS = st.lists(
+    st.tuples(tokens, st.lists(st.lists(st.integers(3, 98), max_size=14), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+@functools.cache
+def with_head(make, attention="sdpa", dtype=torch.float32, device="cpu"):
+    """A model with LoRA and the head that TRL's trainers add."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = make(attention)
+    add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(device, dtype)
+
+
+def padded(groups, shuffle):
+    """TRL's batch of all samples in a random order: tokens, mask, length of the completions."""
+    samples = [(prompt, c) for prompt, continuations in groups for c in continuations]
+    shuffle.shuffle(samples)
+    p, t = max(len(prompt) for prompt, _ in samples), max(1, *(len(c) for _, c in samples))
+    ids = [[0] * (p - len(prompt)) + prompt + c + [0] * (t - len(c)) for prompt, c in samples]
+    mask = [[0] * (p - len(prompt)) + [1] * (len(prompt) + len(c)) + [0] * (t - len(c)) for prompt, c in samples]
+    return torch.tensor(ids), torch.tensor(mask, dtype=torch.bool), t
+
+
+def plain_scores(model, ids, mask, length):
+    """Row by row, without padding, from whole logits."""
+    values = []
+    for tokens_of_row, kept in zip(ids, mask, strict=True):
+        row, start = tokens_of_row[kept][None], int(kept[:-length].sum())
+        logs = torch.log_softmax(model(input_ids=row).logits[0].float() / TEMPERATURE, dim=-1)[start - 1 : -1]
+        chosen, entropy = logs.gather(1, row[0, start:, None]).squeeze(1), -(logs.exp() * logs).sum(1)
+        values.append([torch.nn.functional.pad(v, (0, length - len(v))) for v in (chosen, entropy)])
+    return tuple(torch.stack(column) for column in zip(*values, strict=True))
+
+
+def scores_and_gradients(function, model, batch):
+    """Both scores, and the gradients of a weighted sum of them."""
+    model.zero_grad()
+    log_probabilities, entropies = function(model, *batch)
+    weights = torch.linspace(-1, 1, log_probabilities.numel(), device=batch[0].device).view_as(log_probabilities)
+    (weights * log_probabilities + 0.3 * weights.flip(0) * entropies).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return log_probabilities.detach(), entropies.detach(), gradients
+
+
+def compare(found, expected):
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert found[2].keys() == expected[2].keys()
+    largest = max(gradient.abs().max() for gradient in expected[2].values())
+    for name, gradient in expected[2].items():
+        assert (found[2][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6 * largest, name
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([gemma3, qwen3]), GROUPS, st.randoms(use_true_random=False))
+def test_padded_scores_and_gradients_equal_the_plain_computation(make, groups, shuffle):
+    batch = padded(groups, shuffle)
+    model = with_head(make)
+    compare(scores_and_gradients(padded_scores, model, batch), scores_and_gradients(plain_scores, model, batch))
+
+
+def test_a_batch_without_any_token_has_zero_gradients():
+    model = with_head(gemma3)
+    log_probabilities, entropies, gradients = scores_and_gradients(
+        padded_scores, model, (torch.full((3, 6), 5), torch.tensor([[True] * 4 + [False] * 2] * 3), 2)
+    )
+    assert log_probabilities.tolist() == entropies.tolist() == [[0, 0]] * 3
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("make", [gemma3, qwen3])
+def test_bfloat16_is_as_close_as_the_plain_computation(make):
+    batch = padded([(list(range(5, 25)), [[30, 31, 32, 33], [40], list(range(50, 62))])], random.Random(0))
+    exact = scores_and_gradients(plain_scores, with_head(make), batch)
+    model = with_head(make, dtype=torch.bfloat16)
+    plain_one, shared = (scores_and_gradients(f, model, batch) for f in (plain_scores, padded_scores))
+
+    def distance(found):
+        gradients = torch.cat([(found[2][name].float() - g).flatten() for name, g in exact[2].items()])
+        return (found[0] - exact[0]).norm(), gradients.norm()
+
+    for ours, theirs in zip(distance(shared), distance(plain_one), strict=True):
+        assert 0 < ours < 1.5 * theirs
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([gemma3, qwen3]), GROUPS)
+def test_block_masks_are_those_of_sdpa(make, groups):
+    rows = SharedRows.of(groups, "cpu")
+    dense, blocks = (rows.inputs(make(attention))["attention_mask"] for attention in ("sdpa", "flex_attention"))
+    assert dense.keys() == blocks.keys()
+    for kind, mask in dense.items():
+        count, _, length, _ = mask.shape
+        assert create_mask(blocks[kind].mask_mod, count, None, length, length, "cpu").equal(mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [gemma3, qwen3])
+def test_flex_attention_equals_the_plain_computation(make):
+    make = functools.partial(make, head_dim=16, max_position_embeddings=4096)  # its smallest head
+    draw = random.Random(0)
+    groups = [
+        ([draw.randrange(3, 99) for _ in range(n)], [[draw.randrange(3, 99) for _ in range(k)] for k in (40, 3, 77)])
+        for n in (300, 450)
+    ]
+    ids, mask, length = padded(groups, draw)
+    batch = (ids.cuda(), mask.cuda(), length)
+    found = scores_and_gradients(padded_scores, with_head(make, "flex_attention", device="cuda"), batch)
+    compare(found, scores_and_gradients(plain_scores, with_head(make, device="cuda"), batch))

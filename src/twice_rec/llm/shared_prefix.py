@@ -2,17 +2,72 @@
 
 All continuations stand behind the prompt in one row, [prompt, continuation 1, ..., continuation K]. Positions restart
 after the prompt for each, and the attention mask lets a continuation see the prompt and itself only, so every token
-gets exactly the value it would have in a row of its own. A row may hold several such groups.
+gets exactly the value it would have in a row of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
+
+Mask = Tensor | BlockMask
+MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """G prompts with their continuations, a prompt a row, padded on the right to the longest row's length L.
+
+    Args:
+        input_ids: int64 [G, L].
+        position_ids: int64 [G, L], from 0 in a prompt and on from its end in each of its continuations.
+        segment: int64 [G, L], 0 for the prompt, 1 to K for its continuations, -1 for padding.
+        row, column: int64 [N], where the logits that predict the tokens of the continuations stand: a first token's at
+            the end of the prompt.
+        targets: int64 [N], those tokens, one continuation after another.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment: Tensor
+    row: Tensor
+    column: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device | str
+    ) -> SharedRows:
+        """Rows of (prompt, its continuations), token ids; prompts hold at least one, continuations may be empty."""
+        length = max(len(prompt) + sum(map(len, continuations)) for prompt, continuations in groups)
+        ids, positions, segments, rows, columns, targets = [], [], [], [], [], []
+        for number, (prompt, continuations) in enumerate(groups):
+            start, lengths = len(prompt), [len(continuation) for continuation in continuations]
+            tokens = [token for continuation in continuations for token in continuation]
+            padding = [0] * (length - start - len(tokens))
+            ids.append([*prompt, *tokens, *padding])
+            positions.append([*range(start), *(start + i for n in lengths for i in range(n)), *padding])
+            behind = [k for k, n in enumerate(lengths, start=1) for _ in range(n)]
+            segments.append([0] * start + behind + [-1] * len(padding))
+            for offset, n in zip(accumulate(lengths, initial=start), lengths, strict=False):
+                columns += [start - 1, *range(offset, offset + n - 1)] if n else []
+            rows += [number] * len(tokens)
+            targets += tokens
+        layout = (ids, positions, segments, rows, columns, targets)
+        return cls(*(torch.tensor(values, dtype=torch.long, device=device) for values in layout))
+
+    def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What a model's forward takes."""
+        masks = attention_masks(model, self.segment, self.segment.clamp(max=0), self.position_ids)
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": masks}
 
 
 def continuation_log_probabilities(
@@ -21,7 +76,7 @@ def continuation_log_probabilities(
     """Log-probability of every token of every continuation, given the prompt and the tokens before it.
 
     Args:
-        model: a causal language model with full or sliding-window attention (sdpa or eager).
+        model: a causal language model with full or sliding-window attention (sdpa, eager or flex_attention).
         prompt: token ids, at least one.
         continuations: K sequences of token ids, each at least one long.
 
@@ -30,55 +85,80 @@ def continuation_log_probabilities(
     """
     if not prompt or not all(continuations):
         raise ValueError("the prompt and every continuation need at least one token")
-    device = model.device
-    lengths = [len(continuation) for continuation in continuations]
-    start = len(prompt)
-    ids = torch.tensor([*prompt, *(token for c in continuations for token in c)], device=device)
-    positions = torch.cat([torch.arange(start), *(torch.arange(start, start + n) for n in lengths)]).to(device)
-    segment = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([start, *lengths])).to(device)
-    offsets = torch.tensor([start, *lengths[:-1]]).cumsum(0).tolist()
-    # The logits that predict a continuation stand at the prompt's last token and at all its own tokens but the last.
-    needed = torch.cat(
-        [torch.tensor([start - 1, *range(offset, offset + n - 1)]) for offset, n in zip(offsets, lengths, strict=True)]
-    ).to(device)
-    logits = model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        attention_mask=attention_masks(model, segment, torch.zeros_like(segment), positions),
-        logits_to_keep=needed,
-        use_cache=False,
-    ).logits[0]
-    values = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[start:, None]).squeeze(1)
-    return list(values.split(lengths))
+    rows = SharedRows.of([(prompt, continuations)], model.device)
+    logits = model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0]
+    values = torch.log_softmax(logits.float(), dim=-1).gather(1, rows.targets[:, None]).squeeze(1)
+    return list(values.split([len(continuation) for continuation in continuations]))
+
+
+def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tensor | None]:
+    """Log-probability and entropy of every token of the continuations, with gradients.
+
+    TRL's fused head computes them from the hidden states in tiles, forward and backward, so that [N, V] logits never
+    stand whole; a hook hands it the N positions that matter, the end of a prompt once for each of its continuations.
+    All happens within one forward of the wrapped model, as data-parallel and ZeRO wrappers need it.
+
+    Args:
+        model: with the head that TRL's trainers add (`trl.trainer.utils.add_fused_lm_head`, which holds the
+            temperature), bare or wrapped by PEFT, accelerate or both.
+
+    Returns:
+        float32 [N] each, in the order of `rows.targets`; the entropies are None where the head has none.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    bare = extract_model_from_parallel(model)
+    bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+
+    def keep_what_predicts(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[rows.row, rows.column][None]
+        return output
+
+    with bare.base_model.register_forward_hook(keep_what_predicts):
+        scores = model(**rows.inputs(bare), shift_labels=rows.targets[None], fused_lm_head=True)
+    return scores.log_probs[0], None if scores.entropy is None else scores.entropy[0]
 
 
 def attention_masks(
     model: PreTrainedModel, segment: Tensor, prefix: Tensor, positions: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """The mask of each kind of layer, [1, 1, L, L]: a token sees its own segment and its prefix, never the future.
+) -> Mask | dict[str, Mask]:
+    """The mask of each kind of layer: a token sees its own segment and its prefix, never the future.
 
     Args:
-        segment: int64 [L], which prompt or continuation a token belongs to.
-        prefix: int64 [L], the segment of its prompt; its own for a prompt's tokens.
-        positions: int64 [L], for sliding windows.
+        segment: int64 [B, L], which prompt or continuation a token belongs to.
+        prefix: int64 [B, L], the segment of its prompt; its own for a prompt's tokens.
+        positions: int64 [B, L], for sliding windows.
 
     Returns:
-        One mask, or one a kind of layer where the model's configuration tells them apart.
+        One mask, [B, 1, L, L] or a block mask, or one a kind of layer where the model's configuration tells them apart.
     """
     config = model.config.get_text_config()
-    order = torch.arange(len(segment), device=segment.device)
-    seen = (order[None, :] <= order[:, None]) & (
-        (segment[None, :] == segment[:, None]) | (segment[None, :] == prefix[:, None])
-    )
     kinds = set(getattr(config, "layer_types", None) or [])
-    if not kinds:
-        return _as_mask(model, seen)
-    masks = Masks({"full_attention": seen})
-    if "sliding_attention" in kinds:
-        masks["sliding_attention"] = seen & (positions[:, None] - positions[None, :] < config.sliding_window)
-    if unknown := kinds - masks.keys():
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"no mask for layers of the kind {', '.join(sorted(unknown))}")
-    return Masks({kind: _as_mask(model, mask) for kind, mask in masks.items()})
+    if not kinds:
+        return _as_mask(model, mask_mod(segment, prefix, positions), segment)
+    windows = {"full_attention": None}
+    if "sliding_attention" in kinds:
+        windows["sliding_attention"] = config.sliding_window
+    mods = {kind: mask_mod(segment, prefix, positions, window) for kind, window in windows.items()}
+    return Masks({kind: _as_mask(model, mod, segment) for kind, mod in mods.items()})
+
+
+def mask_mod(segment: Tensor, prefix: Tensor, positions: Tensor, window: int | None = None) -> MaskMod:
+    """The rule of a mask as FlexAttention wants it: (row, head, query, key) -> whether the query sees the key.
+
+    Args:
+        segment, prefix, positions: int64 [B, L], see `attention_masks`.
+        window: of a sliding-window layer, in positions.
+    """
+
+    def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        same = (segment[row, key] == segment[row, query]) | (segment[row, key] == prefix[row, query])
+        seen = (key <= query) & same
+        return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
+
+    return sees
 
 
 class Masks(dict):
@@ -89,15 +169,18 @@ class Masks(dict):
         return torch.tensor(next(iter(self.values())).shape[-1])
 
 
-def _as_mask(model: PreTrainedModel, seen: Tensor) -> Tensor:
-    implementation = model.config._attn_implementation
+def _as_mask(model: PreTrainedModel, sees: MaskMod, segment: Tensor) -> Mask:
+    implementation, (rows, length), device = model.config._attn_implementation, segment.shape, segment.device
+    if implementation == "flex_attention":
+        return create_block_mask(sees, rows, None, length, length, device, _compile=device.type == "cuda")
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attention {implementation!r} takes no mask of its own; use sdpa, eager or flex_attention")
+    row, order = torch.arange(rows, device=device), torch.arange(length, device=device)
+    mask = sees(row[:, None, None], None, order[:, None], order)[:, None]
     if implementation == "sdpa":
-        return seen[None, None]
-    if implementation == "eager":
-        return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(
-            ~seen, torch.finfo(model.dtype).min
-        )[None, None]
-    raise ValueError(f"attention {implementation!r} takes no mask of its own; use sdpa or eager")
+        return mask
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill(~mask, lowest)
 
 
 class SharedPrefixCollator:
@@ -120,7 +203,7 @@ class SharedPrefixCollator:
                 segment += [first + number] * length
             prefix += [first] * (start + sum(lengths))
             first += len(group["lengths"])
-        masks = attention_masks(self._model, *map(torch.tensor, (segment, prefix, positions)))
+        masks = attention_masks(self._model, *(torch.tensor([values]) for values in (segment, prefix, positions)))
         flat = {name: [token for group in groups for token in group[name]] for name in ("input_ids", "labels")}
         rows = {**flat, "position_ids": positions}
         return {**{name: torch.tensor([values]) for name, values in rows.items()}, "attention_mask": masks}

@@ -45,18 +45,12 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     """Train, save, merge."""
     import torch
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
+    from twice_rec.llm import modeling
     from twice_rec.llm.completions import CompletionLog
     from twice_rec.llm.generation import Policy
-    from twice_rec.llm.modeling import (
-        last_checkpoint,
-        load_model,
-        load_tokenizer,
-        lora_config,
-        saved_weights,
-        write_merged,
-    )
+    from twice_rec.llm.grpo import grpo_trainer
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -76,27 +70,27 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         trainer_keys |= {"use_vllm": True, "vllm_mode": "server", **server}
     if IS_MAIN:
         work.begin(recipe.overwrite)
-    tokenizer = load_tokenizer(start, recipe.model_revision)
-    model = load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
+    tokenizer = modeling.load_tokenizer(start, recipe.model_revision)
+    model = modeling.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
     rewards = StepRewards.of(recipe, data, scorer, Policy(model, tokenizer))
     writer = prompt_writer(data, recipe, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.settings.tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
-    trainer = GRPOTrainer(
+    trainer = grpo_trainer(recipe.share_prefixes)(
         model=model,
         reward_funcs=rewards.functions,
         args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe),
+        peft_config=modeling.lora_config(recipe),
     )
     trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
-    train_and_save(trainer, work.path, last_checkpoint(work.path))
+    train_and_save(trainer, work.path, modeling.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        write_merged(start, work.path, merged, recipe.dtype, recipe.model_revision)
-        outputs = [*saved_weights(work.path), work.path / "trainer_state.json", merged]
+        modeling.write_merged(start, work.path, merged, recipe.dtype, recipe.model_revision)
+        outputs = [*modeling.saved_weights(work.path), work.path / "trainer_state.json", merged]
         work.finish(outputs, {"tau": rewards.settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
 
 

@@ -1,0 +1,125 @@
+"""The shared-prefix GRPO trainer computes what TRL's own does, with less work."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tiny_models import gemma3, qwen3
+from twice_rec.llm.base import train_tokenizer
+from twice_rec.llm.grpo import groups_together, grpo_trainer
+
+WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
+PROMPTS = [" ".join(WORDS[: 2 + i]) + " then?" for i in range(6)]
+
+
+def reward(completion_ids, **_):
+    """Any fixed function of the tokens that tells samples apart."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def trained(trainer_class, make, folder, **settings):
+    """Two optimizer steps: losses, adapter weights, and the tokens that went through the model with gradients."""
+    from trl import GRPOConfig
+
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
+    model = make(vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # completions of many lengths
+    torch.manual_seed(0)
+    options = {
+        "num_generations": 4, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "beta": 0.04,
+        "max_completion_length": 12, "temperature": 0.9, "loss_type": "grpo", "gradient_checkpointing": True,
+        "optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_steps": 2, "logging_steps": 1,
+        "max_grad_norm": 1.0, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=reward,
+        args=GRPOConfig(output_dir=str(folder), **{**options, **settings}),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():  # the first gradient of lora_A is 0 as long as lora_B is
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    tokens = []
+    trainer.model.get_input_embeddings().register_forward_hook(
+        lambda _, arguments, __: tokens.append(arguments[0].numel()) if torch.is_grad_enabled() else None
+    )
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    updates = {name: p.detach() - start[name] for name, p in trainer.model.named_parameters() if name in start}
+    return steps, updates, sum(tokens)
+
+
+CASES = {
+    "grpo": (gemma3, {}),
+    "old and clipped": (
+        qwen3,
+        {"loss_type": "dapo", "num_iterations": 2, "mask_truncated_completions": True, "max_completion_length": 3},
+    ),
+    "several steps a batch": (gemma3, {"steps_per_generation": 4, "loss_type": "dr_grpo", "beta": 0.0}),
+    "by micro-batch": (qwen3, {"loss_type": "bnpo", "entropy_coef": 0.1, "top_entropy_quantile": 0.6}),
+}
+
+
+def assert_alike(folder, make, settings):
+    """Both trainers take the same steps, ours with less work."""
+    expected, plain_updates, plain_tokens = trained(grpo_trainer(False), make, folder, **settings)
+    found, updates, tokens = trained(grpo_trainer(True), make, folder, **settings)
+    assert expected[0]["completions/min_length"] < expected[0]["completions/max_length"]
+    assert expected[0]["completions/clipped_ratio"] > 0 or "mask_truncated_completions" not in settings
+    for a, b in zip(found, expected, strict=True):
+        for name in {"loss", "reward", "grad_norm", "completions/mean_length"} & b.keys():
+            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-4), name
+    assert updates.keys() == plain_updates.keys()
+    for name, update in plain_updates.items():
+        assert update.abs().max() > 0, name
+        assert (updates[name] - update).abs().max() < 1e-4 * update.abs().max() + 1e-7, name
+    assert tokens < plain_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_are_those_of_trl(tmp_path, case):
+    assert_alike(tmp_path, *CASES[case])
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_trl_too(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("both alike") == 2
+
+
+def test_groups_come_together_and_stay_whole():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.arange(3).repeat_interleave(4)[torch.randperm(12, generator=generator)]
+    whole = {"prompt_ids": prompts[:, None].repeat(1, 2), "advantages": torch.arange(12.0)}
+    batches = [
+        {**{name: v[i : i + 4] for name, v in whole.items()}, "num_items_in_batch": torch.tensor(40)} for i in (0, 4, 8)
+    ]
+    together = groups_together(batches)
+    assert [len(batch["prompt_ids"].unique()) for batch in together] == [1, 1, 1]
+    assert sorted(torch.cat([batch["advantages"] for batch in together]).tolist()) == list(range(12))
+    for batch in together:
+        assert batch["num_items_in_batch"] == 40
+        assert batch["prompt_ids"][:, 0].equal(prompts[batch["advantages"].long()])
+
+
+if __name__ == "__main__":  # one of the two processes
+    assert_alike(sys.argv[1], gemma3, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4})
+    assert torch.distributed.get_world_size() == 2
+    print("both alike", flush=True)
