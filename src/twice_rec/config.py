@@ -586,7 +586,7 @@ class GrpoRecipe(ModelKeys, Recipe):
         Check(
             lambda c: "rank" not in c.reward_funcs or c.attn_implementation in ("sdpa", "eager", "flex_attention"),
             lambda c: (
-                f"the reward rank needs attn_implementation sdpa, eager or flex_attention, found {c.attn_implementation}"
+                f"reward rank needs attn_implementation sdpa, eager or flex_attention, found {c.attn_implementation}"
             ),
         ),
         *(at_least(name, 1) for name in ("sample_every", "sample_completions")),

@@ -264,7 +264,7 @@ class TestTrainerKeys:
             ("reward_funcs: [rank]\nreward_weights: [1]\nitem_first: true\n", "would earn the same"),
             (
                 "reward_funcs: [rank]\nreward_weights: [1]\nattn_implementation: flash_attention_2\n",
-                "rank needs attn_implementation sdpa, eager or flex_attention",
+                "reward rank needs attn_implementation sdpa, eager or flex_attention",
             ),
             ("reward_rank: hr\n", "reward_rank must be one of reciprocal_rank, ndcg"),
             ("sample_every: 0\n", "sample_every is 0; it must be at least 1"),
