@@ -150,7 +150,7 @@ class _Lists:
         ids = tuple(item.item_id for item in self.shown)
         self.example = Example("", history, ids, ids[0])
         self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
-        self._attributes = [set(attributes(item)) for item in self.shown]
+        self._attributes = [attributes(item) for item in self.shown]
         chosen = [(self._all, 2), (self._copy, 3), (self._has, 4), (self._has_both, 2), (self._shared, 1)]
         chosen += [(self._fits, 6)]
         if purchases:
@@ -191,7 +191,7 @@ class _Lists:
         position = int(self._rng.integers(len(self.shown)))
         own = attributes(self.shown[position])
         names = [own[i] for i in self._rng.permutation(len(own))[:count]]
-        if sum(set(names) <= having for having in self._attributes) != 1:
+        if sum(set(names) <= set(having) for having in self._attributes) != 1:
             return None
         asked = " and ".join(names)
         return self._item_turn("attributes", f"Which candidate has {asked}?", self.shown[position], f"{asked}.")
@@ -234,7 +234,7 @@ class _Lists:
 
     def _shared(self) -> Turn:
         """Which candidates have something in common."""
-        name = self._pick(sorted(self._pick(self._attributes)))
+        name = self._pick(self._pick(self._attributes))
         numbers = [str(i) for i, having in enumerate(self._attributes, start=1) if name in having]
         return Turn("attributes", f"Which candidates have {name}?", f"{', '.join(numbers)}.")
 

@@ -28,6 +28,7 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
 from twice_rec.llm import pretrain
 from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
+from twice_rec.llm.modeling import load_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
 from twice_rec.records import Example, Interaction
 from twice_rec.stages.lifecycle import IS_MAIN, about, need, run_stage, say_finished
@@ -50,7 +51,11 @@ def base(recipe: BaseModelRecipe) -> None:
         work.begin(recipe.overwrite)
     data = PreparedData(recipe.run_path / "data")
     writer = ExerciseWriter(data.catalog, data.prompt_format)
-    tokenizer = train_tokenizer(_texts(writer, data, recipe), recipe.vocab_size)
+    if IS_MAIN and not (work.path / "tokenizer.json").exists():
+        train_tokenizer(_texts(writer, data, recipe), recipe.vocab_size).save_pretrained(work.path)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    tokenizer = load_tokenizer(work.path)
     own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     model = build_model(tokenizer, BaseSettings(**{f.name: own[f.name] for f in fields(BaseSettings)}))
     logger.info("%s parameters, %s tokens", f"{model.num_parameters():,}", f"{len(tokenizer):,}")
@@ -83,7 +88,6 @@ def base(recipe: BaseModelRecipe) -> None:
     exam = {kind: {"right": sum(rights) / len(rights), "questions": len(rights)} for kind, rights in marks.items()}
     logger.info("exam: %s", ", ".join(f"{kind} {entry['right']:.3f}" for kind, entry in sorted(exam.items())))
     figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "exam": exam}
-    tokenizer.save_pretrained(work.path)
     model.save_pretrained(work.path)
     write_json(work.path / "exam.json", exam)
     write_text(work.path / "README.md", _card(recipe, figures, losses))
