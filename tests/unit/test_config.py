@@ -33,6 +33,8 @@ CLASSES = {
     "sasrec": SasrecRecipe,
     "sasrec_release": SasrecRecipe,
     "grpo": GrpoRecipe,
+    "grpo_server": GrpoRecipe,
+    "grpo_one_gpu": GrpoRecipe,
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
 }

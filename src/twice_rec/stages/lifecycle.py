@@ -179,6 +179,8 @@ OWNED_BY_STAGES = {
     "resume_from_checkpoint": "a checkpoint in the results' folder is resumed by itself",
     "model_init_kwargs": "use dtype, attn_implementation and model_revision",
     "reward_weights": "it is read from our own key of that name",
+    "use_vllm": "use rollout",
+    "vllm_mode": "use rollout: trl_server or trl_colocate",
 }
 
 

@@ -21,7 +21,6 @@ from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.grpo import prompt_rows
-from twice_rec.llm.rollout import check_server
 from twice_rec.rewards import RewardSettings, StepRewards
 from twice_rec.sasrec.scorer import SasRecScorer
 from twice_rec.stages.lifecycle import (
@@ -55,6 +54,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         saved_weights,
         write_merged,
     )
+    from twice_rec.llm.rollout import attach_rollouts, make_rollouts, trl_arguments
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -68,10 +68,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     data = PreparedData(run / "data")
     scorer = SasRecScorer.load(cf_model, data.catalog, torch_device("auto"))
     settings = RewardSettings(recipe.reward_lambda, _tau(recipe, data, scorer))
-    if recipe.rollout == "trl_server":
-        check_server(recipe.rollout_host, recipe.rollout_port)
-        server = {"vllm_server_host": recipe.rollout_host, "vllm_server_port": recipe.rollout_port}
-        trainer_keys |= {"use_vllm": True, "vllm_mode": "server", **server}
+    trainer_keys |= trl_arguments(recipe, model_folder)
     if IS_MAIN:
         work.begin(recipe.overwrite)
     rewards = StepRewards(
@@ -83,6 +80,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", settings.tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = GRPOTrainer(
+        rollout_func=make_rollouts(recipe, tokenizer, model_folder),
         model=load_model(model_folder, recipe.dtype, recipe.attn_implementation),
         reward_funcs=rewards.functions,
         args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
@@ -90,6 +88,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
     )
+    attach_rollouts(trainer)
     train_and_save(trainer, work.path, last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
