@@ -510,6 +510,9 @@ class GrpoRecipe(ModelKeys, Recipe):
     rollout_server_args: dict[str, Any] = key(
         {}, "more of vLLM's flags, {max_num_seqs: 64, enforce_eager: true}", changes_result=False
     )
+    rollout_seeds: bool = key(
+        True, "send a seed with each request; a vLLM on a CPU ends at one whose prompt it computes in parts"
+    )
     rollout_adapter_dir: str | None = key(
         None, "where policies are written for the servers; null is grpo/policy under run_dir", changes_result=False
     )

@@ -11,6 +11,7 @@ changed, calls the hook, and corrects with the log-probabilities that the hook r
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Rollouts:
             ("seconds", seconds),
             ("tokens_per_second", tokens / seconds),
             ("sync_seconds", self._sync_seconds),
+            ("policy_version", version),
         ):
             record(trainer, f"rollout/{name}", value)
         self._sync_seconds = 0.0
@@ -202,6 +204,7 @@ def make_rollouts(recipe: GrpoRecipe, tokenizer: PreTrainedTokenizerBase, model_
     Raises:
         InputError: where a server does not come up in time, or has another base model.
     """
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # the hook may change; versions are pinned
     if recipe.rollout == "transformers":
         return InProcessRollouts(tokenizer, recipe.seed)
     if recipe.rollout != "vllm_server":

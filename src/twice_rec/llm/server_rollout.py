@@ -176,8 +176,8 @@ class ServerRollouts(Rollouts):
             if limit < longest + answer:
                 raise InputError(
                     f"the rollout server at {server.address} takes {limit} tokens, but the longest prompt has "
-                    f"{longest} and an answer up to {answer}; start it with --rollout_max_model_len {longest + answer}, or lower "
-                    "max_prompt_tokens or max_completion_length"
+                    f"{longest} and an answer up to {answer}; start it with --rollout_max_model_len {longest + answer}, or "
+                    "lower max_prompt_tokens or max_completion_length"
                 )
 
     def _try_out(self, server: PolicyServer) -> None:
@@ -225,8 +225,9 @@ class ServerRollouts(Rollouts):
 
         def ask(group: Group) -> list[Sample]:
             server = self._servers[group.number % len(self._servers)]
-            sampling = {**self._sampling, "seed": self._seed_of(version, call, group.number)}
+            seed = {"seed": self._seed_of(version, call, group.number)} if self._recipe.rollout_seeds else {}
             copies = len(group.positions)
+            sampling = {**self._sampling, **seed}
             return self._insist(
                 server, lambda: server.complete(policy.name, group.prompt_ids, copies, self._stop, sampling)
             )

@@ -53,6 +53,7 @@ def server_command(recipe: GrpoRecipe, address: str, model_folder: Path) -> list
         "host": host,
         "port": port,
         "dtype": recipe.dtype,
+        "seed": recipe.seed,
         "tensor_parallel_size": recipe.rollout_tensor_parallel_size,
         "distributed_executor_backend": recipe.rollout_executor,
         "max_model_len": recipe.rollout_max_model_len,
