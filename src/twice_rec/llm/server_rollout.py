@@ -176,8 +176,8 @@ class ServerRollouts(Rollouts):
             if limit < longest + answer:
                 raise InputError(
                     f"the rollout server at {server.address} takes {limit} tokens, but the longest prompt has "
-                    f"{longest} and an answer up to {answer}; start it with --rollout_max_model_len {longest + answer}, or "
-                    "lower max_prompt_tokens or max_completion_length"
+                    f"{longest} and an answer up to {answer}; start it with --rollout_max_model_len "
+                    f"{longest + answer}, or lower max_prompt_tokens or max_completion_length"
                 )
 
     def _try_out(self, server: PolicyServer) -> None:
