@@ -159,14 +159,15 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
 
 def test_several_answers_of_one_request_differ_and_stop(trained, prompts):
     run_dir, address, _ = trained
-    server = PolicyServer(address, 120)
+    server, every_token = PolicyServer(address, 120), range(len(load_tokenizer(run_dir / "sft" / "merged")))
     server.load("policy", run_dir / "grpo" / "checkpoint-1")
-    answers = server.complete("policy", prompts[0], 8, {1, 4, *range(100, 200)}, {"max_tokens": 12, "temperature": 1.5})
+    sampling = {"max_tokens": 12, "temperature": 1.5}
+    answers = server.complete("policy", prompts[0], 8, {1, 4}, sampling)
+    ended = server.complete("policy", prompts[0], 8, every_token, sampling)
     server.unload("policy")
     assert len({tuple(answer.token_ids) for answer in answers}) == 8
-    assert {answer.truncated for answer in answers} == {True, False}
-    for answer in answers:
-        assert answer.truncated == (answer.token_ids[-1] not in {1, 4, *range(100, 200)})
+    assert all(answer.truncated == (answer.token_ids[-1] not in {1, 4}) for answer in answers)
+    assert [(len(answer.token_ids), answer.truncated) for answer in ended] == [(1, False)] * 8
 
 
 def other_base(run_dir):

@@ -1,7 +1,10 @@
 """The trainer against rollout servers that are wrong, misbehave or go away; no vLLM needed."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -119,8 +122,8 @@ def test_a_server_gone_for_good_leaves_a_checkpoint_to_resume_from(run_dir, fake
     assert train(run_dir, [fake.address], "--rollout_wait_seconds", "0.3") == 2
     error = capfd.readouterr().err
     assert f"no rollout server at {fake.address} for 0.3 s" in error
-    assert "Step 2 is saved. Start the server again with grpo_step1.sh and go on with: " in error
-    assert "bash grpo_step2.sh --config mine.yaml --seed 1" in error or "grpo_step2.sh mine.yaml --seed 1" in error
+    assert "Step 2 is saved. Start the server again with grpo_step1.sh and " in error
+    assert "go on with: bash grpo_step2.sh mine.yaml --seed 1\n" in error
     assert "Traceback" not in error
     assert (run_dir / "grpo" / "checkpoint-2" / "optimizer.pt").exists()
     fake.revive()
@@ -132,6 +135,37 @@ def test_a_server_gone_for_good_leaves_a_checkpoint_to_resume_from(run_dir, fake
     same = ("loss", "reward", "rollout/policy_version", "grad_norm", "learning_rate")
     for before, after in zip(history(whole), history(run_dir), strict=True):
         assert [before[name] for name in same] == [after[name] for name in same]
+
+
+def test_two_processes_share_a_group_and_end_together(run_dir, fake):
+    """Four answers a step, two in each process; then the server is gone for both."""
+
+    def launch(*flags):
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+        words += [str(free_port()), "-m", "twice_rec.stages.stage3c_grpo", "--config"]
+        words += [str(ROOT / "recipes" / "tiny" / "grpo_server.yaml"), "--run_dir", str(run_dir)]
+        words += ["--rollout_servers", str([fake.address, other.address]), *STEP.split()]
+        words += ["--num_generations", "4", "--per_device_train_batch_size", "2", *flags]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+    with FakeVLLM(fake.base, fake.answer) as other:
+        fake.dies_after = 1 + 2 * 2  # the trial of each process is one more; all in the first server
+        done = launch("--rollout_wait_seconds", "0.3")
+        assert done.returncode != 0
+        assert (run_dir / "grpo" / "checkpoint-1" / "trainer_state.json").exists(), done.stderr
+        assert done.stderr.count("Step 1 is saved") == 1
+        fake.revive()
+        done = launch()
+        assert done.returncode == 0, done.stderr
+        asked = [body for body in fake.called("/v1/completions") if body["top_k"] == 0]
+        assert not [body for body in other.called("/v1/completions") if body["top_k"] == 0]
+    versions = [body["model"].rpartition("-")[2] for body in asked]
+    assert versions[:2] == ["0", "0"]
+    assert versions[-4:] == ["1", "1", "2", "2"]
+    assert {body["n"] for body in asked} == {2}
+    assert all(one["prompt"] == two["prompt"] for one, two in zip(asked[-4::2], asked[-3::2], strict=True))
+    assert [row["rollout/policy_version"] for row in history(run_dir)] == [0, 1, 2]
 
 
 # What is wrong with the server -> what the user is told.

@@ -153,6 +153,8 @@ class ServerRollouts(Rollouts):
         self._run = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
         trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = self, True, -1
         trainer.add_callback(_Watch(self, trainer))
+        if not trainer.vllm_importance_sampling_correction:
+            logger.warning("vllm_importance_sampling_correction is false: rollout_logprob_gap is not watched either")
         facts = [server.facts() for server in self._servers]
         self._check_lengths([fact.max_model_len for fact in facts])
         if trainer.is_world_process_zero():
