@@ -66,7 +66,7 @@ def one_billion(overhead: float) -> dict:
 
     The adapter's bytes (float32, as PEFT trains it) are written once and read once by each server, at the speed of a
     slow disk; to it comes what a request and the bookkeeping of tensors cost, `overhead`, which was measured here at
-    a size where bytes do not matter, once a layer. The step's length is an assumption, and a low one: 128 answers of
+    a size where bytes do not matter (the fastest of the steps), once a layer. The step's length is an assumption, and a low one: 128 answers of
     300 tokens to prompts of some 7,000 take a trainer on one GPU longer.
     """
     size = 4 * lora_parameters(SHAPES["gemma-3-1b"], RANK)
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         "sync_seconds": round(sync, 4),
         "sync_share": round(sync / (sync + request + train), 4),
         "adapter_mb": round(4 * lora_parameters(shape, RANK) / 1e6, 2),
-        **one_billion(sync),
+        **one_billion(min(row[4] for row in rows)),
         "shape": arguments.shape,
         "prompts": f"{arguments.prompts} x {arguments.prompt_tokens}",
         "answers": f"{arguments.copies} x {arguments.answer_tokens}",
