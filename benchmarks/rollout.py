@@ -66,8 +66,8 @@ def one_billion(overhead: float) -> dict:
 
     The adapter's bytes (float32, as PEFT trains it) are written once and read once by each server, at the speed of a
     slow disk; to it comes what a request and the bookkeeping of tensors cost, `overhead`, which was measured here at
-    a size where bytes do not matter (the fastest of the steps), once a layer. The step's length is an assumption, and a low one: 128 answers of
-    300 tokens to prompts of some 7,000 take a trainer on one GPU longer.
+    a size where bytes do not matter (the fastest of the steps), once a layer. The step's length is an assumption, and
+    a low one: 128 answers of 300 tokens to prompts of some 7,000 take a trainer on one GPU longer.
     """
     size = 4 * lora_parameters(SHAPES["gemma-3-1b"], RANK)
     layers = SHAPES["gemma-3-1b"]["num_hidden_layers"] / SHAPES["small"]["num_hidden_layers"]
