@@ -8,4 +8,4 @@ case "${1:-}" in "" | --*) ;; *) recipe=$(realpath "$1"); shift ;; esac
 cd "$root"
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
 machine=cpu; ! nvidia-smi -L >/dev/null 2>&1 || machine=ddp
-exec accelerate launch --config_file "${ACCELERATE_CONFIG:-recipes/accelerate_configs/$machine.yaml}" -m twice_rec.stages.stage3c_grpo --config "$recipe" "$@"
+exec accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-recipes/accelerate_configs/$machine.yaml}" -m twice_rec.stages.stage3c_grpo --config "$recipe" "$@"

@@ -512,6 +512,9 @@ def grpo_folder(variant: str) -> str:
     return variant.replace("stage3", "grpo", 1)
 
 
+MAX_SERVED_RANK = 512  # of an adapter, in vLLM
+
+
 @dataclass(frozen=True, kw_only=True)
 class GrpoRecipe(ModelKeys, Recipe):
     """Stage 3: confidence-weighted GRPO. All keys of TRL's GRPOConfig stand beside these."""
@@ -539,15 +542,42 @@ class GrpoRecipe(ModelKeys, Recipe):
     confidence: Literal["sigmoid", "calibrated", "softmax"] = key("sigmoid", "how SASRec's scores become confidences")
     confidence_debiased: bool = key(False, "remove each item's mean score over users first")
     cf_variant: str = key("sasrec", "the CF model under run_dir that gives the confidences")
-    rollout: Literal["transformers", "trl_server"] = key(
+    rollout: Literal["transformers", "vllm_server", "trl_server", "trl_colocate"] = key(
         "transformers",
-        "who samples: the trainer's own process, or a vLLM server that grpo_step1.sh starts on other GPUs and that "
-        "gets full weights by NCCL (TRL's server mode)",
+        "who samples: the trainer's own process; vLLM servers that grpo_step1.sh starts, on a CPU or on GPUs, and that "
+        "get each policy as a LoRA adapter; such a server that gets full weights by NCCL (TRL's server mode); or a "
+        "vLLM inside the trainer (TRL's colocate mode)",
     )
-    rollout_host: str = key("127.0.0.1", "of the server", changes_result=False)
-    rollout_port: int = key(8000, "of the server", changes_result=False)
-    rollout_tensor_parallel_size: int = key(1, "GPUs of the server", changes_result=False)
-    rollout_max_model_len: int | None = key(None, "longest prompt and answer the server takes", changes_result=False)
+    rollout_servers: list[str] = key(
+        ["127.0.0.1:8000"],
+        "host:port of each server; grpo_step1.sh starts those whose host is its machine",
+        changes_result=False,
+    )
+    rollout_tensor_parallel_size: int = key(1, "GPUs of a server", changes_result=False)
+    rollout_executor: Literal["mp", "ray"] | None = key(
+        None, "how a server's GPUs are run; ray for several machines; null lets vLLM choose", changes_result=False
+    )
+    rollout_max_model_len: int | None = key(None, "longest prompt and answer a server takes", changes_result=False)
+    rollout_gpu_memory_utilization: float = key(0.9, "share of a GPU a server takes", changes_result=False)
+    rollout_cpu_kvcache_gib: int = key(4, "memory for a server's caches where it runs on a CPU", changes_result=False)
+    rollout_server_args: dict[str, Any] = key(
+        {}, "more of vLLM's flags, {max_num_seqs: 64, enforce_eager: true}", changes_result=False
+    )
+    rollout_seeds: bool = key(
+        True, "send a seed with each request; a vLLM on a CPU ends at one whose prompt it computes in parts"
+    )
+    rollout_adapter_dir: str | None = key(
+        None, "where policies are written for the servers; null is policy/ beside the results", changes_result=False
+    )
+    rollout_timeout_seconds: float = key(600.0, "for one request to a server", changes_result=False)
+    rollout_wait_seconds: float = key(
+        900.0,
+        "how long a server that is down is waited for before training is saved and ends; below ddp_timeout",
+        changes_result=False,
+    )
+    rollout_logprob_gap: float = key(
+        0.05, "mean difference of server's and trainer's log-probabilities to warn of", changes_result=False
+    )
     sample_every: int | None = key(
         None, "show sample completions with their rewards every so many steps; null for never", changes_result=False
     )
@@ -615,8 +645,27 @@ class GrpoRecipe(ModelKeys, Recipe):
         ),
         within("reward_tau", 0, 1),
         within("reward_tau_quantile", 0, 1),
-        within("rollout_port", 1, 65535),
+        Check(
+            lambda c: bool(c.rollout_servers) and all(re.fullmatch(r"[^:/\s]+:\d{1,5}", s) for s in c.rollout_servers),
+            lambda c: f"rollout_servers is {c.rollout_servers}; it must list host:port, 127.0.0.1:8000",
+        ),
+        Check(
+            lambda c: c.rollout != "trl_server" or len(c.rollout_servers) == 1,
+            lambda c: f"rollout is trl_server with {len(c.rollout_servers)} rollout_servers; it takes one",
+        ),
+        Check(
+            lambda c: c.rollout != "vllm_server" or (c.use_peft and c.lora_r <= MAX_SERVED_RANK),
+            lambda c: (
+                f"rollout is vllm_server with use_peft {c.use_peft} and lora_r {c.lora_r}; it sends adapters up to "
+                f"rank {MAX_SERVED_RANK}: set use_peft true and a lower rank, or rollout trl_server"
+            ),
+        ),
         at_least("rollout_tensor_parallel_size", 1),
+        at_least("rollout_cpu_kvcache_gib", 1),
+        within("rollout_gpu_memory_utilization", 0.01, 1),
+        at_least("rollout_timeout_seconds", 1),
+        at_least("rollout_wait_seconds", 0),
+        at_least("rollout_logprob_gap", 0),
         at_least("max_prompt_tokens", 1),
         at_least("reward_lambda", 0),
     )

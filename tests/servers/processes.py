@@ -62,6 +62,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def is_alive(pid):
+    """Whether a process runs; one that ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def vllm_server(model, folder, *flags, name="served", **environment):
     """Serve a model folder with vLLM on the CPU in float32; yields the API's base URL. The log is in `folder`."""

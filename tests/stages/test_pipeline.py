@@ -149,6 +149,17 @@ def test_killed_and_started_again_it_ends_with_the_same_results(finished, tmp_pa
             assert all((expected[key] == found[key]).all() for key in expected), name
         else:
             assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    if stage == "grpo":
+        assert steps_of(killed) == steps_of(whole)
+
+
+def steps_of(run_dir):
+    """What each step of stage 3 was: its answers' rewards and lengths, its policy, its loss and gradient."""
+    rows = json.loads((run_dir / "grpo" / "trainer_state.json").read_text())["log_history"]
+    same = ("step", "rollout/policy_version", "reward", "reward_std", "completions/mean_length", "loss", "grad_norm")
+    found = [[row[name] for name in same] for row in rows if "reward" in row]
+    assert [step for step, *_ in found] == [1, 2, 3]
+    return found
 
 
 def test_ctrl_c_is_one_line_and_loses_nothing(finished, tmp_path):

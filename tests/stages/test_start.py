@@ -4,13 +4,20 @@ import errno
 import itertools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
+from servers.processes import is_alive
 from stages.pipeline import ROOT, run
 from twice_rec import artifacts
+from twice_rec.artifacts import InputError
+from twice_rec.llm import serving
+from twice_rec.llm.policy_server import base_name
 from twice_rec.stages import stage0_prepare, stage3b_serve
 
 pytestmark = pytest.mark.slow
@@ -99,18 +106,99 @@ def grpo_recipe(*flags):
     return stage3b_serve.load(str(path), ["--bf16", "false", "--use_cpu", "true", *flags])
 
 
-def test_the_server_takes_model_host_and_port_from_the_recipe(tmp_path):
+def server_flags(tmp_path, *flags):
+    """The flags of the only server's command line."""
     merged = tmp_path / "sft" / "merged"
-    merged.mkdir(parents=True)
-    flags = ["--run_dir", str(tmp_path), "--rollout_host", "10.0.0.1", "--rollout_port", "9000"]
-    recipe, _ = grpo_recipe(*flags)
-    command = stage3b_serve.server_command(recipe)
+    merged.mkdir(parents=True, exist_ok=True)
+    (merged / "config.json").write_text("{}")
+    recipe, _ = grpo_recipe("--run_dir", str(tmp_path), *flags)
+    command = serving.server_command(recipe, recipe.rollout_servers[0], merged)
     given = dict(itertools.pairwise(command))
     assert given["--model"] == str(merged)
-    assert (given["--host"], given["--port"]) == ("10.0.0.1", "9000")
-    assert given["--max-model-len"] == "10300"
+    assert given["--served-model-name"] == base_name(merged)
     assert given["--generation-config"] == "vllm"  # sampling values come from the trainer, not from the model's files
+    return command, given
+
+
+def test_the_server_takes_model_and_address_from_the_recipe(tmp_path):
+    command, given = server_flags(tmp_path, "--rollout_servers", "[10.0.0.1:9000]", "--rollout_executor", "ray")
+    assert (given["--host"], given["--port"]) == ("10.0.0.1", "9000")
+    assert (given["--max-model-len"], given["--distributed-executor-backend"]) == ("10300", "ray")
+    assert (given["--max-lora-rank"], given["--max-loras"]) == ("8", "2")
+    assert "--enable-lora" in command
+    more = "{max_num_seqs: 64, enforce_eager: true, enable_prefix_caching: false, compilation_config: {mode: 0}}"
+    command, given = server_flags(tmp_path, "--lora_r", "33", "--rollout_server_args", more)
+    assert (given["--max-lora-rank"], given["--max-num-seqs"]) == ("64", "64")
+    assert "--enforce-eager" in command
+    assert "--no-enable-prefix-caching" in command
+    assert "--enable-prefix-caching" not in command
+    assert json.loads(given["--compilation-config"]) == {"mode": 0}
+
+
+def test_trls_own_server_gets_weights_by_nccl_and_no_adapters(tmp_path):
+    command, given = server_flags(tmp_path, "--rollout", "trl_server", "--use_peft", "false")
     assert json.loads(given["--weight-transfer-config"]) == {"backend": "nccl"}
+    assert "--enable-lora" not in command
+
+
+def test_servers_of_one_machine_share_its_gpus(monkeypatch):
+    recipe, _ = grpo_recipe("--rollout_tensor_parallel_size", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    first, second = (serving.server_environment(recipe, number, 2) for number in (0, 1))
+    assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("4,5", "6,7")
+    assert serving.server_environment(recipe, 0, 1)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert first["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_a_machine_starts_its_own_servers_only():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port} is taken by another program"):
+            serving.addresses_here([f"127.0.0.1:{port}"])
+    assert serving.addresses_here(["192.0.2.1:8000", f"127.0.0.1:{port}"]) == [f"127.0.0.1:{port}"]
+    with pytest.raises(InputError, match="none of rollout_servers \\(192.0.2.1:8000\\) is an address of this machine"):
+        serving.addresses_here(["192.0.2.1:8000"])
+
+
+# A "server" with a child of its own, which outlives it as vLLM's engine does.
+SERVER = """
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+if "stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(600)
+"""
+LAUNCHER = """
+import os, signal, sys, time
+from twice_rec.llm.serving import child_group
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with child_group([sys.executable, "-c", *sys.argv[1:]], os.environ) as process:
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_servers_die_with_their_launcher(number):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    manner = ["stubborn"] if number == signal.SIGKILL else []
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, SERVER, *manner],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    assert all(is_alive(pid) for pid in pids)
+    process.send_signal(number)
+    process.wait(60)
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_server_needs_the_stage_2_model_and_vllm(tmp_path, monkeypatch, capfd):

@@ -34,6 +34,8 @@ CLASSES = {
     "sasrec_release": SasrecRecipe,
     "grpo": GrpoRecipe,
     "grpo_improved": GrpoRecipe,
+    "grpo_server": GrpoRecipe,
+    "grpo_one_gpu": GrpoRecipe,
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
 }

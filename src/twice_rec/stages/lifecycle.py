@@ -183,6 +183,8 @@ OWNED_BY_STAGES = {
         ("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
         "all completions go to completions/ by themselves, and sample_every shows some",
     ),
+    "use_vllm": "use rollout",
+    "vllm_mode": "use rollout: trl_server or trl_colocate",
 }
 
 

@@ -20,7 +20,6 @@ from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.grpo import prompt_rows
-from twice_rec.llm.rollout import check_server
 from twice_rec.rewards import StepRewards
 from twice_rec.sasrec.scorer import SasRecScorer
 from twice_rec.stages.lifecycle import (
@@ -51,6 +50,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     from twice_rec.llm.completions import CompletionLog
     from twice_rec.llm.generation import Policy
     from twice_rec.llm.grpo import grpo_trainer
+    from twice_rec.llm.rollout import attach_rollouts, make_rollouts, trl_arguments
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -64,13 +64,11 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         return
     data = PreparedData(run / "data")
     scorer = SasRecScorer.load(cf_model, data.catalog, torch_device("auto"))
-    if recipe.rollout == "trl_server":
-        check_server(recipe.rollout_host, recipe.rollout_port)
-        server = {"vllm_server_host": recipe.rollout_host, "vllm_server_port": recipe.rollout_port}
-        trainer_keys |= {"use_vllm": True, "vllm_mode": "server", **server}
+    trainer_keys |= trl_arguments(recipe, start)
     if IS_MAIN:
         work.begin(recipe.overwrite)
     tokenizer = modeling.load_tokenizer(start, recipe.model_revision)
+    rollouts = make_rollouts(recipe, tokenizer, start)
     model = modeling.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
     rewards = StepRewards.of(recipe, data, scorer, Policy(model, tokenizer))
     writer = prompt_writer(data, recipe, tokenizer)
@@ -78,6 +76,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.settings.tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = grpo_trainer(recipe.share_prefixes)(
+        rollout_func=rollouts,
         model=model,
         reward_funcs=rewards.functions,
         args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
@@ -85,6 +84,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         processing_class=tokenizer,
         peft_config=modeling.lora_config(recipe),
     )
+    attach_rollouts(trainer)
     trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
     train_and_save(trainer, work.path, modeling.last_checkpoint(work.path))
     if trainer.is_world_process_zero():

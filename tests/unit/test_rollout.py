@@ -1,0 +1,134 @@
+"""Rollouts as TRL's trainer meets them: groups, seeds, columns for the rewards; the trainer samples itself."""
+
+import itertools
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tiny_models import gemma3
+from twice_rec.artifacts import InputError
+from twice_rec.llm.base import train_tokenizer
+from twice_rec.llm.rollout import Group, InProcessRollouts, Rollouts, _batches, attach_rollouts
+from twice_rec.llm.server_rollout import QUIET_STEPS, ServerRollouts
+
+WORDS = ["green tea", "black coffee", "dark rye bread", "oat milk and honey"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(WORDS * 9, 99)
+
+
+def train(tokenizer, folder, seed=0, rewards=None, **changes):
+    """Three steps of GRPO; the columns that the reward saw, one list a step."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    seen = []
+
+    def reward(completions, policy_version, truncated, completion_ids, **columns):
+        seen.append(list(zip(policy_version, truncated, map(tuple, completion_ids), strict=True)))
+        return [float(len(ids)) for ids in completion_ids]
+
+    values = {
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 3, "seed": 4,
+        "per_device_train_batch_size": 6, "num_generations": 3, "max_completion_length": 7, "logging_steps": 1,
+        "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, **changes,
+    }  # fmt: skip
+    rows = [{"prompt": [{"role": "user", "content": words}]} for words in WORDS]
+    trainer = GRPOTrainer(
+        model=gemma3(vocab_size=len(tokenizer)),
+        reward_funcs=reward,
+        args=GRPOConfig(**values),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        rollout_func=InProcessRollouts(tokenizer, seed),
+    )
+    attach_rollouts(trainer)
+    trainer.train()
+    return seen, trainer
+
+
+def test_rewards_get_version_and_truncation_of_every_answer(tokenizer, tmp_path):
+    seen, trainer = train(tokenizer, tmp_path)
+    assert [[version for version, _, _ in step] for step in seen] == [[0] * 6, [1] * 6, [2] * 6]
+    for _, truncated, ids in itertools.chain(*seen):
+        assert truncated == (ids[-1] not in trainer.eos_token_ids)
+    assert trainer.model.training
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    assert [row["rollout/policy_version"] for row in rows] == [0, 1, 2]
+    assert all(row["rollout/tokens_per_second"] > 0 for row in rows)
+
+
+def test_answers_depend_on_the_seed_and_not_on_the_global_generator(tokenizer, tmp_path):
+    one, _ = train(tokenizer, tmp_path)
+    torch.rand(5)
+    other, _ = train(tokenizer, tmp_path)
+    assert one == other
+    assert train(tokenizer, tmp_path, seed=1)[0] != one
+
+
+def test_several_generations_a_step_are_not_the_same(tokenizer, tmp_path):
+    seen, _ = train(tokenizer, tmp_path, gradient_accumulation_steps=2, steps_per_generation=1, max_steps=1)
+    first, second = ([ids for _, _, ids in step] for step in seen)
+    assert first != second
+    assert {version for step in seen for version, _, _ in step} == {0}
+
+
+def test_gradient_checkpointing_is_on_again_after_sampling(tokenizer, tmp_path):
+    seen, trainer = train(tokenizer, tmp_path, gradient_checkpointing=True)
+    assert trainer.model.is_gradient_checkpointing
+    assert seen == train(tokenizer, tmp_path)[0]
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("repetition_penalty", 1.1)])
+def test_other_samplings_are_refused(tokenizer, tmp_path, name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}; with rollout: transformers only .* is possible"):
+        train(tokenizer, tmp_path, **{name: value})
+
+
+def trainer_of(process, training=True):
+    return SimpleNamespace(
+        num_generations=4,
+        num_generations_eval=2,
+        model=SimpleNamespace(training=training),
+        accelerator=SimpleNamespace(process_index=process),
+    )
+
+
+def test_a_group_that_processes_share_has_one_number(tokenizer):
+    prompts = [[{"role": "user", "content": words}] for words in WORDS for _ in range(4)]
+    rollouts = Rollouts(tokenizer, 0)
+    whole = rollouts._groups(prompts, trainer_of(0))
+    assert [(group.number, group.positions) for group in whole] == [
+        (i, [4 * i + k for k in range(4)]) for i in range(4)
+    ]
+    parts = [rollouts._groups(prompts[6 * p : 6 * p + 6], trainer_of(p)) for p in range(2)]
+    assert [[(group.number, len(group.positions)) for group in part] for part in parts] == [
+        [(0, 4), (1, 2)],
+        [(1, 2), (2, 4)],
+    ]
+    assert parts[0][1].prompt_ids == parts[1][0].prompt_ids == whole[1].prompt_ids
+
+
+def test_batches_hold_whole_groups():
+    groups = [Group([1], list(range(size)), 0) for size in (4, 4, 3, 9, 1)]
+    sizes = [[len(group.positions) for group in batch] for batch in _batches(groups, 8)]
+    assert sizes == [[4, 4], [3], [9], [1]]
+
+
+def test_a_gap_is_logged_and_warned_of_now_and_then(caplog):
+    rollouts = ServerRollouts.__new__(ServerRollouts)
+    rollouts._recipe, rollouts._warned = SimpleNamespace(rollout_logprob_gap=0.05), -QUIET_STEPS
+    name = "sampling/sampling_logp_difference/mean"
+    for step, gap in enumerate([0.01, 0.2, 0.3, *[0.3] * QUIET_STEPS]):
+        metrics = {"train": {name: [9.0, gap], "rollout/logprob_gap": []}}
+        trainer = SimpleNamespace(
+            _metrics=metrics, model=SimpleNamespace(training=True), state=SimpleNamespace(global_step=step)
+        )
+        with caplog.at_level(logging.WARNING):
+            rollouts.watch(trainer)
+        assert metrics["train"]["rollout/logprob_gap"] == [gap]
+    assert [text.partition(":")[0] for text in caplog.messages] == ["step 1", f"step {1 + QUIET_STEPS}"]

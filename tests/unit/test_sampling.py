@@ -1,0 +1,90 @@
+"""Sampling with one computation a prompt: the tokens of `generate`, the log-probabilities of a plain forward."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tiny_models import gemma3, llama, qwen3
+from twice_rec.llm.sampling import sample_answers
+
+LENGTHS, COPIES, NEW = (5, 19, 12), (2, 1, 3), 20  # shorter and longer than Gemma's window of 7
+STOP = {1, 5, 9, 44}
+
+
+@pytest.fixture(params=[gemma3, qwen3, llama])
+def model(request):
+    return request.param().eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 99, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def repeated(prompts):
+    return [prompt for prompt, copies in zip(prompts, COPIES, strict=True) for _ in range(copies)]
+
+
+def plain_log_probabilities(model, prompt, answer, temperature):
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def test_greedy_tokens_are_those_of_generate(model, prompts):
+    ours = sample_answers(model, prompts, COPIES, {1}, NEW)
+    for prompt, answer in zip(repeated(prompts), ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, eos_token_id=[1]
+        )
+        assert answer.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_eager_attention_agrees():
+    prompt = [list(range(3, 20)), list(range(40, 45))]
+    one, other = (sample_answers(gemma3(kind).eval(), prompt, (1, 1), {1}, NEW) for kind in ("sdpa", "eager"))
+    assert [a.token_ids for a in one] == [a.token_ids for a in other]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "lora"])
+def test_log_probabilities_are_those_of_a_plain_forward(model, prompts, wrapped):
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        model.eval()
+    answers = sample_answers(model, prompts, COPIES, STOP, NEW, 0.7, torch.Generator().manual_seed(3))
+    assert len({tuple(answer.token_ids) for answer in answers}) > 3
+    for prompt, answer in zip(repeated(prompts), answers, strict=True):
+        expected = plain_log_probabilities(model, prompt, answer.token_ids, 0.7)
+        torch.testing.assert_close(torch.tensor(answer.log_probabilities), expected, atol=2e-5, rtol=0)
+
+
+def test_answers_end_at_stop_tokens_and_only_there(model, prompts):
+    answers = sample_answers(model, prompts, (20, 20, 20), STOP, 8, 2.0, torch.Generator().manual_seed(0))
+    assert {answer.truncated for answer in answers} == {True, False}
+    for answer in answers:
+        assert not STOP & set(answer.token_ids[:-1])
+        assert answer.truncated == (answer.token_ids[-1] not in STOP)
+        assert len(answer.token_ids) == len(answer.log_probabilities) == 8 or not answer.truncated
+
+
+def test_the_generator_alone_decides(model, prompts):
+    def sample(seed):
+        return sample_answers(model, prompts, COPIES, STOP, NEW, 1.0, torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    first = sample(7)
+    torch.manual_seed(99)
+    assert sample(7) == first
+    assert sample(8) != first
+    torch.set_rng_state(before)
+
+
+def test_samples_are_distributed_as_the_model_says(model):
+    answers = sample_answers(model, [[3, 4, 5]], (20_000,), set(), 1, 1.3, torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor([answer.token_ids[0] for answer in answers]), minlength=99)
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.3, -1)
+    error = (counts / len(answers) - expected).abs()
+    assert (error < 5 * (expected * (1 - expected) / len(answers)).sqrt() + 1e-4).all()
