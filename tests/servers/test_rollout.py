@@ -10,6 +10,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from peft import PeftModel
@@ -90,7 +91,9 @@ def trained(tmp_path_factory):
     try:
         trainer = Launched("grpo_step2", run_dir, address, *trainer_flags())  # it waits for the server
         server.wait_for(server.is_ready)
-        trainer.wait_for(lambda: list((run_dir / "grpo" / "policy").glob("policy-*-1/adapter_model.safetensors")))
+        trainer.wait_for(
+            lambda: list((run_dir / "grpo_server" / "policy").glob("policy-*-1/adapter_model.safetensors"))
+        )
         everything = server.group()
         assert len(everything) > 1
         os.kill(server.api_server(), signal.SIGKILL)
@@ -115,7 +118,7 @@ def prompts(trained):
 
 
 def history(run_dir):
-    rows = json.loads((run_dir / "grpo" / "trainer_state.json").read_text())["log_history"]
+    rows = json.loads((run_dir / "grpo_server" / "trainer_state.json").read_text())["log_history"]
     return [row for row in rows if "reward" in row]
 
 
@@ -128,7 +131,12 @@ def test_training_goes_on_with_the_right_versions(trained):
     assert all(row["rollout/logprob_gap"] < 1e-5 for row in rows)
     assert all(row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4) for row in rows)
     assert all(row["rollout/sync_seconds"] > 0 for row in rows)
-    assert (run_dir / "grpo" / "merged" / "model.safetensors").exists()
+    for step, row in enumerate(rows, start=1):
+        path = run_dir / "grpo_server" / "completions" / f"completions_{step:05}.parquet"
+        table = pyarrow.parquet.read_table(path).to_pydict()
+        assert table["policy_version"] == [row["rollout/policy_version"]] * 8
+        assert set(table["truncated"]) <= {True, False}
+    assert (run_dir / "grpo_server" / "merged" / "model.safetensors").exists()
     assert PolicyServer(address, 60).facts().adapters == {}
 
 
@@ -141,10 +149,10 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
     sampling = {"max_tokens": 16, "temperature": 0.0}
     for _ in range(2):
         for step in range(1, STEPS + 1):
-            server.load(f"step-{step}", run_dir / "grpo" / f"checkpoint-{step}")
+            server.load(f"step-{step}", run_dir / "grpo_server" / f"checkpoint-{step}")
             for number, prompt in enumerate(prompts):
                 model = PeftModel.from_pretrained(
-                    load_model(base, "float32", "sdpa"), run_dir / "grpo" / f"checkpoint-{step}"
+                    load_model(base, "float32", "sdpa"), run_dir / "grpo_server" / f"checkpoint-{step}"
                 ).eval()
                 stop = stop_token_ids(model, tokenizer)
                 (here,) = sample_answers(model, [prompt], [1], stop, 16)
@@ -160,7 +168,7 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
 def test_several_answers_of_one_request_differ_and_stop(trained, prompts):
     run_dir, address, _ = trained
     server, every_token = PolicyServer(address, 120), range(len(load_tokenizer(run_dir / "sft" / "merged")))
-    server.load("policy", run_dir / "grpo" / "checkpoint-1")
+    server.load("policy", run_dir / "grpo_server" / "checkpoint-1")
     sampling = {"max_tokens": 12, "temperature": 1.5}
     answers = server.complete("policy", prompts[0], 8, {1, 4}, sampling)
     ended = server.complete("policy", prompts[0], 8, every_token, sampling)

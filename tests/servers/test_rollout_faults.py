@@ -58,7 +58,7 @@ def train(run_dir, addresses, *flags):
 
 
 def history(run_dir):
-    rows = json.loads((run_dir / "grpo" / "trainer_state.json").read_text())["log_history"]
+    rows = json.loads((run_dir / "grpo_server" / "trainer_state.json").read_text())["log_history"]
     return [row for row in rows if "reward" in row]
 
 
@@ -85,7 +85,7 @@ def test_each_step_asks_for_its_own_policy(run_dir, fake):
     assert all(row["rollout/logprob_gap"] > 1 for row in rows)  # the fake says probability 1 of everything
     log = (run_dir / "logs" / "grpo.log").read_text()
     assert log.count("above rollout_logprob_gap 0.05") == 1
-    assert not (run_dir / "grpo" / "policy").exists()
+    assert not (run_dir / "grpo_server" / "policy").exists()
 
 
 def test_a_server_that_ends_in_a_step_is_waited_for_and_asked_again(run_dir, fake):
@@ -125,7 +125,7 @@ def test_a_server_gone_for_good_leaves_a_checkpoint_to_resume_from(run_dir, fake
     assert "Step 2 is saved. Start the server again with grpo_step1.sh and " in error
     assert "go on with: bash grpo_step2.sh mine.yaml --seed 1\n" in error
     assert "Traceback" not in error
-    assert (run_dir / "grpo" / "checkpoint-2" / "optimizer.pt").exists()
+    assert (run_dir / "grpo_server" / "checkpoint-2" / "optimizer.pt").exists()
     fake.revive()
     fake.calls.clear()
     assert train(run_dir, [fake.address]) == 0
@@ -153,7 +153,7 @@ def test_two_processes_share_a_group_and_end_together(run_dir, fake):
         fake.dies_after = 2 + 2 + 1  # a trial by each process, the first step, one of two in the second
         done = launch("--rollout_wait_seconds", "0.3")
         assert done.returncode != 0
-        assert (run_dir / "grpo" / "checkpoint-1" / "trainer_state.json").exists(), done.stderr
+        assert (run_dir / "grpo_server" / "checkpoint-1" / "trainer_state.json").exists(), done.stderr
         assert done.stderr.count("Step 1 is saved") == 2  # both say why they end
         fake.revive()
         done = launch()
