@@ -23,6 +23,7 @@ STAGES = {
         "stage2_sft",
         "sft",
         "--item_info_rows 8 --direct_rows 12 --rationale_rows 12 --save_steps 2 --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps 1 "
         "--sample_every 3",
     ),
     "sasrec": ("stage3a_sasrec", "sasrec", "--epochs 4 --hidden_size 16 --baselines random popularity itemknn"),

@@ -111,7 +111,7 @@ def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
         assert CATALOG.outcome(answer, EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
         if row.task == "rationale":
             scored = rewards.Scored(answer, Outcome.HIT, 0.5)
-            settings = rewards.RewardSettings(3.0, 0.3)
+            settings = rewards.RewardSettings(3.0, 0.3, "reciprocal_rank")
             assert [
                 reward(scored, settings)
                 for reward in (rewards.structure, rewards.tags, rewards.tags_release, rewards.only_expected_tags)
@@ -204,6 +204,18 @@ def test_rationale_of_other_data_is_refused():
     stranger = Rationale("w", "B2", "x", "relevant", (), 0.5, "offline")
     with pytest.raises(InputError, match="not among the examples"):
         training_rows(WRITER, [EXAMPLE], [stranger], shares(item_info=0, direct=0), False, 0)
+
+
+def test_task_2_is_drawn_first_among_the_users_of_task_3():
+    examples = [dataclasses.replace(EXAMPLE, user_id=f"u{i}") for i in range(30)]
+    argued = [Rationale(f"u{i}", "B2", "x", "relevant", (), 0.5, "offline") for i in range(10)]
+    drawn = training_rows(WRITER, examples, argued, shares(item_info=0, direct=8, rationale=8), False, 3)
+    users = {task: {row.user_id for row in drawn if row.task == task} for task in ("direct", "rationale")}
+    assert users["direct"] == users["rationale"]
+    drawn = training_rows(WRITER, examples, argued, shares(item_info=0, direct=12, rationale=8), False, 3)
+    direct = [row.user_id for row in drawn if row.task == "direct"]
+    assert len(direct) == len(set(direct)) == 12
+    assert {row.user_id for row in drawn if row.task == "rationale"} < set(direct)
 
 
 def test_stage_3_asks_word_for_word_what_stage_2_taught():

@@ -6,7 +6,7 @@ Task 3: the same -> rationale and item, for training examples with an accepted r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -55,6 +55,9 @@ def training_rows(
 ) -> list[Row]:
     """Draw each task's rows and mix them; the same seed gives the same rows in the same order.
 
+    Where fewer rows of task 2 are drawn than there are, users with a row of task 3 come first: their prompts have the
+    lists in common (`share_prefixes`).
+
     Args:
         curriculum: keep the tasks apart, in the order of `Task`, each mixed in itself.
 
@@ -64,6 +67,8 @@ def training_rows(
     rng = np.random.default_rng(seed)
     by_user = {example.user_id: example for example in examples}
     catalog, shown = writer.catalog, writer.shown
+    argued = _draw(rng, list(rationales), shares["rationale"])
+    of_argued = {rationale.user_id for rationale in argued}
     rows: dict[Task, list[Row]] = {
         "item_info": [
             Row("item_info", prompts.item_info(item), prompts.item_info_answer(item, shown))
@@ -71,11 +76,11 @@ def training_rows(
         ],
         "direct": [
             Row("direct", writer.recommend(e, with_rationale=False), prompts.item_answer(catalog[e.target]), e.user_id)
-            for e in _draw(rng, examples, shares["direct"])
+            for e in _draw(rng, examples, shares["direct"], lambda example: example.user_id in of_argued)
         ],
         "rationale": [],
     }
-    for rationale in _draw(rng, list(rationales), shares["rationale"]):
+    for rationale in argued:
         example = _example_of(rationale, by_user)
         answer = prompts.rationale_answer(rationale.text, catalog[example.target], writer.item_first)
         prompt = writer.recommend(example, with_rationale=True)
@@ -99,8 +104,11 @@ def _example_of(rationale: Rationale, by_user: Mapping[str, Example]) -> Example
     return example
 
 
-def _draw(rng: np.random.Generator, population: Sequence[T], share: Share) -> list[T]:
-    """The share's rows without replacement, repeated by its weight."""
-    chosen = [population[position] for position in rng.permutation(len(population))[: share.rows]]
+def _draw(
+    rng: np.random.Generator, population: Sequence[T], share: Share, first: Callable[[T], bool] = lambda _: True
+) -> list[T]:
+    """The share's rows without replacement, those that are `first` before all others, repeated by its weight."""
+    shuffled = [population[position] for position in rng.permutation(len(population))]
+    chosen = sorted(shuffled, key=lambda entry: not first(entry))[: share.rows]  # sorting is stable
     whole, rest = divmod(share.weight, 1)
     return chosen * int(whole) + chosen[: round(rest * len(chosen))]
