@@ -21,7 +21,6 @@ from twice_rec.llm.modeling import (
     stop_token_ids,
     write_merged,
 )
-from twice_rec.llm.rollout import check_server
 
 PROMPT = [{"role": "system", "content": "You know tea."}, {"role": "user", "content": " Which one? "}]
 
@@ -203,11 +202,6 @@ def test_scores_differ_as_the_plain_log_probabilities(generator):
         expected.append(float(logs[start - 1 : -1].gather(1, ids[0, start:, None]).sum()))
     assert found[1] - found[0] == pytest.approx(expected[1] - expected[0], abs=1e-3)
     assert found[2] - found[0] == pytest.approx(expected[2] - expected[0], abs=1e-3)
-
-
-def test_no_server_is_said_with_its_address():
-    with pytest.raises(InputError, match=r"no rollout server answers at http://127.0.0.1:9/health.*grpo_step1.sh"):
-        check_server("127.0.0.1", 9, timeout=2)
 
 
 def test_a_quantised_base_needs_bitsandbytes(base, monkeypatch):
