@@ -75,7 +75,8 @@ def ended(pids):
 
 def trainer_flags():
     flags = f"--max_steps {STEPS} --save_steps 1 --save_total_limit 9 --num_generations 4 --max_completion_length 24"
-    return [*flags.split(), "--per_device_train_batch_size", "8", "--learning_rate", "0.02", "--warmup_steps", "0"]
+    flags += " --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 0.02 --warmup_steps 0"
+    return flags.split()
 
 
 @pytest.fixture(scope="module")

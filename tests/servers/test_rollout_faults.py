@@ -21,7 +21,10 @@ from twice_rec.stages import stage3c_grpo
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 STOP = 4  # <end_of_turn> of the tiny tokenizer
-STEP = "--num_generations 2 --per_device_train_batch_size 4 --max_completion_length 12 --max_steps 3 --save_steps 5"
+STEP = (
+    "--num_generations 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_completion_length 12 "
+    "--max_steps 3 --save_steps 5"
+)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,8 @@ STAGES = {
     "grpo": (
         "stage3c_grpo",
         "grpo",
-        "--max_steps 3 --save_steps 1 --num_generations 4 --per_device_train_batch_size 4 --max_completion_length 16",
+        "--max_steps 3 --save_steps 1 --num_generations 4 --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps 1 --max_completion_length 16",
     ),
     "evaluate": ("stage4_evaluate", "evaluate", "--num_users 6 --batch_size 2 --max_new_tokens 16"),
     "report": ("stage5_report", "report", "--bootstrap_samples 100"),

@@ -152,7 +152,7 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
 
     def constant(pairs: range, offset: float, kind: str, strength: float = 1.0) -> torch.Tensor:
         """Rows whose products are largest where a query and one at offset 0 are `offset` positions apart."""
-        rows, index = torch.zeros(size, width), torch.tensor([i for i in pairs if i < half])
+        rows, index = torch.zeros(size, width), torch.tensor([i for i in pairs if i < half], dtype=torch.long)
         phase = offset * config.rope_parameters[kind]["rope_theta"] ** (-index / half)
         rows[index], rows[index + half] = (strength * part[:, None] * shared for part in (phase.cos(), phase.sin()))
         return rows
