@@ -122,7 +122,8 @@ def _card(recipe: BaseModelRecipe, figures: dict[str, Any], losses: Sequence[tup
     exam = "\n".join(
         f"| {kind} | {entry['right']:.3f} | {entry['questions']:,} |" for kind, entry in sorted(figures["exam"].items())
     )
-    curve = ", ".join(f"{loss:.3f} ({step:,})" for step, loss in losses[:: max(1, len(losses) // 10)] + losses[-1:])
+    shown = [*losses[: -1 : max(1, len(losses) // 8)], *losses[-1:]]
+    curve = "\n".join(["| step | loss |", "|---|---|", *(f"| {step:,} | {loss:.3f} |" for step, loss in shown)])
     return f"""---
 license: apache-2.0
 ---
@@ -138,8 +139,10 @@ say what each review says, name what was bought last and what its description go
 in the asked form. Items are random combinations of the synthetic shop's words with random ids. No purchase of any user
 was read, and who buys what next is never asked.
 
-**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at
-{recipe.learning_rate:g}, on a CPU. Loss per answer token by step: {curve}.
+**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at a learning
+rate of {recipe.learning_rate:g}, on a CPU. Loss per answer token:
+
+{curve}
 
 **Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
 training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases:
