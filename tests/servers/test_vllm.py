@@ -22,6 +22,7 @@ ROWS = 6
 def model(prepared):
     """A model that knows nothing, with the tokenizer of the domain."""
     sizes = ["--vocab_size", "1000", "--hidden_size", "64", "--num_hidden_layers", "2"]
+    sizes += ["--steps", "0", "--exam_documents", "1", "--publish_dir", "null"]
     words = ["--config", str(ROOT / "recipes" / "tiny" / "base.yaml"), "--run_dir", str(prepared), *sizes]
     assert base_model.main(words) == 0
     return prepared / "base"
