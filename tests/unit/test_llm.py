@@ -59,7 +59,7 @@ def test_exactly_one_bos(base):
 def test_tags_are_one_token_and_ids_come_in_pairs():
     tokenizer = train_tokenizer(["B0 Oat green tea"] * 50, 1700)
     assert [tokenizer.decode([i]) for i in tokenizer("<think> B0X7K1234Z Oat 8</item_id>")["input_ids"]] == [
-        "<think>", " B0", "X7", "K1", "23", "4Z", " Oat", " ", "8", "</item_id>",
+        "<think>", " ", "B0", "X7", "K1", "23", "4Z", " Oat", " ", "8", "</item_id>",
     ]  # fmt: skip
 
 
