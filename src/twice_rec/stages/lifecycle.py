@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import sys
@@ -201,17 +202,22 @@ def owned_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def train_and_save(trainer: Any, folder: Path, checkpoint: Path | None) -> None:
     """Train, from a checkpoint if there is one, and leave model, metrics and state as transformers' users know them."""
     if checkpoint:
-        import torch
-
+        _read_numbered_cpus()
         logger.info("resuming from %s", checkpoint)
-        # Data-parallel processes on a CPU save and load their optimizer as `cpu:0`, which torch does not know.
-        torch.serialization.register_package(
-            99, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
-        )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(folder))
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+
+
+@functools.cache
+def _read_numbered_cpus() -> None:
+    """Data-parallel processes on a CPU save and load their optimizer as `cpu:0`, a place that torch does not know."""
+    import torch
+
+    torch.serialization.register_package(
+        99, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
 
 
 def trainer_figures(trainer: Any) -> dict[str, Any]:
