@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tiny base model -> base/ (not needed with a real one)
+# The tiny base model -> base/, assets/tiny_base (it is there; --publish_dir null leaves it alone)
 #   bash base.sh [RECIPE] [--key value ...]      default recipe: recipes/tiny/base.yaml
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

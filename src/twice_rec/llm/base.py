@@ -8,14 +8,16 @@ pairs, each pair one token, and the answer tags are one token each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
+from twice_rec.config import BaseModelRecipe
 from twice_rec.tags import FIELDS, closing, opening
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
@@ -193,3 +195,39 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
 def _orthonormal(rows: int, width: int) -> torch.Tensor:
     """Random orthonormal rows [rows, width]."""
     return torch.linalg.qr(torch.randn(width, rows))[0].T
+
+
+def model_card(recipe: BaseModelRecipe, figures: dict[str, Any], losses: Sequence[tuple[int, float]]) -> str:
+    """The model card: what it is, what it read, its losses by step, its exam (kind -> share right, number)."""
+    exam = "\n".join(
+        f"| {kind} | {entry['right']:.3f} | {entry['questions']:,} |" for kind, entry in sorted(figures["exam"].items())
+    )
+    shown = [*losses[: -1 : max(1, len(losses) // 8)], *losses[-1:]]
+    curve = "\n".join(["| step | loss |", "|---|---|", *(f"| {step:,} | {loss:.3f} |" for step, loss in shown)])
+    return f"""---
+license: apache-2.0
+---
+# Tiny base model
+
+A Gemma 3 with {figures["parameters"]:,} parameters and {figures["vocabulary"]:,} tokens, made by
+`bash base.sh recipes/tiny/base.yaml`. It stands in for gemma-3-1b-it where no weights can be downloaded, and is of no
+use for anything else.
+
+**Training data.** Made-up lists of purchases and candidates in the form of twice_rec's prompts, and questions that the
+text itself answers: copy a candidate, find the candidate with an attribute or two, or the one that fits stated wishes,
+say what each review says, name what was bought last and what its description goes well with, describe an item, answer
+in the asked form. Items are random combinations of the synthetic shop's words with random ids. No purchase of any user
+was read, and who buys what next is never asked.
+
+**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at a learning
+rate of {recipe.learning_rate:g}, on a CPU. Loss per answer token:
+
+{curve}
+
+**Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
+training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases:
+
+| questions | right | number |
+|---|---|---|
+{exam}
+"""

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
 from twice_rec.llm import pretrain
-from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
+from twice_rec.llm.base import BaseSettings, build_model, model_card, train_tokenizer
 from twice_rec.llm.modeling import load_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
 from twice_rec.records import Example, Interaction
@@ -90,7 +89,7 @@ def base(recipe: BaseModelRecipe) -> None:
     figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "exam": exam}
     model.save_pretrained(work.path)
     write_json(work.path / "exam.json", exam)
-    write_text(work.path / "README.md", _card(recipe, figures, losses))
+    write_text(work.path / "README.md", model_card(recipe, figures, losses))
     (work.path / pretrain.STATE).unlink(missing_ok=True)
     outputs = sorted(path for path in work.path.iterdir() if path.name[0] != ".")
     work.finish(outputs, figures, about(recipe))
@@ -115,42 +114,6 @@ def _texts(writer: ExerciseWriter, data: PreparedData, recipe: BaseModelRecipe) 
         asked = prompts.recommend(example, data.catalog, data.prompt_format, with_rationale=number % 2 == 0)
         yield from (message["content"] for message in [*asked, *prompts.item_info(item)])
         yield prompts.item_info_answer(item, data.prompt_format)
-
-
-def _card(recipe: BaseModelRecipe, figures: dict[str, Any], losses: Sequence[tuple[int, float]]) -> str:
-    """The model card."""
-    exam = "\n".join(
-        f"| {kind} | {entry['right']:.3f} | {entry['questions']:,} |" for kind, entry in sorted(figures["exam"].items())
-    )
-    shown = [*losses[: -1 : max(1, len(losses) // 8)], *losses[-1:]]
-    curve = "\n".join(["| step | loss |", "|---|---|", *(f"| {step:,} | {loss:.3f} |" for step, loss in shown)])
-    return f"""---
-license: apache-2.0
----
-# Tiny base model
-
-A Gemma 3 with {figures["parameters"]:,} parameters and {figures["vocabulary"]:,} tokens, made by
-`bash base.sh recipes/tiny/base.yaml`. It stands in for gemma-3-1b-it where no weights can be downloaded, and is of no
-use for anything else.
-
-**Training data.** Made-up lists of purchases and candidates in the form of twice_rec's prompts, and questions that the
-text itself answers: copy a candidate, find the candidate with an attribute or two, or the one that fits stated wishes,
-say what each review says, name what was bought last and what its description goes well with, describe an item, answer
-in the asked form. Items are random combinations of the synthetic shop's words with random ids. No purchase of any user
-was read, and who buys what next is never asked.
-
-**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at a learning
-rate of {recipe.learning_rate:g}, on a CPU. Loss per answer token:
-
-{curve}
-
-**Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
-training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases:
-
-| questions | right | number |
-|---|---|---|
-{exam}
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
