@@ -55,8 +55,8 @@ def rows_of(data: PreparedData, users: int, tokenizer, seed: int = 0) -> tuple[l
     return rows, encode_rows(tokenizer, rows, None)
 
 
-def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: int, sharing: bool) -> float:
-    """Tokens of rows a second over one epoch, the first step aside."""
+def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: int, sharing: bool) -> dict[str, float]:
+    """One epoch, its first step aside: tokens of rows a second, computed tokens a second, weights, peak MiB of a GPU."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, TrainerCallback
@@ -74,7 +74,11 @@ def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: i
     gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     config = Gemma3TextConfig(**shape, sliding_window=512, max_position_embeddings=32768, pad_token_id=0)
-    model = Gemma3ForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = Gemma3ForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32)
+    weights = model.num_parameters()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     clock, more = Clock(), {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
@@ -97,8 +101,13 @@ def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: i
         )
         trainer.train()
     steps = len(clock.ends)
-    tokens = sum(len(row["input_ids"]) for row in encoded) * (steps - 1) / steps
-    return tokens / (clock.ends[-1] - clock.ends[0])
+    seconds = (clock.ends[-1] - clock.ends[0]) * steps / (steps - 1)
+    return {
+        "row_tokens": sum(len(row["input_ids"]) for row in encoded) / seconds,
+        "computed_tokens": sum(len(row["input_ids"]) for row in dataset) / seconds,
+        "weights": weights,
+        "mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0,
+    }
 
 
 TOKENIZER: list = []
@@ -109,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "runs/tiny/data", help="prepared data (prepare.sh)")
     parser.add_argument("--users", type=int, default=24)
-    parser.add_argument("--batch_size", type=int, default=2, help="rows a step for TRL (release: 2); users for ours: 1")
+    parser.add_argument("--batch_size", type=int, default=2, help="rows of a step for TRL (release: 2)")
+    parser.add_argument("--users_per_batch", type=int, default=1, help="users of a step for ours")
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU, bfloat16 (H100 and H200: 989)")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--quick", action="store_true", help="8 users, one round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -123,9 +134,15 @@ def main() -> None:
     lengths = [len(row["input_ids"]) for row in encoded]
     print(f"{len(rows)} rows, tokens: median {np.median(lengths):,.0f}, longest {max(lengths):,}")
     shape = SHAPES[arguments.shape]
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+
+    def measure(who: str, batch_size: int) -> float:
+        found[who].append(train(rows, encoded, shape, batch_size, sharing=who == "ours"))
+        return found[who][-1]["row_tokens"]
+
     pair = paired(
-        lambda: train(rows, encoded, shape, 1, sharing=True),
-        lambda: train(rows, encoded, shape, arguments.batch_size, sharing=False),
+        lambda: measure("ours", arguments.users_per_batch),
+        lambda: measure("theirs", arguments.batch_size),
         arguments.rounds,
     )
     more = {
@@ -133,7 +150,14 @@ def main() -> None:
         "rows": len(rows),
         "shape": arguments.shape,
         "batch_size": arguments.batch_size,
+        "users_per_batch": arguments.users_per_batch,
     }
+    if torch.cuda.is_available():
+        more["gpu"] = torch.cuda.get_device_name()
+        for who, runs in found.items():
+            rate = np.median([4 * run["weights"] * run["computed_tokens"] for run in runs])
+            more[f"{who}_mfu"] = round(rate / (arguments.peak_tflops * 1e12), 3)
+            more[f"{who}_mib"] = round(float(np.median([run["mib"] for run in runs])))
     report("sft", "TRL 1.16.0 SFTTrainer, padded", *pair, "tokens/s", True, **more)
 
 

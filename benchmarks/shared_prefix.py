@@ -77,7 +77,8 @@ def measure(who: str, options: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     config = Gemma3TextConfig(**shape, sliding_window=WINDOW, max_position_embeddings=32768, pad_token_id=0)
     config._attn_implementation = options.attention if who == "ours" else options.peer_attention
-    model = Gemma3ForCausalLM(config).to(options.device, getattr(torch, options.dtype))
+    with torch.device(options.device):
+        model = Gemma3ForCausalLM(config).to(getattr(torch, options.dtype))
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(

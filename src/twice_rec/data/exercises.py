@@ -155,7 +155,6 @@ class _Lists:
         chosen += [(self._fits, 6)]
         if purchases:
             chosen += [(self._review, 1), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 0.5)]
-            chosen += [(self._fits_the_reviews, 3)]
         self.askers, self.weights = zip(*chosen, strict=True)
 
     def __getitem__(self, item_id: str) -> Item:
@@ -210,13 +209,7 @@ class _Lists:
         calls_for = called_for(last, list(world.PRODUCT_TYPES))
         return self._fitting(wishes, calls_for, f"{review_notes(wishes)} {last_note(last, calls_for)}")
 
-    def _fits_the_reviews(self) -> Turn | None:
-        """The same about the shown reviews, without the last purchase."""
-        return self._fitting(self._opinions, [], "", "Which candidate fits the reviews best?")
-
-    def _fitting(
-        self, wishes: Sequence[tuple[str, bool] | None], calls_for: Sequence[str], notes: str, question: str = ""
-    ) -> Turn | None:
+    def _fitting(self, wishes: Sequence[tuple[str, bool] | None], calls_for: Sequence[str], notes: str) -> Turn | None:
         named = {entry for entry in wishes if entry is not None}
         if {name for name, liked in named if liked} & {name for name, liked in named if not liked}:
             return None
@@ -228,9 +221,7 @@ class _Lists:
         best = int(np.argmax(scores))
         if scores[best] <= 0 or scores.count(scores[best]) != 1:
             return None
-        item = self.shown[best]
-        thought = notes or review_notes(wishes)
-        return self._item_turn("attributes", question or f"Which candidate fits best? {notes}", item, thought)
+        return self._item_turn("attributes", f"Which candidate fits best? {notes}", self.shown[best], notes)
 
     def _shared(self) -> Turn:
         """Which candidates have something in common."""

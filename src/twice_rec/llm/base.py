@@ -3,7 +3,8 @@
 The architecture is Gemma 3 with sliding-window and full layers and a chat template that folds the system turn into
 the user's, so that every path of the paper's gemma-3-1b-it is walked. The tokenizer is a byte-level BPE trained on the
 domain's item texts and the prompts' own wording. Runs of capital letters and digits (item ids, numbers) are cut into
-pairs, each pair one token, and the answer tags are one token each.
+pairs, each pair one token, and the answer tags are one token each. A number is the same token wherever it stands: the
+space before it is a token of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 _ID_CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_PIECES = r" ?[A-Z0-9]{2}(?![a-z])| ?[A-Za-z][a-z]*| ?\d| ?[^\sA-Za-z\d]+|\s"
+_PIECES = r" ?[A-Z][A-Z0-9](?![a-z])|\d[A-Z0-9](?![a-z])| ?[A-Za-z][a-z]*|\d| ?[^\sA-Za-z\d]+|\s"
 _PAIR_COUNT = 20  # so that pairs become tokens before rare words do
 
 # As Gemma's: the system message goes before the first user turn, roles are user and model, contents are trimmed.

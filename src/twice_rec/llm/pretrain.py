@@ -2,15 +2,18 @@
 
 The loss is on the answers and on the ends of the model's turns, each token counting the same. Documents are sorted
 into batches of about the same number of tokens; a batch is padded on the right, which a causal model does not see.
-Several processes (torchrun, gloo) share the documents of a step and add up their gradients.
+On CPUs several processes (torchrun, gloo) share the documents of a step and add up their gradients; beside a GPU other
+processes write the documents ahead of it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from twice_rec.prompts import Message
 logger = logging.getLogger(__name__)
 
 Encoded = tuple[list[int], list[int]]  # token ids, labels
+Batch = tuple[torch.Tensor, torch.Tensor]  # token ids, labels [rows, longest]
 STATE = "training_state.pt"
 
 
@@ -106,7 +110,7 @@ def encode_conversation(
 def pretrain(
     model: PreTrainedModel, batch: Callable[[int], Sequence[Encoded]], settings: PretrainSettings, folder: Path
 ) -> list[tuple[int, float]]:
-    """Train all weights; goes on from `folder`'s training state if there is one.
+    """Train all weights, on the model's device; goes on from `folder`'s training state if there is one.
 
     Args:
         batch: the documents of a step, from its number alone, so that a resumed run sees the same ones.
@@ -124,7 +128,7 @@ def pretrain(
     ]
     path, first, losses = folder / STATE, 0, list[tuple[int, float]]()
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=model.device)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -132,11 +136,11 @@ def pretrain(
         logger.info("going on at step %d", first)
     model.train()
     recent, tokens, start = list[float](), 0, time.monotonic()
-    for step in range(first, settings.steps):
+    ahead = _ahead(batch, first, settings, model.device)
+    for step, (batches, labelled, seen) in enumerate(ahead, start=first):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = settings.learning_rate * schedule(step, settings)
-        loss, seen = _step(model, batch(step), settings.tokens_per_step)
-        loss = _added_up(model, loss)
+        loss = _added_up(model, _step(model, batches, labelled))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -180,23 +184,47 @@ def schedule(step: int, settings: PretrainSettings) -> float:
     return min(1.0, (step + 1) / settings.warmup_steps, (settings.steps - step) / decay)
 
 
-def _step(model: PreTrainedModel, documents: Sequence[Encoded], tokens_per_step: int) -> tuple[float, int]:
-    """Gradients of the mean loss over all labelled tokens of the documents; that loss, and the number of tokens."""
-    processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    labelled = sum(sum(label != IGNORED for label in labels) for _, labels in documents)
-    total = 0.0
-    documents = sorted(documents, key=lambda entry: len(entry[0]))
-    for part in _in_batches(documents[rank() :: processes], max(1, tokens_per_step // 2)):
-        longest = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in part])
-        labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in part])[:, 1:]
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+class _Steps:
+    """Step -> the batches of this process, and the numbers of labels and of tokens that all processes have in it."""
+
+    def __init__(self, documents: Callable[[int], Sequence[Encoded]], tokens: int):
+        self._documents, self._tokens = documents, tokens
+
+    def __getitem__(self, step: int) -> tuple[list[Batch], int, int]:
+        documents = sorted(self._documents(step), key=lambda entry: len(entry[0]))
+        labelled = sum(sum(label != IGNORED for label in labels) for _, labels in documents)
+        processes = distributed.get_world_size() if distributed.is_initialized() else 1
+        own = _in_batches(documents[rank() :: processes], self._tokens)
+        return [_padded(part) for part in own], labelled, sum(len(ids) for ids, _ in documents)
+
+
+def _ahead(
+    documents: Callable[[int], Sequence[Encoded]], first: int, settings: PretrainSettings, device: torch.device
+) -> Iterable[tuple[list[Batch], int, int]]:
+    """The steps from `first` on, in order; for a GPU they are made ready by processes beside this one."""
+    gpu = device.type == "cuda"
+    return torch.utils.data.DataLoader(
+        _Steps(documents, sys.maxsize if gpu else max(1, settings.tokens_per_step // 2)),  # type: ignore[arg-type]
+        sampler=range(first, settings.steps),
+        batch_size=None,
+        collate_fn=lambda step: step,
+        num_workers=max(1, len(os.sched_getaffinity(0)) - 2) if gpu else 0,
+        prefetch_factor=4 if gpu else None,
+    )
+
+
+def _step(model: PreTrainedModel, batches: Sequence[Batch], labelled: int) -> float:
+    """Gradients of the loss over all labels of these batches, divided by `labelled`; that loss."""
+    total = torch.zeros((), device=model.device)
+    for ids, labels in batches:
+        labels = labels[:, 1:].to(model.device)
+        hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]
         wanted = labels != IGNORED
         logits = model.lm_head(hidden[wanted]).float()
         loss = torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum") / labelled
         loss.backward()
-        total += loss.item()
-    return total, sum(len(ids) for ids, _ in documents)
+        total += loss.detach()
+    return float(total)
 
 
 def rank() -> int:
@@ -215,6 +243,12 @@ def _added_up(model: PreTrainedModel, loss: float) -> float:
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
     return float(flat[0])
+
+
+def _padded(documents: Sequence[Encoded]) -> Batch:
+    longest = max(len(ids) for ids, _ in documents)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in documents])
+    return ids, torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in documents])
 
 
 def _in_batches(documents: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:

@@ -30,7 +30,7 @@ from twice_rec.llm.base import BaseSettings, build_model, model_card, train_toke
 from twice_rec.llm.modeling import load_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
 from twice_rec.records import Example, Interaction
-from twice_rec.stages.lifecycle import IS_MAIN, about, need, run_stage, say_finished
+from twice_rec.stages.lifecycle import IS_MAIN, about, need, run_stage, say_finished, torch_device
 
 logger = logging.getLogger("base")
 
@@ -74,9 +74,12 @@ def base(recipe: BaseModelRecipe) -> None:
         return documents
 
     settings = PretrainSettings(**{f.name: own[f.name] for f in fields(PretrainSettings)})
-    losses = pretrain.pretrain(model, batch, settings, work.path)
+    device = torch_device("auto")
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    losses = pretrain.pretrain(model.to(device), batch, settings, work.path)
     if not IS_MAIN:
         return
+    model.cpu()
     examiner = ExerciseWriter(data.catalog, data.prompt_format, held_out=True)
     marks = dict[str, list[bool]]()
     rng = np.random.default_rng([recipe.seed, _EXAM])
