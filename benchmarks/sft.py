@@ -56,7 +56,7 @@ def rows_of(data: PreparedData, users: int, tokenizer, seed: int = 0) -> tuple[l
 
 
 def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: int, sharing: bool) -> dict[str, float]:
-    """One epoch, its first step aside: tokens of rows a second, computed tokens a second, weights, peak MiB of a GPU."""
+    """One epoch, its first step aside: tokens of rows and computed tokens a second, weights, peak MiB of a GPU."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, TrainerCallback

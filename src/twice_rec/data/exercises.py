@@ -54,8 +54,8 @@ class Lengths:
     candidates: int
 
     def at(self, progress: float) -> Lengths:
-        """Shorter ones at the beginning: from 1 purchase and 3 candidates (progress 0) to these (1)."""
-        share = min(1.0, progress)
+        """Shorter ones at the beginning: from 1 purchase and 3 candidates (progress 0) to these (1), slowly at first."""
+        share = min(1.0, progress) ** 2
         return Lengths(1 + round(share * (self.purchases - 1)), 3 + round(share * (self.candidates - 3)))
 
 
@@ -151,7 +151,7 @@ class _Lists:
         self.example = Example("", history, ids, ids[0])
         self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
         self._attributes = [attributes(item) for item in self.shown]
-        chosen = [(self._all, 2), (self._copy, 3), (self._has, 4), (self._has_both, 2), (self._shared, 1)]
+        chosen = [(self._all, 1), (self._copy, 2), (self._has, 6), (self._has_both, 2), (self._shared, 1)]
         chosen += [(self._fits, 6)]
         if purchases:
             chosen += [(self._review, 1), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 0.5)]

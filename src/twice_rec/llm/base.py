@@ -221,7 +221,7 @@ in the asked form. Items are random combinations of the synthetic shop's words w
 was read, and who buys what next is never asked.
 
 **Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at a learning
-rate of {recipe.learning_rate:g}, on a CPU. Loss per answer token:
+rate of {recipe.learning_rate:g}. Loss per answer token:
 
 {curve}
 
