@@ -155,7 +155,13 @@ def test_opinions():
 
 def test_lists_grow():
     longest = Lengths(6, 10)
-    assert [longest.at(p) for p in (0, 0.4, 1, 2)] == [Lengths(1, 3), Lengths(3, 6), longest, longest]
+    assert [longest.at(p) for p in (0, 0.4, 0.7, 1, 2)] == [
+        Lengths(1, 3),
+        Lengths(2, 4),
+        Lengths(3, 6),
+        longest,
+        longest,
+    ]
 
 
 @pytest.fixture(scope="module")

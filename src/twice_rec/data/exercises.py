@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class Lengths:
     candidates: int
 
     def at(self, progress: float) -> Lengths:
-        """Shorter ones at the beginning: from 1 purchase and 3 candidates (progress 0) to these (1), slowly at first."""
+        """From 1 purchase and 3 candidates (progress 0) to these (1), slowly at first."""
         share = min(1.0, progress) ** 2
         return Lengths(1 + round(share * (self.purchases - 1)), 3 + round(share * (self.candidates - 3)))
 
@@ -69,7 +69,7 @@ class ExerciseWriter:
     """
 
     def __init__(self, catalog: ItemCatalog, shown: PromptFormat, held_out: bool = False):
-        self._shown = shown
+        self._catalog, self._shown = catalog, shown
         self._held_out = held_out
         self._categories = list(world.PRODUCT_TYPES)
         self._goes_with = {item.categories[-1]: called_for(item, self._categories) for item in catalog}
@@ -102,6 +102,18 @@ class ExerciseWriter:
             said = prompts.describe_item(item, ("category", "description", "details"), self._shown)
             turns.append(Turn("items", f"Product: {item.title}\n\nGive its category, description and details.", said))
         return Document(prompts.exercise([], turns[0].question), turns)
+
+    def texts(self, rng: np.random.Generator, lengths: Lengths, item_share: float, questions: int) -> Iterator[str]:
+        """What a tokenizer is trained on: documents, and each item of the catalogue in the tasks' own prompts."""
+        for number, item in enumerate(self._catalog):
+            document = self.draw(rng, lengths, item_share, questions)
+            yield from (message["content"] for message in document.prompt)
+            yield from (text for turn in document.turns for text in (turn.question, turn.answer))
+            bought = (Interaction(item.item_id, rating=float(1 + number % 5)),)
+            example = Example("", bought, (item.item_id,), item.item_id)
+            asked = prompts.recommend(example, self._catalog, self._shown, with_rationale=number % 2 == 0)
+            yield from (message["content"] for message in [*asked, *prompts.item_info(item)])
+            yield prompts.item_info_answer(item, self._shown)
 
     def item(self, rng: np.random.Generator) -> Item:
         """A random combination of the world's words."""

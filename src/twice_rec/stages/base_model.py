@@ -12,14 +12,13 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from twice_rec import prompts
 from twice_rec.artifacts import Work, write_json, write_text
 from twice_rec.config import BaseModelRecipe, load_recipe
 from twice_rec.data import dataset
@@ -29,7 +28,6 @@ from twice_rec.llm import pretrain
 from twice_rec.llm.base import BaseSettings, build_model, model_card, train_tokenizer
 from twice_rec.llm.modeling import load_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
-from twice_rec.records import Example, Interaction
 from twice_rec.stages.lifecycle import IS_MAIN, about, need, run_stage, say_finished, torch_device
 
 logger = logging.getLogger("base")
@@ -50,8 +48,11 @@ def base(recipe: BaseModelRecipe) -> None:
         work.begin(recipe.overwrite)
     data = PreparedData(recipe.run_path / "data")
     writer = ExerciseWriter(data.catalog, data.prompt_format)
+    longest = Lengths(recipe.max_purchases, recipe.max_candidates)
     if IS_MAIN and not (work.path / "tokenizer.json").exists():
-        train_tokenizer(_texts(writer, data, recipe), recipe.vocab_size).save_pretrained(work.path)
+        rng = np.random.default_rng([recipe.seed, _TEXTS])
+        texts = writer.texts(rng, longest, recipe.item_share, recipe.questions)
+        train_tokenizer(texts, recipe.vocab_size).save_pretrained(work.path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     tokenizer = load_tokenizer(work.path)
@@ -62,8 +63,6 @@ def base(recipe: BaseModelRecipe) -> None:
     def encoded(document: Document) -> pretrain.Encoded:
         turns = [(turn.question, turn.answer) for turn in document.turns]
         return encode_conversation(tokenizer, document.prompt, turns)
-
-    longest = Lengths(recipe.max_purchases, recipe.max_candidates)
 
     def batch(step: int) -> list[pretrain.Encoded]:
         rng, documents, tokens = np.random.default_rng([recipe.seed, _TRAINING, step]), [], 0
@@ -103,20 +102,6 @@ def base(recipe: BaseModelRecipe) -> None:
         for path in outputs:
             shutil.copy(path, target)
         logger.info("copied to %s", target)
-
-
-def _texts(writer: ExerciseWriter, data: PreparedData, recipe: BaseModelRecipe) -> Iterator[str]:
-    """What the tokenizer is trained on: documents as in pretraining, and each item in the tasks' prompts."""
-    rng = np.random.default_rng([recipe.seed, _TEXTS])
-    lengths = Lengths(recipe.max_purchases, recipe.max_candidates)
-    for number, item in enumerate(data.catalog):
-        document = writer.draw(rng, lengths, recipe.item_share, recipe.questions)
-        yield from (message["content"] for message in document.prompt)
-        yield from (text for turn in document.turns for text in (turn.question, turn.answer))
-        example = Example("", (Interaction(item.item_id, rating=float(1 + number % 5)),), (item.item_id,), item.item_id)
-        asked = prompts.recommend(example, data.catalog, data.prompt_format, with_rationale=number % 2 == 0)
-        yield from (message["content"] for message in [*asked, *prompts.item_info(item)])
-        yield prompts.item_info_answer(item, data.prompt_format)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
