@@ -41,7 +41,7 @@ def closing_tokens(model):
     from transformers import AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
-    return {str(vocabulary[token]): bias for token, bias in (('"', 6), ("}", 3), ("]", 3))}
+    return {str(vocabulary[token]): bias for token, bias in (('"', 12), ("}", 6), ("]", 6))}
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
@@ -54,7 +54,7 @@ def test_end_to_end(new_run, url, closing_tokens, stream, structured):
         "--structured_outputs",
         structured,
         "--max_tokens",
-        "300",
+        "600",
         "--max_reasks",
         "1",
         "--max_attempts",
