@@ -5,9 +5,14 @@
 Rows are the three tasks for a sample of the data's users in their real proportions: every user asked for the item alone
 (task 2), three in four also with a rationale of 146 words (task 3; the length is the release's mean, the share that of
 our own curation), and as many items as users bear (task 1). The model has Gemma 3's architecture, small and with random
-weights; --shape gemma-3-1b is the real one's, for a GPU.
+weights; --shape gemma-3-1b is the real one's, for a GPU:
 
-A token of a row counts once however often or seldom it is computed: padding counts for nothing, and so does sharing.
+    python benchmarks/sft.py --data runs/grocery/data --shape gemma-3-1b --users 24 --batch_size 4
+
+A token of a row counts once however often or seldom it is computed: padding counts for nothing, and so does sharing. On
+a GPU (bfloat16, gradient checkpointing for both) also the peak of torch's memory, and the model FLOP utilisation: the
+tokens really computed, neither padding nor recomputation, times 4 operations a weight (forward and backward through
+frozen weights), a second, as a share of --peak_tflops.
 """
 
 from __future__ import annotations

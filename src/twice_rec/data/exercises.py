@@ -219,9 +219,7 @@ class _Lists:
         ]
         last = self._writer.item(self._rng)
         calls_for = called_for(last, list(world.PRODUCT_TYPES))
-        return self._fitting(wishes, calls_for, f"{review_notes(wishes)} {last_note(last, calls_for)}")
-
-    def _fitting(self, wishes: Sequence[tuple[str, bool] | None], calls_for: Sequence[str], notes: str) -> Turn | None:
+        notes = f"{review_notes(wishes)} {last_note(last, calls_for)}"
         named = {entry for entry in wishes if entry is not None}
         if {name for name, liked in named if liked} & {name for name, liked in named if not liked}:
             return None

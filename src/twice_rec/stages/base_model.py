@@ -2,7 +2,7 @@
 
 It plays the part of gemma-3-1b-it where no weights can be downloaded: it reads the prompts' form and answers questions
 about what stands there. It reads the catalogue's texts and made-up lists (see `data/exercises.py`), never a purchase.
-Killed and started again, it goes on from the last training state. Several processes share the work:
+Killed and started again, it goes on from the last training state. On a CPU several processes share the work:
 `torchrun --nproc_per_node 2 -m twice_rec.stages.base_model --config RECIPE`, one thread each.
 """
 
@@ -73,7 +73,7 @@ def base(recipe: BaseModelRecipe) -> None:
         return documents
 
     settings = PretrainSettings(**{f.name: own[f.name] for f in fields(PretrainSettings)})
-    device = torch_device("auto")
+    device = "cpu" if torch.distributed.is_initialized() else torch_device("auto")  # several processes: CPUs alone
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     losses = pretrain.pretrain(model.to(device), batch, settings, work.path)
     if not IS_MAIN:
