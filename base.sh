@@ -7,4 +7,5 @@ recipe=$root/recipes/tiny/base.yaml
 case "${1:-}" in "" | --*) ;; *) recipe=$(realpath "$1"); shift ;; esac
 cd "$root"
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m twice_rec.stages.base_model --config "$recipe" "$@"
+processes=1; nvidia-smi -L >/dev/null 2>&1 || processes=$(($(getconf _NPROCESSORS_ONLN) < 4 ? $(getconf _NPROCESSORS_ONLN) : 4))
+OMP_NUM_THREADS=1 exec torchrun --nproc_per_node "$processes" -m twice_rec.stages.base_model --config "$recipe" "$@"

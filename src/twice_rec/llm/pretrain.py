@@ -236,12 +236,12 @@ def _added_up(model: PreTrainedModel, loss: float) -> float:
     """Sum of the processes' losses; their gradients are added up in place."""
     if not distributed.is_initialized():
         return loss
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([torch.tensor([loss]), *(gradient.flatten() for gradient in gradients)])
+    parameters = list(model.parameters())
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # None: a process without documents
+    flat = torch.cat([torch.tensor([loss]), *(gradient.flatten() for gradient in own)])
     distributed.all_reduce(flat)
-    parts = flat[1:].split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for parameter, part in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
     return float(flat[0])
 
 

@@ -2,8 +2,8 @@
 
 It plays the part of gemma-3-1b-it where no weights can be downloaded: it reads the prompts' form and answers questions
 about what stands there. It reads the catalogue's texts and made-up lists (see `data/exercises.py`), never a purchase.
-Killed and started again, it goes on from the last training state. On a CPU several processes share the work:
-`torchrun --nproc_per_node 2 -m twice_rec.stages.base_model --config RECIPE`, one thread each.
+Killed and started again, it goes on from the last training state. On CPUs torchrun's processes share the work, one
+thread each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from twice_rec.llm import pretrain
 from twice_rec.llm.base import BaseSettings, build_model, model_card, train_tokenizer
 from twice_rec.llm.modeling import load_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
-from twice_rec.stages.lifecycle import IS_MAIN, about, need, run_stage, say_finished, torch_device
+from twice_rec.stages.command_line import IS_MAIN, run_stage
+from twice_rec.stages.lifecycle import about, need, say_finished, torch_device
 
 logger = logging.getLogger("base")
 

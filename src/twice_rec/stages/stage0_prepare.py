@@ -33,7 +33,8 @@ from twice_rec.evaluation.baselines import ItemSimilarityScorer, interaction_mat
 from twice_rec.progress import progress
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import SPLITS, UserSequence
-from twice_rec.stages.lifecycle import about, run_stage, say_finished
+from twice_rec.stages.command_line import run_stage
+from twice_rec.stages.lifecycle import about, say_finished
 
 logger = logging.getLogger("prepare")
 WORLD_KEYS = ("users", "items", "taste", "complement", "cohort", "popularity")

@@ -25,7 +25,8 @@ from twice_rec.data.release import ReleaseSource
 from twice_rec.rationales import annotators, curate, report
 from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.released import ReleasedRationales
-from twice_rec.stages.lifecycle import about, need, run_stage, say_finished
+from twice_rec.stages.command_line import run_stage
+from twice_rec.stages.lifecycle import about, need, say_finished
 
 logger = logging.getLogger("rationales")
 

@@ -23,14 +23,13 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.evaluation.tables import markdown
 from twice_rec.records import Rationale
+from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
-    IS_MAIN,
     OWNED_BY_STAGES,
     about,
     need,
     owned_arguments,
     prompt_writer,
-    run_stage,
     say_finished,
     train_and_save,
     trainer_figures,

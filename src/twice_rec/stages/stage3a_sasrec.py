@@ -29,7 +29,8 @@ from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.sasrec.model import SasRecSettings
 from twice_rec.sasrec.scorer import SasRecScorer, calibrated_scorer, item_only_share
 from twice_rec.sasrec.train import Training, TrainSettings
-from twice_rec.stages.lifecycle import about, evaluate_variant, need, run_stage, say_finished, torch_device, wandb_run
+from twice_rec.stages.command_line import run_stage
+from twice_rec.stages.lifecycle import about, evaluate_variant, need, say_finished, torch_device, wandb_run
 
 logger = logging.getLogger("sasrec")
 CHOSEN_ON = "full/ndcg@10"

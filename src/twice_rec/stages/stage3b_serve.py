@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from twice_rec.artifacts import InputError
 from twice_rec.config import GrpoRecipe, load_training_recipe
-from twice_rec.stages.lifecycle import OWNED_BY_STAGES, grpo_start, run_stage
+from twice_rec.stages.command_line import run_stage
+from twice_rec.stages.lifecycle import OWNED_BY_STAGES, grpo_start
 
 logger = logging.getLogger("serve")
 

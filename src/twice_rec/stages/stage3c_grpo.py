@@ -22,14 +22,13 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.data.grpo import prompt_rows
 from twice_rec.rewards import StepRewards
 from twice_rec.sasrec.scorer import SasRecScorer
+from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
-    IS_MAIN,
     about,
     grpo_start,
     need,
     owned_arguments,
     prompt_writer,
-    run_stage,
     say_finished,
     torch_device,
     train_and_save,

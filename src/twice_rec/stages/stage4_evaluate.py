@@ -23,15 +23,8 @@ from twice_rec.evaluation.baselines import OutsideScorer
 from twice_rec.evaluation.predict import AskSettings, evaluate_language_model
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.records import Example
-from twice_rec.stages.lifecycle import (
-    about,
-    evaluate_variant,
-    need,
-    prompt_writer,
-    run_stage,
-    say_finished,
-    torch_device,
-)
+from twice_rec.stages.command_line import run_stage
+from twice_rec.stages.lifecycle import about, evaluate_variant, need, prompt_writer, say_finished, torch_device
 
 
 def evaluate(recipe: EvaluateRecipe) -> None:

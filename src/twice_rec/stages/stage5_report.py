@@ -15,7 +15,7 @@ from twice_rec.artifacts import MANIFEST, environment, hash_file, write_json, wr
 from twice_rec.config import ReportRecipe, load_recipe
 from twice_rec.evaluation import report as page
 from twice_rec.evaluation.tables import columns_of, markdown, show
-from twice_rec.stages.lifecycle import run_stage
+from twice_rec.stages.command_line import run_stage
 
 logger = logging.getLogger("report")
 
