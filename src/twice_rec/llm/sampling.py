@@ -1,19 +1,24 @@
-"""Many sampled answers a prompt, by the model in this process: the prompt computed once, its cache shared out.
+"""Many sampled answers a prompt, by the model in this process: the prompt computed once, its cache read by all of them.
 
-`model.generate` computes a prompt anew for each of its answers, copies the whole cache to append one token, and goes on
-with answers that have ended. Here none of it happens; the chosen tokens are the same.
+`model.generate` computes a prompt anew for each of its answers and copies the whole cache to append one token. Here a
+prompt and its answers are one row of the batch, as in `shared_prefix.py`: each step takes the next token of every
+answer, and the attention mask lets an answer see the prompt and itself. The chosen tokens are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
+
+from twice_rec.llm.shared_prefix import as_attention_mask, layer_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ def sample_answers(
     Args:
         model: a causal language model or a PEFT model around one, without dropout (`eval()`).
         prompts: token ids, of any lengths.
+        copies: at least 1 each; best all alike, since every prompt is computed as if it had the most.
         stop: the ids that end an answer.
         temperature: the logits are divided by it.
         generator: of the sampling, on the model's device; None decodes greedily.
@@ -53,7 +59,20 @@ def sample_answers(
     Returns:
         The answers, those to the first prompt first.
     """
-    device, longest = model.device, max(map(len, prompts))
+    with _with_masks(model):
+        return _sample(model, prompts, copies, stop, max_new_tokens, temperature, generator)
+
+
+def _sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    copies: Sequence[int],
+    stop: Collection[int],
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> list[Sample]:
+    device, longest, most = model.device, max(map(len, prompts)), max(copies)
     padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -64,28 +83,27 @@ def sample_answers(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-    ).logits[:, -1]
-    prompt_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(copies)).to(device)
-    _make_room(cache, prompt_of, max_new_tokens)
-    logits, positions = logits[prompt_of], mask.sum(1)[prompt_of]
-    mask = torch.cat([mask[prompt_of], mask.new_ones(len(prompt_of), max_new_tokens)], dim=1)
-    is_padded = len(set(map(len, prompts))) > 1
+    ).logits.expand(-1, most, -1)
+    cache.layers = [_RoomyLayer(layer, most * max_new_tokens) for layer in cache.layers]
+    rows = torch.arange(len(prompts), device=device)  # the prompts with answers that go on
+    lengths, mask = mask.sum(1), mask.bool()
     stop_ids = torch.tensor(sorted(stop), device=device)
-    rows = torch.arange(len(prompt_of), device=device)  # those that go on
-    tokens = padded.new_zeros(len(rows), max_new_tokens)
-    values = torch.zeros(len(rows), max_new_tokens, device=device)
-    lengths = torch.full((len(rows),), max_new_tokens, device=device)
+    tokens = padded.new_zeros(len(prompts), most, max_new_tokens)
+    values = torch.zeros(tokens.shape, device=device)
+    ended = torch.arange(most, device=device) >= torch.tensor(copies, device=device)[:, None]
+    ends = torch.full_like(tokens[..., 0], max_new_tokens)
     for step in range(max_new_tokens):
         scores = torch.log_softmax(logits.float() / temperature, dim=-1)
         if generator is None:
-            chosen = scores.argmax(dim=-1, keepdim=True)
+            chosen = scores.argmax(dim=-1)
         else:
-            chosen = torch.multinomial(scores.exp(), 1, generator=generator)
-        tokens[rows, step] = chosen[:, 0]
-        values[rows, step] = scores.gather(1, chosen)[:, 0]
-        ended = torch.isin(chosen[:, 0], stop_ids)
-        lengths[rows[ended]] = step + 1
-        going = (~ended).nonzero()[:, 0]
+            chosen = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(scores.shape[:2])
+        tokens[rows, :, step] = chosen
+        values[rows, :, step] = scores.gather(2, chosen[..., None])[..., 0]
+        stopped = torch.isin(chosen, stop_ids)
+        ends[rows] = torch.where(stopped & ~ended[rows], step + 1, ends[rows])
+        ended[rows] |= stopped
+        going = (~ended[rows].all(1)).nonzero()[:, 0]
         if not len(going) or step + 1 == max_new_tokens:
             break
         if len(going) < len(rows):
@@ -93,79 +111,92 @@ def sample_answers(
             cache.batch_select_indices(going)
         logits = model(
             input_ids=chosen,
-            attention_mask=mask[rows, : longest + step + 1] if is_padded else None,
-            position_ids=positions[rows, None] + step,
+            attention_mask=_step_masks(model, mask[rows], step, most, cache),
+            position_ids=(lengths[rows, None] + step).expand(-1, most),
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
-    stops = set(stop)
-    rows_of = zip(tokens.tolist(), values.tolist(), lengths.tolist(), strict=True)
-    return [Sample(ids[:n], logps[:n], ids[n - 1] not in stops) for ids, logps, n in rows_of]
+        ).logits
+    stops, samples = set(stop), list[Sample]()
+    for prompt, count in enumerate(copies):
+        for ids, logps, n in zip(
+            tokens[prompt, :count].tolist(), values[prompt, :count].tolist(), ends[prompt, :count].tolist(), strict=True
+        ):
+            samples.append(Sample(ids[:n], logps[:n], ids[n - 1] not in stops))
+    return samples
 
 
-def _make_room(cache: DynamicCache, prompt_of: Tensor, room: int) -> None:
-    """Give every answer its prompt's keys and values, with space for `room` more tokens."""
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _RoomyLayer(layer, prompt_of, room)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = _RoomySlidingLayer(layer, prompt_of, room)
-        else:
-            layer.batch_select_indices(prompt_of)
+def _step_masks(
+    model: PreTrainedModel, prompt_mask: Tensor, step: int, answers: int, cache: DynamicCache
+) -> Tensor | dict[str, Tensor]:
+    """What the tokens of a step see, in each kind of layer: [prompts, 1, answers, cached tokens].
+
+    Args:
+        prompt_mask: bool [prompts, longest], false at the padding on the left.
+        step: of the tokens, from 0.
+    """
+    device, longest = prompt_mask.device, prompt_mask.shape[1]
+    column = torch.arange((step + 1) * answers, device=device)  # each step appends one token of every answer
+    own = column % answers == torch.arange(answers, device=device)[:, None]
+    past = prompt_mask[:, None, None].expand(-1, 1, answers, -1)
+    sees = torch.cat([past, own.expand(len(past), 1, -1, -1)], dim=-1)
+    age = torch.cat([longest + step - torch.arange(longest, device=device), step - column // answers])
+    config, masks = model.config.get_text_config(), dict[str, Tensor]()
+    held = {kind: cache.layers[index].held for index, kind in enumerate(getattr(config, "layer_types", None) or [""])}
+    for kind, window in layer_windows(config).items():
+        seen = sees if window is None else (sees & (age < window))
+        if kind in held:
+            masks[kind] = as_attention_mask(model, seen[..., seen.shape[-1] - held[kind] - answers :])
+    return masks.get("", masks)
+
+
+@contextmanager
+def _with_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Kernels that take no mask of ours (flash, flex) make room for sdpa."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    implementation = bare.config._attn_implementation
+    if implementation in ("sdpa", "eager"):
+        yield
+        return
+    bare.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        bare.set_attn_implementation(implementation)
 
 
 class _RoomyLayer(DynamicLayer):
-    """A cache layer that writes new keys and values into space it has, instead of copying all it holds."""
+    """A cache layer that writes new keys and values into space it has, instead of copying all it holds.
 
-    def __init__(self, filled: Any, prompt_of: Tensor, room: int):
+    Args:
+        filled: the layer after the prompt; of a sliding window, it holds the window's last tokens.
+        room: for how many more tokens.
+    """
+
+    def __init__(self, filled: Any, room: int):
         super().__init__()
         self.lazy_initialization(filled.keys, filled.values)
-        self._length = filled.keys.shape[-2]
-        self._keys, self._values = (_widened(states, prompt_of, room) for states in (filled.keys, filled.values))
+        self.held = filled.keys.shape[-2]
+        self._keys, self._values = (_widened(states, room) for states in (filled.keys, filled.values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; views on everything."""
-        end = self._length + key_states.shape[-2]
-        self._keys[:, :, self._length : end] = key_states
-        self._values[:, :, self._length : end] = value_states
-        self._length = end
+        end = self.held + key_states.shape[-2]
+        self._keys[:, :, self.held : end] = key_states
+        self._values[:, :, self.held : end] = value_states
+        self.held = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        """Tokens seen so far."""
-        return self._length
+        """Tokens held."""
+        return self.held
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self._keys, self._values = self._keys[indices], self._values[indices]
 
 
-class _RoomySlidingLayer(DynamicSlidingWindowLayer):
-    """The same for a sliding window: views on the last tokens of what it holds."""
-
-    def __init__(self, filled: DynamicSlidingWindowLayer, prompt_of: Tensor, room: int):
-        super().__init__(filled.sliding_window)
-        self.lazy_initialization(filled.keys, filled.values)
-        self.cumulative_length = filled.cumulative_length
-        self._length = filled.keys.shape[-2]
-        self._keys, self._values = (_widened(states, prompt_of, room) for states in (filled.keys, filled.values))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; views on the new tokens and the window before them."""
-        start, end = max(self._length - self.sliding_window + 1, 0), self._length + key_states.shape[-2]
-        self._keys[:, :, self._length : end] = key_states
-        self._values[:, :, self._length : end] = value_states
-        self._length = end
-        self.cumulative_length += key_states.shape[-2]
-        return self._keys[:, :, start:end], self._values[:, :, start:end]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._keys, self._values = self._keys[indices], self._values[indices]
-
-
-def _widened(states: Tensor, prompt_of: Tensor, room: int) -> Tensor:
-    rows, (_, heads, length, size) = len(prompt_of), states.shape
+def _widened(states: Tensor, room: int) -> Tensor:
+    rows, heads, length, size = states.shape
     out = states.new_empty(rows, heads, length + room, size)
-    out[:, :, :length] = states[prompt_of]
+    out[:, :, :length] = states
     return out

@@ -132,17 +132,24 @@ def attention_masks(
     Returns:
         One mask, [B, 1, L, L] or a block mask, or one a kind of layer where the model's configuration tells them apart.
     """
-    config = model.config.get_text_config()
+    windows = layer_windows(model.config.get_text_config())
+    masks = {kind: _as_mask(model, mask_mod(segment, prefix, positions, w), segment) for kind, w in windows.items()}
+    return masks[""] if "" in masks else Masks(masks)
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Kind of layer -> its sliding window, None for full attention; the one kind `""` where the model has no kinds.
+
+    Raises:
+        ValueError: for kinds that no mask here fits.
+    """
     kinds = set(getattr(config, "layer_types", None) or [])
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"no mask for layers of the kind {', '.join(sorted(unknown))}")
     if not kinds:
-        return _as_mask(model, mask_mod(segment, prefix, positions), segment)
-    windows = {"full_attention": None}
-    if "sliding_attention" in kinds:
-        windows["sliding_attention"] = config.sliding_window
-    mods = {kind: mask_mod(segment, prefix, positions, window) for kind, window in windows.items()}
-    return Masks({kind: _as_mask(model, mod, segment) for kind, mod in mods.items()})
+        return {"": getattr(config, "sliding_window", None)}
+    windows: dict[str, int | None] = {"full_attention": None}
+    return windows | ({"sliding_attention": config.sliding_window} if "sliding_attention" in kinds else {})
 
 
 def mask_mod(segment: Tensor, prefix: Tensor, positions: Tensor, window: int | None = None) -> MaskMod:
@@ -176,11 +183,15 @@ def _as_mask(model: PreTrainedModel, sees: MaskMod, segment: Tensor) -> Mask:
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"attention {implementation!r} takes no mask of its own; use sdpa, eager or flex_attention")
     row, order = torch.arange(rows, device=device), torch.arange(length, device=device)
-    mask = sees(row[:, None, None], None, order[:, None], order)[:, None]
-    if implementation == "sdpa":
-        return mask
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill(~mask, lowest)
+    return as_attention_mask(model, sees(row[:, None, None], None, order[:, None], order)[:, None])
+
+
+def as_attention_mask(model: PreTrainedModel, sees: Tensor) -> Tensor:
+    """A mask [B, 1, queries, keys], true where a query sees a key, as the model's attention (sdpa, eager) takes it."""
+    if model.config._attn_implementation == "sdpa":
+        return sees
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
+    return bias.masked_fill(~sees, torch.finfo(model.dtype).min)
 
 
 class SharedPrefixCollator:
