@@ -60,62 +60,50 @@ def sample_answers(
         The answers, those to the first prompt first.
     """
     with _with_masks(model):
-        return _sample(model, prompts, copies, stop, max_new_tokens, temperature, generator)
-
-
-def _sample(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    copies: Sequence[int],
-    stop: Collection[int],
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator | None,
-) -> list[Sample]:
-    device, longest, most = model.device, max(map(len, prompts)), max(copies)
-    padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(
-        input_ids=padded,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits.expand(-1, most, -1)
-    cache.layers = [_RoomyLayer(layer, most * max_new_tokens) for layer in cache.layers]
-    rows = torch.arange(len(prompts), device=device)  # the prompts with answers that go on
-    lengths, mask = mask.sum(1), mask.bool()
-    stop_ids = torch.tensor(sorted(stop), device=device)
-    tokens = padded.new_zeros(len(prompts), most, max_new_tokens)
-    values = torch.zeros(tokens.shape, device=device)
-    ended = torch.arange(most, device=device) >= torch.tensor(copies, device=device)[:, None]
-    ends = torch.full_like(tokens[..., 0], max_new_tokens)
-    for step in range(max_new_tokens):
-        scores = torch.log_softmax(logits.float() / temperature, dim=-1)
-        if generator is None:
-            chosen = scores.argmax(dim=-1)
-        else:
-            chosen = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(scores.shape[:2])
-        tokens[rows, :, step] = chosen
-        values[rows, :, step] = scores.gather(2, chosen[..., None])[..., 0]
-        stopped = torch.isin(chosen, stop_ids)
-        ends[rows] = torch.where(stopped & ~ended[rows], step + 1, ends[rows])
-        ended[rows] |= stopped
-        going = (~ended[rows].all(1)).nonzero()[:, 0]
-        if not len(going) or step + 1 == max_new_tokens:
-            break
-        if len(going) < len(rows):
-            rows, chosen = rows[going], chosen[going]
-            cache.batch_select_indices(going)
+        device, longest, most = model.device, max(map(len, prompts)), max(copies)
+        padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache = DynamicCache(config=model.config.get_text_config())
         logits = model(
-            input_ids=chosen,
-            attention_mask=_step_masks(model, mask[rows], step, most, cache),
-            position_ids=(lengths[rows, None] + step).expand(-1, most),
+            input_ids=padded,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
-        ).logits
+            logits_to_keep=1,
+        ).logits.expand(-1, most, -1)
+        cache.layers = [_RoomyLayer(layer, most * max_new_tokens) for layer in cache.layers]
+        rows = torch.arange(len(prompts), device=device)  # the prompts with answers that go on
+        lengths, mask = mask.sum(1), mask.bool()
+        stop_ids = torch.tensor(sorted(stop), device=device)
+        tokens = padded.new_zeros(len(prompts), most, max_new_tokens)
+        values = torch.zeros(tokens.shape, device=device)
+        ended = torch.arange(most, device=device) >= torch.tensor(copies, device=device)[:, None]
+        ends = torch.full_like(tokens[..., 0], max_new_tokens)
+        for step in range(max_new_tokens):
+            scores = torch.log_softmax(logits.float() / temperature, dim=-1)
+            if generator is None:
+                chosen = scores.argmax(dim=-1)
+            else:
+                chosen = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(scores.shape[:2])
+            tokens[rows, :, step] = chosen
+            values[rows, :, step] = scores.gather(2, chosen[..., None])[..., 0]
+            stopped = torch.isin(chosen, stop_ids)
+            ends[rows] = torch.where(stopped & ~ended[rows], step + 1, ends[rows])
+            ended[rows] |= stopped
+            going = (~ended[rows].all(1)).nonzero()[:, 0]
+            if not len(going) or step + 1 == max_new_tokens:
+                break
+            if len(going) < len(rows):
+                rows, chosen = rows[going], chosen[going]
+                cache.batch_select_indices(going)
+            logits = model(
+                input_ids=chosen,
+                attention_mask=_step_masks(model, mask[rows], step, most, cache),
+                position_ids=(lengths[rows, None] + step).expand(-1, most),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
     stops, samples = set(stop), list[Sample]()
     for prompt, count in enumerate(copies):
         for ids, logps, n in zip(
