@@ -6,6 +6,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -42,6 +44,11 @@ def qwen3(attention="sdpa", **others):
 def llama(attention="sdpa", **others):
     """Full attention, no list of layer kinds in its configuration."""
     return _build(LlamaForCausalLM, LlamaConfig(**{**SIZES, **others}), attention)
+
+
+def mistral(attention="sdpa", **others):
+    """One sliding window (7) for all layers, no list of layer kinds."""
+    return _build(MistralForCausalLM, MistralConfig(**{**SIZES, "sliding_window": 7, **others}), attention)
 
 
 def _build(model_class, config, attention):

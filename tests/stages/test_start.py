@@ -82,6 +82,19 @@ def test_outputs_that_cannot_be_written(prepared, monkeypatch, capfd, number, wo
     assert run("sasrec", prepared, None, *flags) == 0
 
 
+def test_another_error_of_the_system_has_its_trace_in_the_log(prepared, monkeypatch, capfd):
+    def replace(source, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    monkeypatch.setattr(artifacts.os, "replace", replace)
+    assert run("sasrec", prepared, None, "--epochs", "1", "--hidden_size", "16", "--baselines", "[]") == 1
+    monkeypatch.undo()
+    assert "make room" not in capfd.readouterr().err
+    log = (prepared / "logs" / "sasrec.log").read_text()
+    assert "sasrec failed" in log
+    assert "Input/output error" in log.splitlines()[-1]
+
+
 def test_wandb_offline_needs_no_account(prepared):
     script = (
         "import pathlib, sys; from stages.pipeline import run; "

@@ -4,14 +4,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tiny_models import gemma3, llama, qwen3
+from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.llm.sampling import sample_answers
 
 LENGTHS, COPIES, NEW = (5, 19, 12), (2, 1, 3), 20  # shorter and longer than Gemma's window of 7
 STOP = {1, 5, 9, 44}
 
 
-@pytest.fixture(params=[gemma3, qwen3, llama])
+@pytest.fixture(params=[gemma3, qwen3, llama, mistral])
 def model(request):
     return request.param().eval()
 
@@ -41,10 +41,13 @@ def test_greedy_tokens_are_those_of_generate(model, prompts):
         assert answer.token_ids == theirs[0, len(prompt) :].tolist()
 
 
-def test_eager_attention_agrees():
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_other_attention_agrees(attention):
     prompt = [list(range(3, 20)), list(range(40, 45))]
-    one, other = (sample_answers(gemma3(kind).eval(), prompt, (1, 1), {1}, NEW) for kind in ("sdpa", "eager"))
+    models = [gemma3(kind).eval() for kind in ("sdpa", attention)]
+    one, other = (sample_answers(model, prompt, (1, 1), {1}, NEW) for model in models)
     assert [a.token_ids for a in one] == [a.token_ids for a in other]
+    assert models[1].config._attn_implementation == attention, "the model is trained with its own attention"
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 
-from tiny_models import gemma3, llama, qwen3
+from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.llm.grpo import padded_scores
 from twice_rec.llm.shared_prefix import SharedRows, continuation_log_probabilities
 
-MODELS = {"gemma3": gemma3(), "gemma3-eager": gemma3("eager"), "qwen3": qwen3(), "llama": llama()}
+MODELS = {"gemma3": gemma3(), "gemma3-eager": gemma3("eager"), "qwen3": qwen3(), "llama": llama(), "mistral": mistral()}
 
 
 def plain(model, prompt, continuations):
