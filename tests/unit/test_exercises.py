@@ -10,7 +10,7 @@ from tiny_models import gemma3
 from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.exercises import ExerciseWriter, Lengths
-from twice_rec.data.world import World, WorldSettings
+from twice_rec.data.world import PRODUCT_TYPES, World, WorldSettings
 from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
 from twice_rec.llm.encoding import IGNORED
 from twice_rec.llm.pretrain import (
@@ -67,8 +67,8 @@ def turns_like(documents, pattern):
 def test_every_question_is_asked_and_none_twice_in_a_document(documents):
     questions = [turn.question for _, _, turns in documents for turn in turns]
     for beginning in (
-        "Give candidate", "Which candidate has", "Which candidates have", "Which candidate fits best", "What does each",
-        "What does review", "What was bought last", "Which purchases were rated",
+        "Give all candidates.", "Give candidate", "Which candidate has", "Give all candidates that have",
+        "Which candidate fits best", "What does each", "What does review", "What was bought last", "How was purchase",
         "What do the purchases",
     ):  # fmt: skip
         assert any(question.startswith(beginning) for question in questions), beginning
@@ -92,9 +92,10 @@ def test_attributes_single_out_one_candidate(documents):
         own = [line for line in candidates if parse(answer).item_id in line]
         assert len(own) == 1
         assert own[0] in fitting
-    for candidates, _, match, answer in turns_like(documents, r"Which candidates have (.*)\?"):
-        named = [int(number) for number in answer.rstrip(".").split(", ")]
-        assert all(match[1] in candidates[number - 1] for number in named)
+    for candidates, _, match, answer in turns_like(documents, r"Give all candidates that have (.*)\."):
+        asked = f"category: {match[1]}" if match[1] in PRODUCT_TYPES else match[1]  # Rice Crackers are no Rice
+        ids = re.findall(r"<item_id> (\w+) </item_id>", answer)
+        assert ids == [re.search(r"id: (\w+)", line)[1] for line in candidates if asked in line]
 
 
 def test_what_fits_best_has_the_highest_score(documents):
@@ -126,6 +127,8 @@ def test_reviews_are_read_as_they_stand(documents):
             verb, name = re.match(r"\d+ (likes|dislikes) (.*)\.", answer).groups()
             assert name in line.partition("review: ")[2]
             assert (verb == "likes") == bool(re.search(r"rating: (Okay|Good|Excellent)", line))
+    for _, purchases, match, answer in turns_like(documents, r"How was purchase (\d+) rated"):
+        assert purchases[int(match[1]) - 1].endswith(f"rating: {answer.rstrip('.')}")
 
 
 def test_held_out_items_are_never_trained_on(catalog):

@@ -45,7 +45,7 @@ def test_raw_files_have_the_2023_schema(raw):
         "videos", "store", "categories", "details", "parent_asin", "bought_together",
     ]  # fmt: skip
     assert isinstance(item["description"], list)
-    assert set(item["details"]) == {"Brand", "Diet", "Category", "Size"}
+    assert set(item["details"]) == {"Brand", "Diet", "Category"}
 
 
 def test_the_same_seed_gives_the_same_files(raw, tmp_path):
@@ -77,7 +77,7 @@ def test_every_file_is_read_without_a_problem(raw, world):
 def test_texts_show_taste_and_complements_but_no_cohort(world):
     categories = list(PRODUCT_TYPES)
     for j, item in enumerate(world.metadata()):
-        assert item["title"].startswith(f"{BRANDS[world.brand[j]]} {DIETS[world.diet[j]]} ")
+        assert item["title"].startswith(f"{DIETS[world.diet[j]]} {BRANDS[world.brand[j]]} ")
         called_for = {categories[c] for c in np.flatnonzero(world.complements[world.category[j]])}
         assert called_for == set(item["description"][0].split("Goes well with ")[1].rstrip(".").split(" and "))
     assert "cohort" not in json.dumps([*world.metadata(), *world.reviews()]).lower()

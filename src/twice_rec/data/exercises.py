@@ -125,11 +125,11 @@ class ExerciseWriter:
             if (zlib.crc32(f"{brand} {diet} {kind}".encode()) % 10 == 0) == self._held_out:
                 break
         letters = "".join("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] for i in rng.integers(36, size=8))
-        details = {"Brand": brand, "Diet": diet, "Category": category, "Size": size}
+        details = {"Brand": brand, "Diet": diet, "Category": category}
         others = " and ".join(self._goes_with.get(category, ())) or "everything"
         return Item(
             f"B0{letters}",
-            f"{brand} {diet} {kind}, {size}",
+            f"{diet} {brand} {kind}, {size}",
             f"{kind} for every day. Goes well with {others}.",
             json.dumps(details)[1:-1],
             brand,
@@ -163,10 +163,10 @@ class _Lists:
         self.example = Example("", history, ids, ids[0])
         self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
         self._attributes = [attributes(item) for item in self.shown]
-        chosen = [(self._all, 1), (self._copy, 2), (self._has, 6), (self._has_both, 2), (self._shared, 1)]
+        chosen = [(self._all, 1), (self._copy, 4), (self._has, 5), (self._has_both, 2), (self._shared, 1)]
         chosen += [(self._fits, 6)]
         if purchases:
-            chosen += [(self._review, 1), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 0.5)]
+            chosen += [(self._review, 2), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 1.5)]
         self.askers, self.weights = zip(*chosen, strict=True)
 
     def __getitem__(self, item_id: str) -> Item:
@@ -185,7 +185,8 @@ class _Lists:
         return Turn(kind, question, prompts.item_answer(item))
 
     def _all(self) -> Turn:
-        return Turn("copy", "Give all candidates.", " ".join(prompts.item_answer(item) for item in self.shown))
+        said = " ".join(f"{number}. {prompts.item_answer(item)}" for number, item in enumerate(self.shown, start=1))
+        return Turn("copy", "Give all candidates.", said)
 
     def _copy(self) -> Turn:
         number = int(self._rng.integers(len(self.shown)))
@@ -234,10 +235,11 @@ class _Lists:
         return self._item_turn("attributes", f"Which candidate fits best? {notes}", self.shown[best], notes)
 
     def _shared(self) -> Turn:
-        """Which candidates have something in common."""
+        """All candidates that have something in common."""
         name = self._pick(self._pick(self._attributes))
-        numbers = [str(i) for i, having in enumerate(self._attributes, start=1) if name in having]
-        return Turn("attributes", f"Which candidates have {name}?", f"{', '.join(numbers)}.")
+        having = [item for item, own in zip(self.shown, self._attributes, strict=True) if name in own]
+        said = " ".join(prompts.item_answer(item) for item in having)
+        return Turn("attributes", f"Give all candidates that have {name}.", said)
 
     def _review(self) -> Turn:
         number = int(self._rng.integers(len(self.bought)))
@@ -259,6 +261,6 @@ class _Lists:
         return Turn("reading", "What do the purchases have in common most often?", f"{counts[0][0]}.")
 
     def _rated(self) -> Turn:
-        rating = self._pick(self.example.history).rating
-        numbers = [str(i) for i, entry in enumerate(self.example.history, start=1) if entry.rating == rating]
-        return Turn("reading", f"Which purchases were rated {prompts.rating_word(rating)}?", f"{', '.join(numbers)}.")
+        number = int(self._rng.integers(len(self.bought)))
+        rating = prompts.rating_word(self.example.history[number].rating)
+        return Turn("reading", f"How was purchase {number + 1} rated?", f"{rating}.")

@@ -53,7 +53,7 @@ BRANDS = (
     "Ironwood", "Juniper", "Kestrel", "Larkfield", "Marlowe", "Northgate", "Oakhaven", "Pinecrest",
 )  # fmt: skip
 DIETS = ("Organic", "Vegan", "Gluten Free", "Sugar Free", "Keto", "Low Sodium")
-SIZES = ("6 oz", "8 oz", "12 oz", "16 oz", "2 lb", "Pack of 3", "Pack of 6")
+SIZES = ("Small Bag", "Large Bag", "Gift Box", "Value Box", "Twin Pack", "Family Pack", "Sampler")
 COHORTS = 8
 
 # Review titles by (what the user feels about the diet or the brand, which of the two).
@@ -210,7 +210,7 @@ class World:
             calls_for = " and ".join(categories[c] for c in np.flatnonzero(self.complements[self.category[j]]))
             yield {
                 "main_category": "Grocery",
-                "title": f"{brand} {diet} {kind}, {size}",
+                "title": f"{diet} {brand} {kind}, {size}",
                 "average_rating": 4.0,
                 "rating_number": 0,
                 "features": [diet, f"Made by {brand}"],
@@ -220,7 +220,7 @@ class World:
                 "videos": [],
                 "store": brand,
                 "categories": ["Grocery & Gourmet Food", category],
-                "details": {"Brand": brand, "Diet": diet, "Category": category, "Size": size},
+                "details": {"Brand": brand, "Diet": diet, "Category": category},
                 "parent_asin": item_id,
                 "bought_together": None,
             }
