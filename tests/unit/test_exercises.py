@@ -32,7 +32,7 @@ SHOWN = PromptFormat(6, ("title", "category"), ("review_title", "rating"), ("tit
 
 @pytest.fixture(scope="module")
 def catalog():
-    world = World(WorldSettings(users=1, items=200, taste=1, complement=1, cohort=1, popularity=1, seed=1))
+    world = World(WorldSettings(users=1, items=200, taste=1, complement=1, cohort=1, popularity=1, brand=0, seed=1))
     return ItemCatalog(
         Item(row["parent_asin"], row["title"], row["description"][0], categories=tuple(row["categories"]))
         for row in world.metadata()

@@ -11,7 +11,7 @@ from twice_rec.data.sequences import assemble
 from twice_rec.data.world import BRANDS, DIETS, PRODUCT_TYPES, World, WorldSettings
 from twice_rec.evaluation.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 
-STRENGTHS = {"taste": 1.5, "complement": 2.0, "cohort": 2.0, "popularity": 0.5}
+STRENGTHS = {"taste": 1.8, "complement": 2.2, "cohort": 2.0, "popularity": 0.5, "brand": 1.0}
 
 
 def world_of(users=400, items=200, seed=3, **strengths):
@@ -108,7 +108,7 @@ def test_log_probabilities_are_a_distribution_over_what_is_left(world):
 
 def test_purchases_follow_the_probabilities():
     """Many users with the same hidden state: the first purchase's frequencies match the formula."""
-    world = world_of(users=20_000, items=50, taste=0.0, complement=0.0, cohort=0.0, popularity=1.0)
+    world = world_of(users=20_000, items=50, taste=0.0, complement=0.0, cohort=0.0, popularity=1.0, brand=0.0)
     expected = np.exp(world.next_item_log_probabilities([0], [[]])[0])
     found = np.bincount([history[0] for history in world.purchases], minlength=50) / 20_000
     assert np.abs(found - expected).max() < 5 * np.sqrt(expected.max() / 20_000)

@@ -3,14 +3,15 @@
 A user's next purchase is drawn from softmax(u) over the items not bought yet, where for user p and item i
 
     u(p, i) = taste * t(p, i) + complement * [category of i completes the last purchase's] + cohort * [same cohort]
-              + popularity * b(i)
+              + popularity * b(i) + brand * f(brand of i)
 
 - t: liked diets and brands count +1 each, disliked ones -1. Ratings and reviews say so in words.
 - complements: each category calls for two others; item descriptions name them.
 - cohort: users and items carry one of a few hidden labels that no text shows; only interactions reveal it.
 - b: a standard normal draw for each item.
+- f: how sought-after a brand is by everyone, of mean 0 and variance 1 over the brands; no text shows it.
 
-The four strengths are recipe values. Everything is drawn from one seed. Only the oracle may look at
+The five strengths are recipe values. Everything is drawn from one seed. Only the oracle may look at
 `next_item_log_probabilities`; a model sees what the raw files hold.
 """
 
@@ -67,7 +68,7 @@ _DAY_MS = 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class WorldSettings:
-    """Size, seed and the strength of each of the four forces; 0 switches one off."""
+    """Size, seed and the strength of each of the five forces; 0 switches one off."""
 
     users: int
     items: int
@@ -75,6 +76,7 @@ class WorldSettings:
     complement: float
     cohort: float
     popularity: float
+    brand: float
     seed: int
     min_purchases: int = 6
     max_purchases: int = 15
@@ -88,6 +90,7 @@ class World:
         complements: bool [C, C], whether a purchase in the row's category calls for the column's.
         diet_taste, brand_taste: float [U, D] and [U, B], +1 liked, -1 disliked, else 0.
         user_cohort: int [U].
+        appeal: float [N], to everyone: the last two terms of the module's formula.
         item_ids: ASIN-like ids. user_ids: ids of Amazon's form.
     """
 
@@ -116,13 +119,16 @@ class World:
         table = np.array(list(names))
         self.category, self._kind, self.brand, self.diet, self._size = table.T
         self.cohort = rng.integers(COHORTS, size=n)
-        self.base = rng.standard_normal(n)
+        base = rng.standard_normal(n)
         self.price = rng.integers(200, 2500, size=n) / 100
         self.item_ids = _ids(rng, n, "B0", 8)
         self.complements = np.zeros((len(categories), len(categories)), dtype=bool)
         for row in range(len(categories)):
             others = [c for c in range(len(categories)) if c != row]
             self.complements[row, rng.choice(others, size=2, replace=False)] = True
+        fame = rng.standard_normal(len(BRANDS))
+        fame = (fame - fame.mean()) / fame.std()
+        self.appeal = self.settings.popularity * base + self.settings.brand * fame[self.brand]
 
     def _make_users(self, rng: np.random.Generator) -> None:
         u = self.settings.users
@@ -153,7 +159,7 @@ class World:
         s, people = self.settings, np.asarray(users, dtype=np.int64)
         utility = s.taste * self.taste(people)
         utility += s.cohort * (self.user_cohort[people][:, None] == self.cohort[None, :])
-        utility += (s.popularity * self.base).astype(np.float32)[None, :]
+        utility += self.appeal.astype(np.float32)[None, :]
         for row, history in enumerate(histories):
             if len(history):
                 utility[row] += s.complement * self.complements[self.category[history[-1]], self.category]

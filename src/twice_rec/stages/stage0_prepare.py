@@ -37,7 +37,7 @@ from twice_rec.stages.command_line import run_stage
 from twice_rec.stages.lifecycle import about, say_finished
 
 logger = logging.getLogger("prepare")
-WORLD_KEYS = ("users", "items", "taste", "complement", "cohort", "popularity")
+WORLD_KEYS = ("users", "items", "taste", "complement", "cohort", "popularity", "brand")
 
 
 def prepare(recipe: PrepareRecipe) -> None:
