@@ -134,7 +134,11 @@ def test_a_server_that_dies_for_good_stops_the_run_which_goes_on_later(new_run, 
 
 def test_a_request_the_server_refuses_rejects_its_row_alone(new_run, fault_server):
     """The server's limit is between the lengths of a first request and of one that was asked again."""
-    server = fault_server(content=0.3, limit=7_340)
+    undisturbed = new_run(fault_server().url, *SMALL, name="undisturbed")
+    assert undisturbed.stage() == 0
+    answers = rows(undisturbed.path / "answers" / "rationales.jsonl")
+    longest = 4 * max(row["answer"]["prompt_tokens"] for row in answers) + 3  # the server says a token is 4 characters
+    server = fault_server(content=0.3, limit=longest)
     run = new_run(server.url, *SMALL)
     assert run.stage() == 0
     assert_every_row_once(run, 60)
