@@ -71,15 +71,12 @@ def _guarded(name: str, body: Callable[[], int | None]) -> int:
     except InputError as error:
         logger.error("%s", error)
         return 2
-    except OSError as error:
-        if error.errno in _FULL_OR_LOCKED:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL_OR_LOCKED:
             logger.debug("%s", traceback.format_exc())
             logger.error("%s", _cannot_write(error))
         else:
             logger.exception("%s failed", name)
-        return 1
-    except Exception:
-        logger.exception("%s failed", name)
         return 1
 
 
