@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import shutil
 import ssl
-import subprocess
 
 import httpx2
 import pytest
+import trustme
 
 from twice_rec.rationales.transport import DirectTransport
 
@@ -140,19 +139,15 @@ def test_a_cancelled_request_takes_its_connection_with_it():
     assert connections == 2
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not there to make a certificate")
 def test_tls_is_checked(tmp_path, monkeypatch):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True)
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate, key)
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(tls)
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
 
     async def refused(client, url, transport):
         with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             await post(client, url, transport)
 
     talk([LENGTH], refused, tls)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
     assert talk([CHUNKED], post, tls)[0] == (200, "hello")
