@@ -27,7 +27,8 @@ from twice_rec.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
 from twice_rec.tags import parse
 
-SHOWN = PromptFormat(6, ("title", "category"), ("review_title", "rating"), ("title", "item_id", "category"), 99, 99, 60)
+CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")
+SHOWN = PromptFormat(6, ("title", "category"), ("review_title", "rating"), CANDIDATE_FIELDS, 99, 99, 60)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def documents(catalog):
         document = writer.document(rng, 6, 10, 12)
         past, _, shown = document.prompt[1]["content"].partition("Candidates:")
         lines = [
-            [line for line in part.splitlines() if re.match(r"\d+\. title", line)]
+            [line for line in part.splitlines() if re.match(r"\d+\. (title|brand)", line)]
             for part in (past, shown.split("\n\n")[0])
         ]
         found.append((lines[1], lines[0], document.turns))
@@ -108,8 +109,8 @@ def test_what_fits_best_has_the_highest_score(documents):
         assert not likes & dislikes
         scores = []
         for line in candidates:
-            title = line.partition(" | id")[0]
-            score = sum(name in title for name in likes) - sum(name in title for name in dislikes)
+            texts = line.partition(" | id")[0]
+            score = sum(name in texts for name in likes) - sum(name in texts for name in dislikes)
             category = line.rpartition("category: ")[2]
             scores.append(score + 1.5 * (category in match[2].split(" or ")))
         assert parse(answer).item_id in candidates[int(np.argmax(scores))]
@@ -132,11 +133,12 @@ def test_reviews_are_read_as_they_stand(documents):
 
 
 def test_held_out_items_are_never_trained_on(catalog):
-    def kinds(held_out):
+    def made(held_out):
         writer, rng = ExerciseWriter(catalog, SHOWN, held_out), np.random.default_rng(2)
-        return {writer.item(rng).title.partition(",")[0] for _ in range(3000)}
+        items = [writer.item(rng) for _ in range(3000)]
+        return {(item.brand, item.title.partition(",")[0]) for item in items}
 
-    trained, examined = kinds(False), kinds(True)
+    trained, examined = made(False), made(True)
     assert not trained & examined
     assert len(examined) > 100
 

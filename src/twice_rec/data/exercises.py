@@ -129,7 +129,7 @@ class ExerciseWriter:
         others = " and ".join(self._goes_with.get(category, ())) or "everything"
         return Item(
             f"B0{letters}",
-            f"{diet} {brand} {kind}, {size}",
+            f"{diet} {kind}, {size}",
             f"{kind} for every day. Goes well with {others}.",
             json.dumps(details)[1:-1],
             brand,
@@ -156,7 +156,11 @@ class _Lists:
     def __init__(self, writer: ExerciseWriter, rng: np.random.Generator, purchases: int, candidates: int):
         self._rng, self._writer = rng, writer
         self.bought = [writer.item(rng) for _ in range(purchases)]
-        self.shown = [writer.item(rng) for _ in range(candidates)]
+        shown = dict[str, Item]()
+        while len(shown) < candidates:  # a title that two candidates share would not tell which id follows it
+            item = writer.item(rng)
+            shown.setdefault(item.title, item)
+        self.shown = list(shown.values())
         self._by_id = {item.item_id: item for item in (*self.bought, *self.shown)}
         history = tuple(writer.purchase(rng, item) for item in self.bought)
         ids = tuple(item.item_id for item in self.shown)

@@ -56,6 +56,7 @@ BRANDS = (
 DIETS = ("Organic", "Vegan", "Gluten Free", "Sugar Free", "Keto", "Low Sodium")
 SIZES = ("Small Bag", "Large Bag", "Gift Box", "Value Box", "Twin Pack", "Family Pack", "Sampler")
 COHORTS = 8
+MAX_ITEMS = len(DIETS) * len(SIZES) * sum(len(kinds) for kinds in PRODUCT_TYPES.values())
 
 # Review titles by (what the user feels about the diet or the brand, which of the two).
 PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x}")
@@ -103,21 +104,13 @@ class World:
 
     def _make_items(self, rng: np.random.Generator) -> None:
         n, categories = self.settings.items, list(PRODUCT_TYPES)
-        names: dict[tuple[int, int, int, int, int], None] = {}
-        while len(names) < n:
+        titles: dict[tuple[int, int, int, int], None] = {}  # a title does not name the brand: each is used once
+        while len(titles) < n:
             category = int(rng.integers(len(categories)))
             kind = int(rng.integers(len(PRODUCT_TYPES[categories[category]])))
-            names[
-                (
-                    category,
-                    kind,
-                    int(rng.integers(len(BRANDS))),
-                    int(rng.integers(len(DIETS))),
-                    int(rng.integers(len(SIZES))),
-                )
-            ] = None
-        table = np.array(list(names))
-        self.category, self._kind, self.brand, self.diet, self._size = table.T
+            titles[category, kind, int(rng.integers(len(DIETS))), int(rng.integers(len(SIZES)))] = None
+        self.category, self._kind, self.diet, self._size = np.array(list(titles)).T
+        self.brand = rng.integers(len(BRANDS), size=n)
         self.cohort = rng.integers(COHORTS, size=n)
         base = rng.standard_normal(n)
         self.price = rng.integers(200, 2500, size=n) / 100
@@ -216,7 +209,7 @@ class World:
             calls_for = " and ".join(categories[c] for c in np.flatnonzero(self.complements[self.category[j]]))
             yield {
                 "main_category": "Grocery",
-                "title": f"{diet} {brand} {kind}, {size}",
+                "title": f"{diet} {kind}, {size}",
                 "average_rating": 4.0,
                 "rating_number": 0,
                 "features": [diet, f"Made by {brand}"],
