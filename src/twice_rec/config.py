@@ -744,6 +744,7 @@ class EvaluateRecipe(Recipe):
 class ReportRecipe(Recipe):
     """Stage 5: tables of everything under eval/."""
 
+    other_runs: list[str] = key([], "run folders of other seeds on the same data, averaged with run_dir's")
     comparisons: list[list[str]] = key([], "pairs of variants, [a, b], compared on the users both have")
     comparison_metric: str = key("uniform/hr@1", "the metric of the comparisons")
     bootstrap_samples: int = key(1000, "of the 95 % intervals")

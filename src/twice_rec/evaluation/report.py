@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twice_rec.artifacts import InputError, read_records
+from twice_rec.artifacts import MANIFEST, InputError, read_json, read_records
 from twice_rec.evaluation.predict import PREDICTIONS
 from twice_rec.evaluation.tables import columns_of, in_order
 from twice_rec.metrics import METRICS, Difference, bootstrap_intervals, paired_bootstrap, per_user
@@ -24,56 +24,74 @@ class Variant:
 
     Args:
         users: those it was evaluated on -> their row, in the files' order.
-        values: metric key -> float64 [users], averaged over the variant's training runs.
-        seeds: of the runs.
+        values: metric key -> float64 [users], averaged over the variant's trainings.
+        runs: how many trainings these are.
     """
 
     users: Mapping[str, int]
     values: Mapping[str, NDArray[np.float64]]
-    seeds: tuple[int, ...]
+    runs: int
 
     def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
         """float64 [len(users)] of one metric."""
         return self.values[key][[self.users[user] for user in users]]
 
 
-def read_variants(run_dir: Path) -> dict[str, Variant]:
-    """Every finished evaluation of a run, in table order.
+def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
+    """Every finished evaluation of some runs, in table order; of the same name, they are trainings of one variant.
 
     Raises:
-        InputError: where there is none.
+        InputError: where a run has none, or where two of a name were asked different questions.
     """
-    folders = {path.parent.name: path.parent for path in (run_dir / "eval").glob("*/manifest.json")}
-    if not folders:
-        raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
-    return {name: _read(folders[name] / PREDICTIONS) for name in in_order(list(folders))}
+    folders: dict[str, list[Path]] = {}
+    for run_dir in run_dirs:
+        found = sorted((run_dir / "eval").glob(f"*/{MANIFEST}"))
+        if not found:
+            raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
+        for path in found:
+            folders.setdefault(path.parent.name, []).append(path.parent)
+    return {name: _read(folders[name]) for name in in_order(list(folders))}
 
 
-def _read(path: Path) -> Variant:
+def _read(folders: Sequence[Path]) -> Variant:
     users: dict[str, int] = {}
-    seeds: dict[int, None] = {}
+    trainings: dict[tuple[Path, int], None] = {}
     rows: dict[str, list[int]] = {}  # list kind -> the row of each rank
     ranks: dict[str, list[int]] = {}
-    for prediction in read_records(path, Prediction):
-        seeds[prediction.seed] = None
-        row = users.setdefault(prediction.user_id, len(users))
-        for kind, rank in prediction.ranks.items():
-            rows.setdefault(kind, []).append(row)
-            ranks.setdefault(kind, []).append(rank)
+    for folder in folders:
+        _check_same_data(folders[0], folder)
+        for prediction in read_records(folder / PREDICTIONS, Prediction):
+            trainings[folder, prediction.seed] = None
+            row = users.setdefault(prediction.user_id, len(users))
+            for kind, rank in prediction.ranks.items():
+                rows.setdefault(kind, []).append(row)
+                ranks.setdefault(kind, []).append(rank)
     values = {}
     for kind, of in ranks.items():
-        runs = np.bincount(rows[kind], minlength=len(users))
-        if not runs.all():
-            raise InputError(f"{path}: some users have no rank for {kind}; delete its folder and evaluate again")
+        if not (np.bincount(rows[kind], minlength=len(users)) == len(trainings)).all():
+            raise InputError(
+                f"{', '.join(map(str, folders))}: some users have no rank for {kind} in some of the "
+                f"{len(trainings)} runs; evaluate all of them on the same users and lists"
+            )
         for name in METRICS:
-            values[f"{kind}/{name}"] = np.bincount(rows[kind], weights=per_user(name, of)) / runs
-    return Variant(users, values, tuple(seeds))
+            values[f"{kind}/{name}"] = np.bincount(rows[kind], weights=per_user(name, of)) / len(trainings)
+    return Variant(users, values, len(trainings))
+
+
+def _check_same_data(one: Path, other: Path) -> None:
+    """Both evaluations read the same items, purchases and candidate lists."""
+    inputs = [read_json(folder / MANIFEST)["inputs"] for folder in (one, other)]
+    for name in inputs[0].keys() & inputs[1].keys():
+        if name.startswith("data/") and inputs[0][name] != inputs[1][name]:
+            raise InputError(
+                f"{one} and {other} were evaluated on different {name}; runs of other seeds need the same data folder"
+            )
 
 
 def summarise_variants(
     variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int
 ) -> dict[str, dict[str, Any]]:
-    """Means, 95 % intervals, number of users and seeds of each variant.
+    """Means, 95 % intervals, number of users and of trainings of each variant.
 
     Args:
         users: evaluate on these only; None for each variant's own.
@@ -87,7 +105,7 @@ def summarise_variants(
             "metrics": dict(zip(variant.values, columns.mean(axis=0).tolist(), strict=True)),
             "ci95": dict(zip(variant.values, intervals.tolist(), strict=True)),
             "n": len(of),
-            "seeds": list(variant.seeds),
+            "runs": variant.runs,
         }
     return summary
 
@@ -130,7 +148,7 @@ def interval_table(summary: Mapping[str, Mapping[str, Any]], kind: str) -> tuple
                 else "-"
                 for key in keys
             ]
-            rows.append([name, f"{row['n']:,}", str(len(row["seeds"])), *cells])
+            rows.append([name, f"{row['n']:,}", str(row["runs"]), *cells])
     return ["variant", "users", "runs", *keys], rows
 
 

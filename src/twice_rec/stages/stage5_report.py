@@ -1,7 +1,8 @@
 """Stage 5: everything under eval/ -> report/ (index.html, tables.md, results.json), and the tables on the terminal.
 
-Made anew whenever it is called: it only sums up what the other stages measured. Two views are given: every variant on
-all its users, and all variants on the users they share, since language models may answer for fewer users.
+Made anew whenever it is called: it only sums up what the other stages measured. Runs of other seeds are averaged, user
+by user. Two views are given: every variant on all its users, and all variants on the users they share, since language
+models may answer for fewer users.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 from twice_rec.artifacts import MANIFEST, environment, hash_file, write_json, write_text
 from twice_rec.config import ReportRecipe, load_recipe
@@ -22,7 +24,8 @@ logger = logging.getLogger("report")
 
 def report(recipe: ReportRecipe) -> None:
     """Sum up the run."""
-    variants = page.read_variants(recipe.run_path)
+    runs = [recipe.run_path, *map(Path, recipe.other_runs)]
+    variants = page.read_variants(runs)
     summary = page.summarise_variants(variants, None, recipe.bootstrap_samples)
     shared = page.common_users(variants)
     common = page.summarise_variants(variants, shared, recipe.bootstrap_samples) if shared else {}
@@ -33,7 +36,7 @@ def report(recipe: ReportRecipe) -> None:
             continue
         comparisons.append(page.compare(variants, a, b, recipe.comparison_metric, recipe.bootstrap_samples))
     folder, about = recipe.run_path / "report", environment()
-    made_of = {name: hash_file(recipe.run_path / "eval" / name / MANIFEST) for name in variants}
+    made_of = {str(path): hash_file(path) for run in runs for path in sorted((run / "eval").glob(f"*/{MANIFEST}"))}
     write_json(
         folder / "results.json",
         {
@@ -65,7 +68,7 @@ def report(recipe: ReportRecipe) -> None:
         "Means over users with 95 % bootstrap intervals over users. Ties count against the target; every user counts."
     )
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    facts = {"made": now, "run": str(recipe.run_path), "commit": str(about["commit"]), "python": about["python"]}
+    facts = {"made": now, "run": ", ".join(map(str, runs)), "commit": str(about["commit"]), "python": about["python"]}
     facts |= {"packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items())}
     title = f"TWiCE-Rec on {recipe.domain}"
     write_text(folder / "index.html", page.html_page(title, intro, sections, facts))
