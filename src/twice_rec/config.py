@@ -24,7 +24,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from twice_rec.artifacts import InputError
-from twice_rec.data.world import MAX_ITEMS
 
 C = TypeVar("C", bound="Recipe")
 
@@ -189,7 +188,7 @@ class PrepareRecipe(Recipe):
         at_least("prompt_details_chars", 1),
         at_least("prompt_review_chars", 1),
         at_least("world_users", 1),
-        within("world_items", 50, MAX_ITEMS),
+        at_least("world_items", 50),
     )
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from twice_rec import metrics
+from twice_rec.artifacts import InputError
 from twice_rec.data.amazon import SCHEMA_2023, AmazonSource
 from twice_rec.data.sequences import assemble
-from twice_rec.data.world import BRANDS, DIETS, PRODUCT_TYPES, World, WorldSettings
+from twice_rec.data.world import BRANDS, DIETS, MAX_ITEMS, PRODUCT_TYPES, World, WorldSettings
 from twice_rec.evaluation.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 
 STRENGTHS = {"taste": 1.8, "complement": 2.2, "cohort": 2.0, "popularity": 0.5, "brand": 1.0}
@@ -58,6 +59,12 @@ def test_the_same_seed_gives_the_same_files(raw, tmp_path):
 
 def test_items_do_not_depend_on_the_number_of_users(world):
     assert world_of(users=50).item_ids == world.item_ids
+
+
+def test_titles_are_never_used_twice():
+    assert len({item["title"] for item in world_of(users=1, items=MAX_ITEMS).metadata()}) == MAX_ITEMS
+    with pytest.raises(InputError, match=f"world_items is {MAX_ITEMS + 1:,}"):
+        world_of(users=1, items=MAX_ITEMS + 1)
 
 
 def test_every_file_is_read_without_a_problem(raw, world):

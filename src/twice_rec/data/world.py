@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from twice_rec.artifacts import atomic_path
+from twice_rec.artifacts import InputError, atomic_path
 from twice_rec.catalog import ItemCatalog
 from twice_rec.progress import progress
 from twice_rec.records import UserSequence
@@ -56,7 +56,7 @@ BRANDS = (
 DIETS = ("Organic", "Vegan", "Gluten Free", "Sugar Free", "Keto", "Low Sodium")
 SIZES = ("Small Bag", "Large Bag", "Gift Box", "Value Box", "Twin Pack", "Family Pack", "Sampler")
 COHORTS = 8
-MAX_ITEMS = len(DIETS) * len(SIZES) * sum(len(kinds) for kinds in PRODUCT_TYPES.values())
+MAX_ITEMS = len(DIETS) * len(SIZES) * sum(map(len, PRODUCT_TYPES.values()))  # as many as there are titles
 
 # Review titles by (what the user feels about the diet or the brand, which of the two).
 PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x}")
@@ -104,6 +104,8 @@ class World:
 
     def _make_items(self, rng: np.random.Generator) -> None:
         n, categories = self.settings.items, list(PRODUCT_TYPES)
+        if n > MAX_ITEMS:
+            raise InputError(f"world_items is {n:,}; the synthetic domain has words for {MAX_ITEMS:,} titles at most")
         titles: dict[tuple[int, int, int, int], None] = {}  # a title does not name the brand: each is used once
         while len(titles) < n:
             category = int(rng.integers(len(categories)))
