@@ -128,8 +128,9 @@ def test_oracle_scores_stand_in_the_files_order(raw, world):
     assert scores.shape == (400, len(catalog))
     row = 17
     history = world.purchases[row][:-1]
-    expected = world.next_item_log_probabilities([row], [history])[0]
-    assert scores[row, 3] == pytest.approx(expected[world.item_ids.index(catalog.ids[3])])
+    histories = [bought[:-1] for bought in world.purchases]  # all at once: a batch of one rounds otherwise
+    expected = world.next_item_log_probabilities(np.arange(400), histories)[row]
+    assert scores[row, 3] == expected[world.item_ids.index(catalog.ids[3])]
     assert np.isneginf(scores[row, catalog.index(world.item_ids[history[0]]) - 1])
 
 

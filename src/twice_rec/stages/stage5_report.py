@@ -24,7 +24,7 @@ logger = logging.getLogger("report")
 
 def report(recipe: ReportRecipe) -> None:
     """Sum up the run."""
-    runs = [recipe.run_path, *map(Path, recipe.other_runs)]
+    runs = list(dict.fromkeys([recipe.run_path, *map(Path, recipe.other_runs)]))  # one that is named twice counts once
     variants = page.read_variants(runs)
     summary = page.summarise_variants(variants, None, recipe.bootstrap_samples)
     shared = page.common_users(variants)
