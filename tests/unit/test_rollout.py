@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny_models import gemma3
 from twice_rec.artifacts import InputError
 from twice_rec.llm.base import train_tokenizer
-from twice_rec.llm.rollout import Group, InProcessRollouts, Rollouts, _batches, attach_rollouts
+from twice_rec.llm.rollout import Group, InProcessRollouts, _batches, attach_rollouts
 from twice_rec.llm.server_rollout import QUIET_STEPS, ServerRollouts
 
 WORDS = ["green tea", "black coffee", "dark rye bread", "oat milk and honey"]
@@ -100,7 +100,7 @@ def trainer_of(process, training=True):
 
 def test_a_group_that_processes_share_has_one_number(tokenizer):
     prompts = [[{"role": "user", "content": words}] for words in WORDS for _ in range(4)]
-    rollouts = Rollouts(tokenizer, 0)
+    rollouts = InProcessRollouts(tokenizer, 0)
     whole = rollouts._groups(prompts, trainer_of(0))
     assert [(group.number, group.positions) for group in whole] == [
         (i, [4 * i + k for k in range(4)]) for i in range(4)

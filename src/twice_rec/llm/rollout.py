@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Group:
     number: int
 
 
-class Rollouts:
+class Rollouts(ABC):
     """What both kinds share. Subclasses sample.
 
     Args:
@@ -57,12 +58,12 @@ class Rollouts:
         self._calls = (-1, -1)  # step, calls since it began
         self._sync_seconds = 0.0
 
+    @abstractmethod
     def attach(self, trainer: Any) -> None:
         """Join a trainer, before it trains; InputError where the two do not fit."""
-        raise NotImplementedError
 
-    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Sample]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Sample]]: ...
 
     def __call__(self, prompts: Sequence[Sequence[Mapping[str, str]]], trainer: Any) -> dict[str, list[Any]]:
         """TRL's hook: one answer for each entry of `prompts`, in order."""
