@@ -16,8 +16,8 @@ from twice_rec.llm.encoding import IGNORED
 from twice_rec.llm.pretrain import (
     Muon,
     PretrainSettings,
-    answers_right,
     encode_conversation,
+    greedy_answers,
     orthogonalised,
     pretrain,
     schedule,
@@ -68,7 +68,7 @@ def turns_like(documents, pattern):
 def test_every_question_is_asked_and_none_twice_in_a_document(documents):
     questions = [turn.question for _, _, turns in documents for turn in turns]
     for beginning in (
-        "Give all candidates.", "Give candidate", "Which candidate has", "Give all candidates that have",
+        "Give all candidates.", "Give candidate", "Which candidate has", "Which candidates have",
         "Which candidate fits best", "What does each", "What does review", "What was bought last", "How was purchase",
         "What do the purchases",
     ):  # fmt: skip
@@ -93,10 +93,13 @@ def test_attributes_single_out_one_candidate(documents):
         own = [line for line in candidates if parse(answer).item_id in line]
         assert len(own) == 1
         assert own[0] in fitting
-    for candidates, _, match, answer in turns_like(documents, r"Give all candidates that have (.*)\."):
+    for candidates, _, match, answer in turns_like(documents, r"Which candidates have (.*)\?"):
         asked = f"category: {match[1]}" if match[1] in PRODUCT_TYPES else match[1]  # Rice Crackers are no Rice
-        ids = re.findall(r"<item_id> (\w+) </item_id>", answer)
-        assert ids == [re.search(r"id: (\w+)", line)[1] for line in candidates if asked in line]
+        verdicts = re.findall(r"(\d+) ([^.]*) (yes|no)\.", answer)
+        assert [int(number) for number, _, _ in verdicts] == list(range(1, len(candidates) + 1))
+        for line, (_, name, verdict) in zip(candidates, verdicts, strict=True):
+            assert name in line
+            assert verdict == ("yes" if asked in line else "no")
 
 
 def test_what_fits_best_has_the_highest_score(documents):
@@ -224,16 +227,19 @@ def test_it_learns_and_a_resumed_training_is_the_same(learner, tmp_path):
     assert all(torch.equal(trained[name], value) for name, value in model.state_dict().items())
 
 
-def test_an_answer_is_right_when_greedy_decoding_gives_it():
+def test_a_greedy_answer_is_what_generation_gives():
     model = gemma3()
     prompt = [2, 5, 9, 14]
     with torch.no_grad():
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, 4:].tolist()
     labels = [IGNORED] * 4 + answer
-    assert answers_right(model, prompt + answer, labels) == [True]
+    assert greedy_answers(model, prompt + answer, labels) == [[(token, token) for token in answer]]
     wrong = [*answer[:-1], (answer[-1] + 1) % 99]
     behind = [7, 8]
-    assert answers_right(model, prompt + wrong + behind, [IGNORED] * 4 + wrong + [IGNORED] * 2) == [False]
+    twice = [IGNORED] * 4 + wrong + [IGNORED] * 2 + wrong
+    first, second = greedy_answers(model, prompt + wrong + behind + wrong, twice)
+    assert first == list(zip(answer, wrong, strict=True))
+    assert [right for _, right in second] == wrong
 
 
 def test_muon_moves_along_orthogonal_updates():

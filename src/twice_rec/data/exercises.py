@@ -31,11 +31,17 @@ _CATEGORY_WEIGHT = 1.5  # of a called-for category against one liked attribute, 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question and its only right answer. `kind` is one of copy, attributes, format, reading, items."""
+    """One question and its only right answer.
+
+    Args:
+        kind: copy, attributes, reading or items.
+        form: the question says the form of the answer.
+    """
 
     kind: str
     question: str
     answer: str
+    form: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +173,7 @@ class _Lists:
         self.example = Example("", history, ids, ids[0])
         self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
         self._attributes = [attributes(item) for item in self.shown]
-        chosen = [(self._all, 1), (self._copy, 4), (self._has, 5), (self._has_both, 2), (self._shared, 1)]
+        chosen = [(self._all, 1), (self._copy, 4), (self._has, 5), (self._has_both, 2), (self._shared, 2)]
         chosen += [(self._fits, 6)]
         if purchases:
             chosen += [(self._review, 2), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 1.5)]
@@ -183,9 +189,10 @@ class _Lists:
         """Ask for an item; one in four such questions says the form, and half of these ask for a thought."""
         draw = self._rng.random()
         if draw < 0.125:
-            return Turn("format", prompts.in_form(question, ITEM_ONLY), prompts.item_answer(item))
+            return Turn(kind, prompts.in_form(question, ITEM_ONLY), prompts.item_answer(item), form=True)
         if draw < 0.25:
-            return Turn("format", prompts.in_form(question, WITH_RATIONALE), prompts.rationale_answer(thought, item))
+            asked = prompts.in_form(question, WITH_RATIONALE)
+            return Turn(kind, asked, prompts.rationale_answer(thought, item), form=True)
         return Turn(kind, question, prompts.item_answer(item))
 
     def _all(self) -> Turn:
@@ -239,11 +246,12 @@ class _Lists:
         return self._item_turn("attributes", f"Which candidate fits best? {notes}", self.shown[best], notes)
 
     def _shared(self) -> Turn:
-        """All candidates that have something in common."""
-        name = self._pick(self._pick(self._attributes))
-        having = [item for item, own in zip(self.shown, self._attributes, strict=True) if name in own]
-        said = " ".join(prompts.item_answer(item) for item in having)
-        return Turn("attributes", f"Give all candidates that have {name}.", said)
+        """Which candidates have something in common, line by line: what stands there of its kind, and the verdict."""
+        kind = int(self._rng.integers(len(self._attributes[0])))
+        name = self._pick(self._attributes)[kind]
+        verdicts = [f"{own[kind]} {'yes' if own[kind] == name else 'no'}" for own in self._attributes]
+        said = " ".join(f"{number} {verdict}." for number, verdict in enumerate(verdicts, start=1))
+        return Turn("attributes", f"Which candidates have {name}?", said)
 
     def _review(self) -> Turn:
         number = int(self._rng.integers(len(self.bought)))

@@ -23,6 +23,7 @@ from twice_rec.tags import FIELDS, closing, opening
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+TAGS = tuple(tag for field in FIELDS for tag in (opening(field), closing(field)))
 
 _ID_CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PIECES = r" ?[A-Z][A-Z0-9](?![a-z])|\d[A-Z0-9](?![a-z])| ?[A-Za-z][a-z]*|\d| ?[^\sA-Za-z\d]+|\s"
@@ -84,8 +85,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(chain(texts, pairs * _PAIR_COUNT), trainer)
-    tags = [tag for field in FIELDS for tag in (opening(field), closing(field))]
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -220,13 +220,14 @@ say what each review says, name what was bought last and what its description go
 in the asked form. Items are random combinations of the synthetic shop's words with random ids. No purchase of any user
 was read, and who buys what next is never asked.
 
-**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon and AdamW at a learning
-rate of {recipe.learning_rate:g}. Loss per answer token:
+**Training.** {recipe.steps:,} steps of about {recipe.tokens_per_step:,} tokens, float32, Muon at a learning rate of
+{recipe.learning_rate:g}, embeddings and norms AdamW at a quarter of it. Loss per answer token:
 
 {curve}
 
 **Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
-training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases:
+training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases; "format": of the
+questions among them that say the form of the answer, those answered with the right tags in the right places and an end:
 
 | questions | right | number |
 |---|---|---|

@@ -25,9 +25,9 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
 from twice_rec.llm import pretrain
-from twice_rec.llm.base import BaseSettings, build_model, model_card, train_tokenizer
+from twice_rec.llm.base import END_OF_TURN, TAGS, BaseSettings, build_model, model_card, train_tokenizer
 from twice_rec.llm.modeling import load_tokenizer
-from twice_rec.llm.pretrain import PretrainSettings, answers_right, encode_conversation
+from twice_rec.llm.pretrain import PretrainSettings, encode_conversation, greedy_answers
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device
 
@@ -82,11 +82,15 @@ def base(recipe: BaseModelRecipe) -> None:
     model.cpu()
     examiner = ExerciseWriter(data.catalog, data.prompt_format, held_out=True)
     marks = dict[str, list[bool]]()
+    form_ids = set(tokenizer.convert_tokens_to_ids([END_OF_TURN, *TAGS]))
     rng = np.random.default_rng([recipe.seed, _EXAM])
     for _ in range(recipe.exam_documents):
         document = examiner.document(rng, longest.purchases, longest.candidates, recipe.questions)
-        for turn, right in zip(document.turns, answers_right(model, *encoded(document)), strict=True):
-            marks.setdefault(turn.kind, []).append(right)
+        for turn, answer in zip(document.turns, greedy_answers(model, *encoded(document)), strict=True):
+            marks.setdefault(turn.kind, []).append(all(guess == right for guess, right in answer))
+            if turn.form:
+                of_form = (guess == right for guess, right in answer if {guess, right} & form_ids)
+                marks.setdefault("format", []).append(all(of_form))
     exam = {kind: {"right": sum(rights) / len(rights), "questions": len(rights)} for kind, rights in marks.items()}
     logger.info("exam: %s", ", ".join(f"{kind} {entry['right']:.3f}" for kind, entry in sorted(exam.items())))
     figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "exam": exam}
