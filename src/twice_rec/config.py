@@ -129,9 +129,9 @@ class PrepareRecipe(Recipe):
     prompt_review_chars: int | None = key(300, "review titles and texts are cut to this; null for no cut")
     world_users: int = key(20_000, "synthetic domain: users")
     world_items: int = key(500, "synthetic domain: items")
-    world_taste: float = key(2.4, "strength of taste for diets and brands, which text shows")
-    world_complement: float = key(2.6, "strength of complements between categories, which text shows")
-    world_cohort: float = key(2.0, "strength of the hidden cohort, which only interactions show")
+    world_taste: float = key(2.2, "strength of taste for diets and brands, which text shows")
+    world_complement: float = key(2.4, "strength of complements between categories, which text shows")
+    world_cohort: float = key(2.6, "strength of the hidden cohort, which only interactions show")
     world_popularity: float = key(0.5, "strength of the popularity of single items")
     world_brand: float = key(1.0, "strength of the popularity of brands, which only interactions show")
 

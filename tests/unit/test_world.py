@@ -12,7 +12,7 @@ from twice_rec.data.sequences import assemble
 from twice_rec.data.world import BRANDS, DIETS, MAX_ITEMS, PRODUCT_TYPES, World, WorldSettings
 from twice_rec.evaluation.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 
-STRENGTHS = {"taste": 2.4, "complement": 2.6, "cohort": 2.0, "popularity": 0.5, "brand": 1.0}
+STRENGTHS = {"taste": 2.2, "complement": 2.4, "cohort": 2.6, "popularity": 0.5, "brand": 1.0}
 
 
 def world_of(users=400, items=200, seed=3, **strengths):
