@@ -226,8 +226,8 @@ was read, and who buys what next is never asked.
 {curve}
 
 **Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
-training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases; "format": of the
-questions among them that say the form of the answer, those answered with the right tags in the right places and an end:
+training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases. "format": the questions
+that say the form of the answer; "tags alone": of these, those with the right tags in the right places and an end.
 
 | questions | right | number |
 |---|---|---|

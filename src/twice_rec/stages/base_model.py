@@ -87,10 +87,11 @@ def base(recipe: BaseModelRecipe) -> None:
     for _ in range(recipe.exam_documents):
         document = examiner.document(rng, longest.purchases, longest.candidates, recipe.questions)
         for turn, answer in zip(document.turns, greedy_answers(model, *encoded(document)), strict=True):
-            marks.setdefault(turn.kind, []).append(all(guess == right for guess, right in answer))
+            kind = "format" if turn.form else turn.kind
+            marks.setdefault(kind, []).append(all(guess == right for guess, right in answer))
             if turn.form:
                 of_form = (guess == right for guess, right in answer if {guess, right} & form_ids)
-                marks.setdefault("format", []).append(all(of_form))
+                marks.setdefault("format, tags alone", []).append(all(of_form))
     exam = {kind: {"right": sum(rights) / len(rights), "questions": len(rights)} for kind, rights in marks.items()}
     logger.info("exam: %s", ", ".join(f"{kind} {entry['right']:.3f}" for kind, entry in sorted(exam.items())))
     figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "exam": exam}
