@@ -62,21 +62,13 @@ def test_what_earns_reward_is_learned(finished):
     four_prompts = ["--train_fraction", "0.016", "--num_train_epochs", "100", "--max_steps", "14"]
     only_hits = ["--reward_funcs", "match", "--reward_weights", "1.0", "--beta", "0.0", "--learning_rate", "1e-3"]
     samples = ["--num_generations", "16", "--per_device_train_batch_size", "64", "--max_completion_length", "100"]
-    samples += ["--temperature", "1.3"]
+    samples += ["--temperature", "1.3", "--seed", "1"]  # four prompts that the base answers right now and then
     flags = ["--variant", "stage3_hits", "--model_name_or_path", str(base), *four_prompts, *only_hits, *samples]
     assert run("grpo", run_dir, base, *flags) == 0
     steps = sorted((run_dir / "grpo_hits" / "completions").glob("*.parquet"))
-    assert len(steps) == 14
-    hits: list[dict[str, list[bool]]] = []  # of each step, by the prompts' targets
-    for step in steps:
-        hits.append({})
-        for row in parquet.read_table(step).to_pylist():
-            hits[-1].setdefault(row["target"], []).append(row["outcome"] == "hit")
-    # A prompt that is never answered right teaches nothing.
-    rewarded = [target for target in hits[0] if any(hits[0][target] + hits[1][target])]
-    assert rewarded
-    rates = [np.mean([np.mean(of_step[target]) for target in rewarded]) for of_step in hits]
-    assert np.mean(rates[-3:]) > rates[0] + 0.3, rates
+    hit_rates = [(parquet.read_table(step)["outcome"].to_numpy() == "hit").mean() for step in steps]
+    assert len(hit_rates) == 14
+    assert np.mean(hit_rates[-3:]) > hit_rates[0] + 0.3, hit_rates
 
 
 def test_oracle_is_above_everything(finished):
