@@ -91,3 +91,18 @@ def test_samples_are_distributed_as_the_model_says(model):
         expected = torch.softmax(model(torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.3, -1)
     error = (counts / len(answers) - expected).abs()
     assert (error < 5 * (expected * (1 - expected) / len(answers)).sqrt() + 1e-4).all()
+
+
+@torch.no_grad()
+def test_top_p_leaves_the_unlikely_out(model):
+    answers = sample_answers(model, [[3, 4, 5]], (20_000,), set(), 1, 1.3, torch.Generator().manual_seed(0), top_p=0.6)
+    scores = torch.log_softmax(model(torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.3, -1)
+    ordered, order = scores.exp().sort(descending=True)
+    kept = order[: 1 + int((ordered.cumsum(0) < 0.6).sum())]
+    counts = torch.bincount(torch.tensor([answer.token_ids[0] for answer in answers]), minlength=len(scores))
+    assert set(counts.nonzero()[:, 0].tolist()) <= set(kept.tolist())
+    expected = scores.exp()[kept] / scores.exp()[kept].sum()
+    error = (counts[kept] / len(answers) - expected).abs()
+    assert (error < 5 * (expected * (1 - expected) / len(answers)).sqrt() + 1e-4).all()
+    for answer in answers[:10]:
+        assert answer.log_probabilities[0] == pytest.approx(float(scores[answer.token_ids[0]]), abs=2e-5)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from twice_rec.artifacts import InputError
 from twice_rec.llm.modeling import encode_chat, stop_token_ids
+from twice_rec.llm.sampling import Sample, sample_answers
 from twice_rec.llm.shared_prefix import continuation_log_probabilities
 from twice_rec.prompts import Message
 
@@ -22,35 +22,13 @@ class Generation:
 
     Args:
         text: without special tokens.
-        mean_log_probability: over its tokens, the one that ended it included, at temperature 1.
+        mean_log_probability: over its tokens, the one that ended it included, at the sampling temperature.
         truncated: it ran into the length limit instead of ending with a stop token.
     """
 
     text: str
     mean_log_probability: float
     truncated: bool
-
-
-class _ChosenLogProbabilities(LogitsProcessor):
-    """Keeps the log-probability of every chosen token, but never more than one step's logits.
-
-    Processors that are passed to `generate` run before temperature and top-p, so these are the model's own values.
-    """
-
-    def __init__(self) -> None:
-        self._last: Tensor | None = None
-        self._chosen: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._last is not None:
-            self._chosen.append(self._last.gather(1, input_ids[:, -1:]))
-        self._last = torch.log_softmax(scores.float(), dim=-1)
-        return scores
-
-    def finish(self, last_tokens: Tensor) -> Tensor:
-        """float32 [B, T] of all steps, given the last step's tokens [B]."""
-        assert self._last is not None
-        return torch.cat([*self._chosen, self._last.gather(1, last_tokens[:, None])], dim=1)
 
 
 class TransformersGenerator:
@@ -87,37 +65,26 @@ class TransformersGenerator:
         """
         if seed is None and num_samples != 1:
             raise ValueError("greedy decoding gives one answer; pass a seed to sample several")
-        ids = [encode_chat(self.tokenizer, prompt) for prompt in prompts]
-        longest = max(map(len, ids))
-        device = self.model.device
-        padded = torch.tensor(
-            [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids], device=device
-        )
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-        recorder = _ChosenLogProbabilities()
-        sampling = {} if seed is None else {"temperature": temperature, "top_p": top_p, "top_k": 0}
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed or 0)
-            output = self.model.generate(
-                input_ids=padded,
-                attention_mask=mask,
-                do_sample=seed is not None,
-                num_return_sequences=num_samples,
-                max_new_tokens=self.max_new_tokens,
-                eos_token_id=self._stop,
-                pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=LogitsProcessorList([recorder]),
-                **sampling,
+        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
+        samples = iter(
+            sample_answers(
+                self.model,
+                [encode_chat(self.tokenizer, prompt) for prompt in prompts],
+                [num_samples] * len(prompts),
+                self._stop,
+                self.max_new_tokens,
+                temperature,
+                generator,
+                top_p,
             )
-        tokens = output[:, longest:]
-        log_probabilities = recorder.finish(tokens[:, -1])
-        answers = []
-        for row, sequence in enumerate(tokens.tolist()):
-            end = next((i for i, token in enumerate(sequence) if token in self._stop), len(sequence))
-            mean = float(log_probabilities[row, : end + 1].mean())
-            text = self.tokenizer.decode(sequence[:end], skip_special_tokens=True)
-            answers.append(Generation(text, mean, end == len(sequence)))
-        return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+        )
+        return [[self._generation(next(samples)) for _ in range(num_samples)] for _ in prompts]
+
+    def _generation(self, sample: Sample) -> Generation:
+        text = self.tokenizer.decode(
+            sample.token_ids if sample.truncated else sample.token_ids[:-1], skip_special_tokens=True
+        )
+        return Generation(text, sum(sample.log_probabilities) / len(sample.log_probabilities), sample.truncated)
 
     @torch.inference_mode()
     def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:

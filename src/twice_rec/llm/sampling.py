@@ -27,7 +27,7 @@ class Sample:
 
     Args:
         token_ids: its tokens, the stop token that ended it included.
-        log_probabilities: of the tokens, at the sampling temperature.
+        log_probabilities: of the tokens, at the sampling temperature, whatever top-p left out.
         truncated: it ran into the length limit instead of ending with a stop token.
     """
 
@@ -45,6 +45,7 @@ def sample_answers(
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    top_p: float = 1.0,
 ) -> list[Sample]:
     """Answer each prompt as often as `copies` says.
 
@@ -55,6 +56,7 @@ def sample_answers(
         stop: the ids that end an answer.
         temperature: the logits are divided by it.
         generator: of the sampling, on the model's device; None decodes greedily.
+        top_p: what is sampled from are the likeliest tokens that together have at least this probability.
 
     Returns:
         The answers, those to the first prompt first.
@@ -85,7 +87,8 @@ def sample_answers(
             if generator is None:
                 chosen = scores.argmax(dim=-1)
             else:
-                chosen = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(scores.shape[:2])
+                weights = _nucleus(scores.exp(), top_p).flatten(0, 1)
+                chosen = torch.multinomial(weights, 1, generator=generator).view(scores.shape[:2])
             tokens[rows, :, step] = chosen
             values[rows, :, step] = scores.gather(2, chosen[..., None])[..., 0]
             stopped = torch.isin(chosen, stop_ids)
@@ -111,6 +114,14 @@ def sample_answers(
         ):
             samples.append(Sample(ids[:n], logps[:n], ids[n - 1] not in stops))
     return samples
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The same, 0 for every token behind those that together have the probability `top_p`."""
+    if top_p >= 1.0:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    return probabilities.scatter(-1, order, ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0))
 
 
 def _step_masks(
