@@ -189,7 +189,7 @@ def other_base(run_dir):
     ("prepare", "words"),
     [
         (other_base, ["the trainer's base model is 'base-"]),
-        (lambda run_dir: ["--lora_r", "64"], ["LoRA rank 64 is greater than max_lora_rank 32", "at least lora_r"]),
+        (lambda run_dir: ["--lora_r", "64"], ["LoRA rank 64 is greater than max_lora_rank 8", "at least lora_r"]),
         (lambda run_dir: ["--max_completion_length", "4000"], ["takes 4096 tokens, but the longest prompt has "]),
     ],
     ids=["another base", "rank", "length"],

@@ -256,3 +256,24 @@ def test_variants_of_stage_3_stand_beside_each_other(finished, tmp_path):
     assert all("_proj" in name for name in changed)
     after = files_of(run_dir)
     assert {name: after[name] for name in before} == before
+
+
+def test_both_rankings_beside_each_other(finished, tmp_path):
+    """By likelihood under the variant's name, by votes under a name of its own; the same answers when asked again."""
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    for folder in ("data", "sft"):
+        shutil.copytree(whole / folder, run_dir / folder)
+    flags = ["--variants", "stage2", "--rankings", "likelihood", "sampled", "--num_samples", "3", "--top_p", "0.95"]
+    assert run("evaluate", run_dir, base, *flags) == 0
+    sampled = run_dir / "eval" / "stage2_sampled" / "predictions.jsonl"
+    rows = [json.loads(line) for line in sampled.read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert len(row["answers"]) == 3
+        assert row["ranks"] == {"uniform": 1 + row["ranking"].index(row["target"])}
+    assert len({answer for row in rows for answer in row["answers"]}) > 6, "nothing was sampled"
+    assert json.loads((run_dir / "eval" / "stage2" / "metrics.json").read_text())["n"] == 6
+    before = sampled.read_bytes()
+    assert run("evaluate", run_dir, base, *flags, "--overwrite", "true") == 0
+    assert sampled.read_bytes() == before
