@@ -156,7 +156,7 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
                     load_model(base, "float32", "sdpa"), run_dir / "grpo_server" / f"checkpoint-{step}"
                 ).eval()
                 stop = stop_token_ids(model, tokenizer)
-                (here,) = sample_answers(model, [prompt], [1], stop, 16)
+                ((here,),) = sample_answers(model, [prompt], [1], stop, 16)
                 (there,) = server.complete(f"step-{step}", prompt, 1, stop, sampling)
                 assert there.token_ids == here.token_ids
                 assert there.log_probabilities == pytest.approx(here.log_probabilities, abs=1e-4)

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tiny_models import gemma3, llama, mistral, qwen3
-from twice_rec.llm.sampling import sample_answers
+from twice_rec.llm import sampling
 
 LENGTHS, COPIES, NEW = (5, 19, 12), (2, 1, 3), 20  # shorter and longer than Gemma's window of 7
 STOP = {1, 5, 9, 44}
@@ -20,6 +20,11 @@ def model(request):
 def prompts():
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, 99, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def sample_answers(*arguments, **options):
+    """All answers in one list."""
+    return [answer for answers in sampling.sample_answers(*arguments, **options) for answer in answers]
 
 
 def repeated(prompts):

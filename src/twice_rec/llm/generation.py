@@ -66,19 +66,17 @@ class TransformersGenerator:
         if seed is None and num_samples != 1:
             raise ValueError("greedy decoding gives one answer; pass a seed to sample several")
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
-        samples = iter(
-            sample_answers(
-                self.model,
-                [encode_chat(self.tokenizer, prompt) for prompt in prompts],
-                [num_samples] * len(prompts),
-                self._stop,
-                self.max_new_tokens,
-                temperature,
-                generator,
-                top_p,
-            )
+        answers = sample_answers(
+            self.model,
+            [encode_chat(self.tokenizer, prompt) for prompt in prompts],
+            [num_samples] * len(prompts),
+            self._stop,
+            self.max_new_tokens,
+            temperature,
+            generator,
+            top_p,
         )
-        return [[self._generation(next(samples)) for _ in range(num_samples)] for _ in prompts]
+        return [[self._generation(sample) for sample in samples] for samples in answers]
 
     def _generation(self, sample: Sample) -> Generation:
         text = self.tokenizer.decode(

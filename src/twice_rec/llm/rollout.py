@@ -141,18 +141,15 @@ class InProcessRollouts(Rollouts):
             model.eval()
             stop = stop_token_ids(model, self._tokenizer)
             for batch in _batches(groups, arguments.per_device_train_batch_size):
-                samples = iter(
-                    sample_answers(
-                        model,
-                        [group.prompt_ids for group in batch],
-                        [len(group.positions) for group in batch],
-                        stop,
-                        trainer.max_completion_length,
-                        trainer.temperature,
-                        generator,
-                    )
+                answers += sample_answers(
+                    model,
+                    [group.prompt_ids for group in batch],
+                    [len(group.positions) for group in batch],
+                    stop,
+                    trainer.max_completion_length,
+                    trainer.temperature,
+                    generator,
                 )
-                answers += [[next(samples) for _ in group.positions] for group in batch]
             model.train(was_training)
         return answers
 

@@ -46,7 +46,7 @@ def sample_answers(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     top_p: float = 1.0,
-) -> list[Sample]:
+) -> list[list[Sample]]:
     """Answer each prompt as often as `copies` says.
 
     Args:
@@ -59,7 +59,7 @@ def sample_answers(
         top_p: what is sampled from are the likeliest tokens that together have at least this probability.
 
     Returns:
-        The answers, those to the first prompt first.
+        The answers to each prompt.
     """
     with _with_masks(model):
         device, longest, most = model.device, max(map(len, prompts)), max(copies)
@@ -107,13 +107,13 @@ def sample_answers(
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-    stops, samples = set(stop), list[Sample]()
+    stops, answers = set(stop), list[list[Sample]]()
     for prompt, count in enumerate(copies):
-        for ids, logps, n in zip(
-            tokens[prompt, :count].tolist(), values[prompt, :count].tolist(), ends[prompt, :count].tolist(), strict=True
-        ):
-            samples.append(Sample(ids[:n], logps[:n], ids[n - 1] not in stops))
-    return samples
+        held = (tokens[prompt, :count].tolist(), values[prompt, :count].tolist(), ends[prompt, :count].tolist())
+        answers.append(
+            [Sample(ids[:n], logps[:n], ids[n - 1] not in stops) for ids, logps, n in zip(*held, strict=True)]
+        )
+    return answers
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
