@@ -422,7 +422,7 @@ class ModelKeys:
 
     model_revision: str | None = key(None, "branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "of the weights")
-    attn_implementation: str = key("sdpa", "sdpa, eager, flex_attention, flash_attention_2, ...")
+    attn_implementation: str = key("sdpa", "sdpa, chunked_sdpa, eager, flex_attention, ...")
     use_peft: bool = key(True, "train a LoRA adapter; false trains all weights")
     lora_r: int = key(8, "rank of the adapter")
     lora_alpha: int = key(16, "its scale is lora_alpha / lora_r")
@@ -438,6 +438,8 @@ MAX_PROMPT_TOKENS = (
 )
 ITEM_FIRST = "task 3 names the item before its rationale; the same value belongs in sft, grpo and evaluate"
 MODEL_CHECKS = (at_least("lora_r", 1), at_least("lora_alpha", 1), within("lora_dropout", 0, 0.99))
+
+TAKES_MASKS = ("sdpa", "chunked_sdpa", "eager")  # kinds of attention that take any mask, as a tensor
 
 
 def sharing_takes_masks(*implementations: str) -> Check:
@@ -485,7 +487,7 @@ class SftRecipe(ModelKeys, Recipe):
             lambda c: c.quantization == "none" or c.use_peft,
             lambda c: f"quantization {c.quantization} needs use_peft: quantised weights are not trained",
         ),
-        sharing_takes_masks("sdpa", "eager"),
+        sharing_takes_masks(*TAKES_MASKS),
         Check(
             lambda c: not (c.share_prefixes and c.curriculum),
             lambda c: "curriculum keeps the tasks apart, share_prefixes puts a user's rows together; set one to false",
@@ -592,7 +594,7 @@ class GrpoRecipe(ModelKeys, Recipe):
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (
         *Recipe.CHECKS,
         *MODEL_CHECKS,
-        sharing_takes_masks("sdpa", "eager", "flex_attention"),
+        sharing_takes_masks(*TAKES_MASKS, "flex_attention"),
         Check(
             lambda c: _GRPO_VARIANT.fullmatch(c.variant) is not None,
             lambda c: (
@@ -615,9 +617,10 @@ class GrpoRecipe(ModelKeys, Recipe):
             ),
         ),
         Check(
-            lambda c: "rank" not in c.reward_funcs or c.attn_implementation in ("sdpa", "eager", "flex_attention"),
+            lambda c: "rank" not in c.reward_funcs or c.attn_implementation in (*TAKES_MASKS, "flex_attention"),
             lambda c: (
-                f"reward rank needs attn_implementation sdpa, eager or flex_attention, found {c.attn_implementation}"
+                f"reward rank needs attn_implementation {', '.join(TAKES_MASKS)} or flex_attention, found "
+                f"{c.attn_implementation}"
             ),
         ),
         *(at_least(name, 1) for name in ("sample_every", "sample_completions")),
@@ -702,7 +705,7 @@ class EvaluateRecipe(Recipe):
     max_new_tokens: int = key(300, "longest answer")
     batch_size: int = key(8, "questions at once")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "of the weights")
-    attn_implementation: str = key("sdpa", "sdpa, eager, flash_attention_2, ...")
+    attn_implementation: str = key("sdpa", "sdpa, chunked_sdpa, eager, ...")
     device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", changes_result=False)
 
     CHECKS: typing.ClassVar[tuple[Check, ...]] = (

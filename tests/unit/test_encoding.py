@@ -186,7 +186,7 @@ def test_the_trainer_takes_the_labels_as_they_are(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gemma3, qwen3, llama])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "chunked_sdpa", "eager"])
 def test_packing_and_shared_prefixes_change_neither_loss_nor_gradients(tmp_path, make, attention):
     tokenizer, found = train_tokenizer(TEXTS, 300), {}
     for kind in ("padded", "packed", "shared"):

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from tiny_models import gemma3
 from twice_rec.artifacts import InputError
 from twice_rec.llm.base import train_tokenizer
-from twice_rec.llm.rollout import Group, InProcessRollouts, _batches, attach_rollouts
+from twice_rec.llm.rollout import Group, InProcessRollouts, _batches, _merged, attach_rollouts
 from twice_rec.llm.server_rollout import QUIET_STEPS, ServerRollouts
 
 WORDS = ["green tea", "black coffee", "dark rye bread", "oat milk and honey"]
@@ -111,6 +112,25 @@ def test_a_group_that_processes_share_has_one_number(tokenizer):
         [(1, 2), (2, 4)],
     ]
     assert parts[0][1].prompt_ids == parts[1][0].prompt_ids == whole[1].prompt_ids
+
+
+def test_the_adapter_is_merged_in_for_sampling_and_the_weights_are_put_back():
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model, ids = get_peft_model(gemma3(), lora).eval(), torch.arange(5, 40)[None]
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(ids).logits
+        with pytest.raises(KeyboardInterrupt), _merged(model):
+            assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(100.0)  # is not read
+            assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+            raise KeyboardInterrupt
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == before[name][0].data_ptr()
+        assert "lora" in name or tensor.equal(before[name][1])
+    assert not any(getattr(module, "merged", False) for module in model.modules())
 
 
 def test_batches_hold_whole_groups():

@@ -11,10 +11,27 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 
 from tiny_models import gemma3, llama, mistral, qwen3
+from twice_rec.llm import attention
 from twice_rec.llm.grpo import padded_scores
 from twice_rec.llm.shared_prefix import SharedRows, continuation_log_probabilities
 
-MODELS = {"gemma3": gemma3(), "gemma3-eager": gemma3("eager"), "qwen3": qwen3(), "llama": llama(), "mistral": mistral()}
+MODELS = {
+    "gemma3": gemma3(),
+    "gemma3-eager": gemma3("eager"),
+    "gemma3-chunked": gemma3("chunked_sdpa"),
+    "qwen3": qwen3(),
+    "qwen3-chunked": qwen3("chunked_sdpa"),
+    "llama": llama(),
+    "mistral": mistral(),
+    "mistral-chunked": mistral("chunked_sdpa"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_CHUNK", 4)
+        yield
 
 
 def plain(model, prompt, continuations):
@@ -27,7 +44,8 @@ def plain(model, prompt, continuations):
     return values
 
 
-tokens = st.lists(st.integers(3, 98), min_size=1, max_size=14)
+FEW_OR_MANY = st.sampled_from([4, 98])  # of few different tokens, continuations often begin alike
+tokens = FEW_OR_MANY.flatmap(lambda last: st.lists(st.integers(3, last), min_size=1, max_size=14))
 
 
 @settings(max_examples=25, deadline=None)
@@ -43,7 +61,7 @@ def test_values_equal_the_plain_computation(name, prompt, continuations):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_gradients_equal_the_plain_computation(name):
     model, prompt = MODELS[name], list(range(5, 25))
-    continuations = [[30, 31, 32, 33], [40], list(range(50, 62))]
+    continuations = [[30, 31, 32, 33], [40], list(range(50, 62)), [30, 31, 60], [30, 31, 32, 33], list(range(50, 70))]
 
     def gradients(function):
         model.zero_grad()
@@ -66,16 +84,12 @@ def test_empty_prompts_and_continuations_are_refused():
 def test_attention_without_a_mask_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="use sdpa, eager or"):
+    with pytest.raises(ValueError, match="use sdpa, chunked_sdpa, eager or"):
         continuation_log_probabilities(model, [1], [[2]])
 
 
 TEMPERATURE = 0.8
-GROUPS = st.lists(
-    st.tuples(tokens, st.lists(st.lists(st.integers(3, 98), max_size=14), min_size=1, max_size=4)),
-    min_size=1,
-    max_size=3,
-)
+GROUPS = st.lists(st.tuples(tokens, st.lists(tokens | st.just([]), min_size=1, max_size=4)), min_size=1, max_size=3)
 
 
 @functools.cache
@@ -119,7 +133,7 @@ def scores_and_gradients(function, model, batch):
     """Both scores, and the gradients of a weighted sum of them."""
     model.zero_grad()
     log_probabilities, entropies = function(model, *batch)
-    weights = torch.linspace(-1, 1, log_probabilities.numel(), device=batch[0].device).view_as(log_probabilities)
+    weights = torch.linspace(-1, 2, log_probabilities.numel(), device=batch[0].device).view_as(log_probabilities)
     (weights * log_probabilities + 0.3 * weights.flip(0) * entropies).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return log_probabilities.detach(), entropies.detach(), gradients
@@ -176,6 +190,17 @@ def test_block_masks_are_those_of_sdpa(make, groups):
     for kind, mask in dense.items():
         count, _, length, _ = mask.shape
         assert create_mask(blocks[kind].mask_mod, count, None, length, length, "cpu").equal(mask)
+
+
+def test_what_continuations_begin_with_stands_once():
+    rows = SharedRows.of([([5, 6], [[7, 8, 9], [7, 8], [], [4], [7, 8, 4, 4], [7, 8, 9]]), ([5], [[6]])], "cpu")
+    assert rows.input_ids.tolist() == [[5, 6, 4, 7, 8, 4, 4, 9], [5, 6, 0, 0, 0, 0, 0, 0]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 4, 5, 4], [0, 1, 0, 0, 0, 0, 0, 0]]
+    assert rows.ends[0].tolist() == [8, 8, 3, 8, 8, 7, 7, 8]
+    assert list(zip(rows.row.tolist(), rows.column.tolist(), rows.targets.tolist(), strict=True)) == [
+        (0, 1, 4), (0, 1, 7), (0, 3, 8), (0, 4, 4), (0, 5, 4), (0, 4, 9), (1, 0, 6)
+    ]  # fmt: skip
+    assert rows.places.tolist() == [1, 2, 5, 1, 2, 0, 1, 2, 3, 4, 1, 2, 5, 6]
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer with one difference: a group's prompt is computed once instead of once a sample."""
+"""TRL's GRPO trainer with one difference: what a group's samples begin with is computed once, not once a sample."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def grpo_trainer(share_prefixes: bool) -> type:
         return GRPOTrainer
 
     class SharedPrefixGRPOTrainer(GRPOTrainer):
-        """TRL's `GRPOTrainer` that groups the samples of a micro-batch by prompt and computes each prompt once.
+        """TRL's `GRPOTrainer` that groups the samples of a micro-batch by prompt and computes each beginning once.
 
         Log-probabilities and entropies, of the policy, the old policy and the reference, are those of the parent, in
-        its shape, zeros at padding; rewards, advantages and the loss are the parent's own code. With dropout, a
-        prompt's tokens draw once for the group instead of once a sample.
+        its shape, zeros at padding; rewards, advantages and the loss are the parent's own code. With dropout, what
+        several samples begin with draws once for all of them instead of once a sample.
 
         Raises:
             InputError: for models with images or with experts, whose forward gives more than scores of tokens.

@@ -24,6 +24,7 @@ from transformers import (
 
 from twice_rec.artifacts import InputError
 from twice_rec.config import ModelKeys
+from twice_rec.llm import attention  # noqa: F401  registers chunked_sdpa
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twice_rec.artifacts import InputError
 from twice_rec.config import GrpoRecipe
@@ -140,18 +143,40 @@ class InProcessRollouts(Rollouts):
             was_training = model.training
             model.eval()
             stop = stop_token_ids(model, self._tokenizer)
-            for batch in _batches(groups, arguments.per_device_train_batch_size):
-                answers += sample_answers(
-                    model,
-                    [group.prompt_ids for group in batch],
-                    [len(group.positions) for group in batch],
-                    stop,
-                    trainer.max_completion_length,
-                    trainer.temperature,
-                    generator,
-                )
+            with _merged(model):
+                for batch in _batches(groups, arguments.per_device_train_batch_size):
+                    answers += sample_answers(
+                        model,
+                        [group.prompt_ids for group in batch],
+                        [len(group.positions) for group in batch],
+                        stop,
+                        trainer.max_completion_length,
+                        trainer.temperature,
+                        generator,
+                    )
             model.train(was_training)
         return answers
+
+
+@contextmanager
+def _merged(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Sample from weights with the adapter added, three small products less a layer; then the old tensors stand again.
+
+    Quantised weights and those that DeepSpeed has gathered for now stay as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    if not layers or any(not w.is_floating_point() or hasattr(w, "ds_id") for w in weights):
+        yield
+        return
+    tensors = [weight.data for weight in weights]
+    model.merge_adapter(safe_merge=True)  # into copies
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+        for weight, tensor in zip(weights, tensors, strict=True):
+            weight.data = tensor
 
 
 def _batches(groups: Sequence[Group], rows: int) -> list[list[Group]]:

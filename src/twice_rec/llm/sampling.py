@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from twice_rec.config import TAKES_MASKS
 from twice_rec.llm.shared_prefix import as_attention_mask, layer_windows
 
 
@@ -153,7 +154,7 @@ def _with_masks(model: PreTrainedModel) -> Iterator[None]:
     """Kernels that take no mask of ours (flash, flex) make room for sdpa."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     implementation = bare.config._attn_implementation
-    if implementation in ("sdpa", "eager"):
+    if implementation in TAKES_MASKS:
         yield
         return
     bare.set_attn_implementation("sdpa")

@@ -1,22 +1,24 @@
-"""Many continuations of one prompt, the prompt computed once: their log-probabilities, and batches to train on.
+"""Many continuations of one prompt, each of their beginnings computed once: log-probabilities, and training batches.
 
-All continuations stand behind the prompt in one row, [prompt, continuation 1, ..., continuation K]. Positions restart
-after the prompt for each, and the attention mask lets a continuation see the prompt and itself only, so every token
-gets exactly the value it would have in a row of its own.
+A prompt and its continuations stand in one row as a tree: behind a beginning that several have in common come their
+different ends, one after another. Positions count from the prompt's first token along each branch, and the attention
+mask lets a token see its own branch only, so every token gets exactly the value it would have in a row of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, takewhile
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
+
+from twice_rec.config import TAKES_MASKS
 
 Mask = Tensor | BlockMask
 MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
@@ -28,46 +30,77 @@ class SharedRows:
 
     Args:
         input_ids: int64 [G, L].
-        position_ids: int64 [G, L], from 0 in a prompt and on from its end in each of its continuations.
-        segment: int64 [G, L], 0 for the prompt, 1 to K for its continuations, -1 for padding.
-        row, column: int64 [N], where the logits that predict the tokens of the continuations stand: a first token's at
-            the end of the prompt.
-        targets: int64 [N], those tokens, one continuation after another.
+        position_ids: int64 [G, L], along each branch.
+        ends: int64 [G, L], the first column behind the last branch through a token; from there on it is not seen.
+        row, column: int64 [M], where the logits that predict the M different tokens of the continuations stand.
+        targets: int64 [M], those tokens.
+        places: int64 [N], for each token of the continuations, one continuation after another, which of the M it is.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    segment: Tensor
+    ends: Tensor
     row: Tensor
     column: Tensor
     targets: Tensor
+    places: Tensor
 
     @classmethod
     def of(
         cls, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device | str
     ) -> SharedRows:
         """Rows of (prompt, its continuations), token ids; prompts hold at least one, continuations may be empty."""
-        length = max(len(prompt) + sum(map(len, continuations)) for prompt, continuations in groups)
-        ids, positions, segments, rows, columns, targets = [], [], [], [], [], []
-        for number, (prompt, continuations) in enumerate(groups):
-            start, lengths = len(prompt), [len(continuation) for continuation in continuations]
-            tokens = [token for continuation in continuations for token in continuation]
-            padding = [0] * (length - start - len(tokens))
-            ids.append([*prompt, *tokens, *padding])
-            positions.append([*range(start), *(start + i for n in lengths for i in range(n)), *padding])
-            behind = [k for k, n in enumerate(lengths, start=1) for _ in range(n)]
-            segments.append([0] * start + behind + [-1] * len(padding))
-            for offset, n in zip(accumulate(lengths, initial=start), lengths, strict=False):
-                columns += [start - 1, *range(offset, offset + n - 1)] if n else []
-            rows += [number] * len(tokens)
-            targets += tokens
-        layout = (ids, positions, segments, rows, columns, targets)
+        trees = [_tree(prompt, continuations) for prompt, continuations in groups]
+        length, ids, positions, ends = max(len(tree.tokens) for tree in trees), [], [], []
+        rows, columns, targets, places = [], [], [], []
+        for number, ((prompt, _), tree) in enumerate(zip(groups, trees, strict=True)):
+            padding = range(len(tree.tokens), length)
+            ids.append(tree.tokens + [0] * len(padding))
+            positions.append(tree.positions + [0] * len(padding))
+            ends.append(tree.ends + [column + 1 for column in padding])
+            places += [len(targets) + column - len(prompt) for path in tree.paths for column in path]
+            rows += [number] * len(tree.before)
+            columns += tree.before
+            targets += tree.tokens[len(prompt) :]
+        layout = (ids, positions, ends, rows, columns, targets, places)
         return cls(*(torch.tensor(values, dtype=torch.long, device=device) for values in layout))
 
     def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         """What a model's forward takes."""
-        masks = attention_masks(model, self.segment, self.segment.clamp(max=0), self.position_ids)
+        masks = attention_masks(model, self.ends, self.position_ids)
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": masks}
+
+
+class _Tree(NamedTuple):
+    """One row: for each of its tokens position and end, and behind the prompt the column of the token before it in its
+    branch; for each continuation the columns of its tokens.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    ends: list[int]
+    before: list[int]
+    paths: list[list[int]]
+
+
+def _tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tree:
+    """In alphabetical order, continuations with a common beginning are neighbours."""
+    tokens, positions, ends, before = list(prompt), list(range(len(prompt))), [0] * len(prompt), list[int]()
+    paths, previous, path = dict[tuple[int, ...], list[int]](), (), list[int]()
+    for continuation in sorted(set(map(tuple, continuations))):
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, continuation, strict=False)))
+        for column in path[common:]:
+            ends[column] = len(tokens)
+        new = range(len(tokens), len(tokens) + len(continuation) - common)
+        path = [*path[:common], *new]
+        before += [path[depth - 1] if depth else len(prompt) - 1 for depth in range(common, len(path))]
+        tokens += continuation[common:]
+        positions += range(len(prompt) + common, len(prompt) + len(path))
+        ends += [0] * len(new)
+        paths[continuation], previous = path, continuation
+    for column in (*range(len(prompt)), *path):
+        ends[column] = len(tokens)
+    return _Tree(tokens, positions, ends, before, [paths[tuple(continuation)] for continuation in continuations])
 
 
 def continuation_log_probabilities(
@@ -76,7 +109,8 @@ def continuation_log_probabilities(
     """Log-probability of every token of every continuation, given the prompt and the tokens before it.
 
     Args:
-        model: a causal language model with full or sliding-window attention (sdpa, eager or flex_attention).
+        model: a causal language model with full or sliding-window attention, of `config.TAKES_MASKS` or
+            flex_attention.
         prompt: token ids, at least one.
         continuations: K sequences of token ids, each at least one long.
 
@@ -88,14 +122,14 @@ def continuation_log_probabilities(
     rows = SharedRows.of([(prompt, continuations)], model.device)
     logits = model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0]
     values = torch.log_softmax(logits.float(), dim=-1).gather(1, rows.targets[:, None]).squeeze(1)
-    return list(values.split([len(continuation) for continuation in continuations]))
+    return list(values[rows.places].split([len(continuation) for continuation in continuations]))
 
 
 def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tensor | None]:
     """Log-probability and entropy of every token of the continuations, with gradients.
 
     TRL's fused head computes them from the hidden states in tiles, forward and backward, so that [N, V] logits never
-    stand whole; a hook hands it the N positions that matter, the end of a prompt once for each of its continuations.
+    stand whole; a hook hands it the M positions that matter, the end of a prompt once for each different first token.
     All happens within one forward of the wrapped model, as data-parallel and ZeRO wrappers need it.
 
     Args:
@@ -103,7 +137,7 @@ def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tens
             temperature), bare or wrapped by PEFT, accelerate or both.
 
     Returns:
-        float32 [N] each, in the order of `rows.targets`; the entropies are None where the head has none.
+        float32 [N] each, in the order of `rows.places`; the entropies are None where the head has none.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -116,24 +150,22 @@ def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tens
 
     with bare.base_model.register_forward_hook(keep_what_predicts):
         scores = model(**rows.inputs(bare), shift_labels=rows.targets[None], fused_lm_head=True)
-    return scores.log_probs[0], None if scores.entropy is None else scores.entropy[0]
+    values = (scores.log_probs, scores.entropy)
+    return tuple(None if of_all is None else of_all[0, rows.places] for of_all in values)
 
 
-def attention_masks(
-    model: PreTrainedModel, segment: Tensor, prefix: Tensor, positions: Tensor
-) -> Mask | dict[str, Mask]:
-    """The mask of each kind of layer: a token sees its own segment and its prefix, never the future.
+def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
+    """The mask of each kind of layer: a token sees those before it whose branches have not ended.
 
     Args:
-        segment: int64 [B, L], which prompt or continuation a token belongs to.
-        prefix: int64 [B, L], the segment of its prompt; its own for a prompt's tokens.
+        ends: int64 [B, L], the column at which the branches through a token end.
         positions: int64 [B, L], for sliding windows.
 
     Returns:
         One mask, [B, 1, L, L] or a block mask, or one a kind of layer where the model's configuration tells them apart.
     """
     windows = layer_windows(model.config.get_text_config())
-    masks = {kind: _as_mask(model, mask_mod(segment, prefix, positions, w), segment) for kind, w in windows.items()}
+    masks = {kind: _as_mask(model, mask_mod(ends, positions, window), ends) for kind, window in windows.items()}
     return masks[""] if "" in masks else Masks(masks)
 
 
@@ -152,17 +184,16 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     return windows | ({"sliding_attention": config.sliding_window} if "sliding_attention" in kinds else {})
 
 
-def mask_mod(segment: Tensor, prefix: Tensor, positions: Tensor, window: int | None = None) -> MaskMod:
+def mask_mod(ends: Tensor, positions: Tensor, window: int | None = None) -> MaskMod:
     """The rule of a mask as FlexAttention wants it: (row, head, query, key) -> whether the query sees the key.
 
     Args:
-        segment, prefix, positions: int64 [B, L], see `attention_masks`.
+        ends, positions: int64 [B, L], see `attention_masks`.
         window: of a sliding-window layer, in positions.
     """
 
     def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        same = (segment[row, key] == segment[row, query]) | (segment[row, key] == prefix[row, query])
-        seen = (key <= query) & same
+        seen = (key <= query) & (query < ends[row, key])
         return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
 
     return sees
@@ -176,19 +207,21 @@ class Masks(dict):
         return torch.tensor(next(iter(self.values())).shape[-1])
 
 
-def _as_mask(model: PreTrainedModel, sees: MaskMod, segment: Tensor) -> Mask:
-    implementation, (rows, length), device = model.config._attn_implementation, segment.shape, segment.device
+def _as_mask(model: PreTrainedModel, sees: MaskMod, like: Tensor) -> Mask:
+    implementation, (rows, length), device = model.config._attn_implementation, like.shape, like.device
     if implementation == "flex_attention":
         return create_block_mask(sees, rows, None, length, length, device, _compile=device.type == "cuda")
-    if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"attention {implementation!r} takes no mask of its own; use sdpa, eager or flex_attention")
+    if implementation not in TAKES_MASKS:
+        raise ValueError(
+            f"attention {implementation!r} takes no mask of its own; use {', '.join(TAKES_MASKS)} or flex_attention"
+        )
     row, order = torch.arange(rows, device=device), torch.arange(length, device=device)
     return as_attention_mask(model, sees(row[:, None, None], None, order[:, None], order)[:, None])
 
 
 def as_attention_mask(model: PreTrainedModel, sees: Tensor) -> Tensor:
-    """A mask [B, 1, queries, keys], true where a query sees a key, as the model's attention (sdpa, eager) takes it."""
-    if model.config._attn_implementation == "sdpa":
+    """A mask [B, 1, queries, keys], true where a query sees a key, as attention of `config.TAKES_MASKS` takes it."""
+    if model.config._attn_implementation != "eager":
         return sees
     bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
     return bias.masked_fill(~sees, torch.finfo(model.dtype).min)
@@ -198,7 +231,7 @@ class SharedPrefixCollator:
     """Puts groups of rows that share a beginning into one row of a batch; the loss is that of the rows one by one.
 
     Args:
-        model: sdpa or eager attention.
+        model: with attention of `config.TAKES_MASKS`.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -206,15 +239,14 @@ class SharedPrefixCollator:
 
     def __call__(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Groups as `llm.encoding.share_prefixes` makes them -> `input_ids`, `labels`, `position_ids`, masks."""
-        segment, prefix, positions, first = [], [], [], 0
+        ends, positions = list[int](), list[int]()
         for group in groups:
             start, *lengths = group["lengths"]
+            _, *behind = accumulate(group["lengths"], initial=len(ends))
             positions += [*range(start), *(p for n in lengths for p in range(start, start + n))]
-            for number, length in enumerate(group["lengths"]):
-                segment += [first + number] * length
-            prefix += [first] * (start + sum(lengths))
-            first += len(group["lengths"])
-        masks = attention_masks(self._model, *(torch.tensor([values]) for values in (segment, prefix, positions)))
+            ends += [behind[-1]] * start
+            ends += [end for n, end in zip(lengths, behind[1:], strict=True) for _ in range(n)]
+        masks = attention_masks(self._model, *(torch.tensor([values]) for values in (ends, positions)))
         flat = {name: [token for group in groups for token in group[name]] for name in ("input_ids", "labels")}
         rows = {**flat, "position_ids": positions}
         return {**{name: torch.tensor([values]) for name, values in rows.items()}, "attention_mask": masks}

@@ -25,6 +25,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
 from twice_rec.llm import pretrain
+from twice_rec.llm.attention import CHUNKED
 from twice_rec.llm.base import END_OF_TURN, TAGS, BaseSettings, build_model, model_card, train_tokenizer
 from twice_rec.llm.modeling import load_tokenizer
 from twice_rec.llm.pretrain import PretrainSettings, encode_conversation, greedy_answers
@@ -75,6 +76,8 @@ def base(recipe: BaseModelRecipe) -> None:
 
     settings = PretrainSettings(**{f.name: own[f.name] for f in fields(PretrainSettings)})
     device = "cpu" if torch.distributed.is_initialized() else torch_device("auto")  # several processes: CPUs alone
+    if device == "cpu":
+        model.set_attn_implementation(CHUNKED)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     losses = pretrain.pretrain(model.to(device), batch, settings, work.path)
     if not IS_MAIN:
