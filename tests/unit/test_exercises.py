@@ -25,6 +25,7 @@ from twice_rec.llm.pretrain import (
 from twice_rec.prompts import PromptFormat
 from twice_rec.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
+from twice_rec.stages.base_model import obeys
 from twice_rec.tags import parse
 
 CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")
@@ -266,3 +267,23 @@ def test_questions_stand_behind_the_lists():
     assert prompts.in_form("What?", ("item_id",)).splitlines() == [
         "What?", "Answer in this form:", "<item_id> id of the recommended item </item_id>",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "obeyed"),
+    [
+        ("<think> other words </think> <item_nm> B </item_nm> <item_id> 2 </item_id>", True),
+        ("<item_nm> B </item_nm> <item_id> 2 </item_id> <think> other words </think>", False),
+        ("<item_nm> B </item_nm> <item_id> 2 </item_id>", False),
+        ("<think> x </think> <item_nm> B </item_nm> <item_id> 3 </item_id>", False),
+        ("<think> x </think> <item_nm> B </item_nm> <item_id> </item_id>", False),
+        ("<think> x </think> <item_nm> B </item_nm> <item_id> 2 </item_id> <item_id> 2 </item_id>", False),
+        ("<think> x <b> </think> <item_nm> B </item_nm> <item_id> 2 </item_id>", False),
+        ("<think> x <item_nm> B </item_nm> <item_id> 2 </item_id>", False),
+        ("", False),
+    ],
+)
+def test_a_form_is_obeyed_whichever_candidate_is_named(text, obeyed):
+    right = "<think> words </think> <item_nm> A </item_nm> <item_id> 1 </item_id>"
+    assert obeys(text, right, ("1", "2")) == obeyed
+    assert obeys(right, right, ("1", "2"))

@@ -46,10 +46,15 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A conversation: the prompt of the first turn (lists and question), its answer, and the turns that follow."""
+    """A conversation: the prompt of the first turn (lists and question), its answer, and the turns that follow.
+
+    Args:
+        candidates: the ids of those in the lists.
+    """
 
     prompt: list[Message]
     turns: list[Turn]
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ class ExerciseWriter:
                 turns.append(turn)
                 asked.add(turn.question)
         lines = prompts.show_lists(lists.example, lists, self._shown)
-        return Document(prompts.exercise(lines, turns[0].question), turns)
+        return Document(prompts.exercise(lines, turns[0].question), turns, lists.example.candidates)
 
     def item_document(self, rng: np.random.Generator, questions: int) -> Document:
         """What items are, from their titles alone."""
@@ -174,7 +179,7 @@ class _Lists:
         self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
         self._attributes = [attributes(item) for item in self.shown]
         chosen = [(self._all, 1), (self._copy, 4), (self._has, 5), (self._has_both, 2), (self._shared, 2)]
-        chosen += [(self._fits, 9)]
+        chosen += [(self._fits, 6)]
         if purchases:
             chosen += [(self._review, 2), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 1.5)]
         self.askers, self.weights = zip(*chosen, strict=True)

@@ -227,7 +227,8 @@ was read, and who buys what next is never asked.
 
 **Exam.** Greedy answers that are right to the letter, on {recipe.exam_documents} documents of items that occurred in no
 training document, with {recipe.max_candidates} candidates and {recipe.max_purchases} purchases. "format": the questions
-that say the form of the answer; "tags alone": of these, those with the right tags in the right places and an end.
+that say the form of the answer; "format obeyed": of these, those whose answer has the tags asked for and no others,
+each once and in order, ends, and names a candidate, be it the right one or not.
 
 | questions | right | number |
 |---|---|---|
