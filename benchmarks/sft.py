@@ -29,6 +29,7 @@ from reporting import paired, report
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.fitting import PromptWriter
 from twice_rec.data.sft import Row, Share, training_rows
+from twice_rec.llm.attention import CHUNKED
 from twice_rec.llm.base import train_tokenizer
 from twice_rec.llm.encoding import EncodedRow, encode_rows, share_prefixes
 from twice_rec.llm.shared_prefix import SharedPrefixCollator
@@ -79,6 +80,7 @@ def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: i
     gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     config = Gemma3TextConfig(**shape, sliding_window=512, max_position_embeddings=32768, pad_token_id=0)
+    config._attn_implementation = CHUNKED if sharing and not gpu else "sdpa"
     with torch.device("cuda" if gpu else "cpu"):
         model = Gemma3ForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32)
     weights = model.num_parameters()

@@ -177,7 +177,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--attention", choices=["sdpa", "eager", "flex_attention"], default="sdpa", help="ours")
+    parser.add_argument(
+        "--attention", choices=["sdpa", "chunked_sdpa", "eager", "flex_attention"], default="chunked_sdpa", help="ours"
+    )
     parser.add_argument("--peer_attention", default="sdpa", help="theirs")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="as the release; for both")
     parser.add_argument("--steps", type=int, default=1, help="of a process; on a GPU after two that do not count")
