@@ -439,7 +439,7 @@ MAX_PROMPT_TOKENS = (
 ITEM_FIRST = "task 3 names the item before its rationale; the same value belongs in sft, grpo and evaluate"
 MODEL_CHECKS = (at_least("lora_r", 1), at_least("lora_alpha", 1), within("lora_dropout", 0, 0.99))
 
-TAKES_MASKS = ("sdpa", "chunked_sdpa", "eager")  # kinds of attention that take any mask, as a tensor
+TAKES_MASKS = ("sdpa", "chunked_sdpa", "eager")  # kinds of attention that take a mask of ours, as a tensor
 
 
 def sharing_takes_masks(*implementations: str) -> Check:

@@ -187,7 +187,8 @@ def test_the_trainer_takes_the_labels_as_they_are(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gemma3, qwen3, llama])
 @pytest.mark.parametrize("attention", ["sdpa", "chunked_sdpa", "eager"])
-def test_packing_and_shared_prefixes_change_neither_loss_nor_gradients(tmp_path, make, attention):
+def test_packing_and_shared_prefixes_change_neither_loss_nor_gradients(tmp_path, monkeypatch, make, attention):
+    monkeypatch.setattr("twice_rec.llm.attention._CHUNK", 16)
     tokenizer, found = train_tokenizer(TEXTS, 300), {}
     for kind in ("padded", "packed", "shared"):
         trainer = trainer_of(kind, functools.partial(make, attention), tokenizer, tmp_path)

@@ -11,21 +11,13 @@ from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.exercises import ExerciseWriter, Lengths
 from twice_rec.data.world import PRODUCT_TYPES, World, WorldSettings
+from twice_rec.evaluation.exam import greedy_answers, obeys
 from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
 from twice_rec.llm.encoding import IGNORED
-from twice_rec.llm.pretrain import (
-    Muon,
-    PretrainSettings,
-    encode_conversation,
-    greedy_answers,
-    orthogonalised,
-    pretrain,
-    schedule,
-)
+from twice_rec.llm.pretrain import Muon, PretrainSettings, encode_conversation, orthogonalised, pretrain, schedule
 from twice_rec.prompts import PromptFormat
 from twice_rec.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
-from twice_rec.stages.base_model import obeys
 from twice_rec.tags import parse
 
 CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")

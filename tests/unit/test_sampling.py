@@ -47,7 +47,8 @@ def test_greedy_tokens_are_those_of_generate(model, prompts):
 
 
 @pytest.mark.parametrize("attention", ["chunked_sdpa", "eager", "flex_attention"])
-def test_other_attention_agrees(attention):
+def test_other_attention_agrees(monkeypatch, attention):
+    monkeypatch.setattr("twice_rec.llm.attention._CHUNK", 4)
     prompt = [list(range(3, 20)), list(range(40, 45))]
     models = [gemma3(kind).eval() for kind in ("sdpa", attention)]
     one, other = (sample_answers(model, prompt, (1, 1), {1}, NEW) for model in models)

@@ -163,23 +163,6 @@ def pretrain(
     return losses
 
 
-@torch.inference_mode()
-def greedy_answers(model: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """For each answer of an encoded conversation (the likeliest token, the right token) of each place.
-
-    Each is the likeliest after the right tokens before it: where all are right, generating gives the answer.
-    """
-    guesses = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].argmax(dim=-1)[:-1].tolist()
-    answers: list[list[tuple[int, int]]] = []
-    for guess, previous, label in zip(guesses, labels, labels[1:], strict=False):
-        if label == IGNORED:
-            continue
-        if previous == IGNORED:
-            answers.append([])
-        answers[-1].append((guess, label))
-    return answers
-
-
 def schedule(step: int, settings: PretrainSettings) -> float:
     """Share of the learning rate: a linear warm-up, a plateau, and a linear decay to 0 over `decay_fraction`."""
     decay = max(1, math.ceil(settings.decay_fraction * settings.steps))

@@ -12,34 +12,30 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twice_rec.artifacts import Work, write_json, write_text
 from twice_rec.config import BaseModelRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
+from twice_rec.evaluation.exam import examine
 from twice_rec.llm import pretrain
 from twice_rec.llm.attention import CHUNKED
 from twice_rec.llm.base import BaseSettings, build_model, model_card, train_tokenizer
-from twice_rec.llm.encoding import IGNORED
-from twice_rec.llm.modeling import load_tokenizer, stop_token_ids
-from twice_rec.llm.pretrain import PretrainSettings, encode_conversation, greedy_answers
-from twice_rec.llm.sampling import sample_answers
+from twice_rec.llm.modeling import load_tokenizer
+from twice_rec.llm.pretrain import PretrainSettings, encode_conversation
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device
-from twice_rec.tags import parse
 
 logger = logging.getLogger("base")
 
 _TRAINING, _EXAM, _TEXTS = 1, 2, 3  # streams of random numbers
-_EXAM_TOKENS = 200  # an answer may have; the longest right ones have some 100
 
 
 def base(recipe: BaseModelRecipe) -> None:
@@ -87,8 +83,10 @@ def base(recipe: BaseModelRecipe) -> None:
     losses = pretrain.pretrain(model.to(device), batch, settings, work.path)
     if not IS_MAIN:
         return
-    model.set_attn_implementation(CHUNKED)
-    exam = _examine(recipe, model.cpu(), tokenizer, ExerciseWriter(data.catalog, data.prompt_format, held_out=True))
+    examiner = ExerciseWriter(data.catalog, data.prompt_format, held_out=True)
+    rng = np.random.default_rng([recipe.seed, _EXAM])
+    lists = (longest.purchases, longest.candidates, recipe.questions)
+    exam = examine(model.cpu(), tokenizer, [examiner.document(rng, *lists) for _ in range(recipe.exam_documents)])
     logger.info("exam: %s", ", ".join(f"{kind} {entry['right']:.3f}" for kind, entry in sorted(exam.items())))
     figures = {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "exam": exam}
     model.save_pretrained(work.path)
@@ -104,54 +102,6 @@ def base(recipe: BaseModelRecipe) -> None:
         for path in outputs:
             shutil.copy(path, target)
         logger.info("copied to %s", target)
-
-
-def _examine(
-    recipe: BaseModelRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examiner: ExerciseWriter
-) -> dict[str, dict[str, float]]:
-    """Kind of question -> share of its answers that are right, and number of questions.
-
-    `format obeyed` is the share of the questions with a form whose greedy answer, written freely, has it (see `obeys`);
-    all other kinds count the answers that are right to the letter.
-    """
-    marks = dict[str, list[bool]]()
-    rng = np.random.default_rng([recipe.seed, _EXAM])
-    stop = stop_token_ids(model, tokenizer)
-    for _ in range(recipe.exam_documents):
-        document = examiner.document(rng, recipe.max_purchases, recipe.max_candidates, recipe.questions)
-        turns = [(turn.question, turn.answer) for turn in document.turns]
-        ids, labels = encode_conversation(tokenizer, document.prompt, turns)
-        starts = [i for i in range(1, len(labels)) if labels[i - 1] == IGNORED != labels[i]]
-        asked, expected = [], []
-        for turn, answer, start in zip(document.turns, greedy_answers(model, ids, labels), starts, strict=True):
-            kind = "format" if turn.form else turn.kind
-            marks.setdefault(kind, []).append(all(guess == right for guess, right in answer))
-            if turn.form:
-                asked.append(ids[:start])
-                expected.append(turn.answer)
-        if asked:
-            written = sample_answers(model, asked, [1] * len(asked), stop, _EXAM_TOKENS)
-            for (sample,), right in zip(written, expected, strict=True):
-                text = tokenizer.decode(sample.token_ids[:-1])
-                obeyed = not sample.truncated and obeys(text, right, document.candidates)
-                marks.setdefault("format obeyed", []).append(obeyed)
-    return {kind: {"right": sum(rights) / len(rights), "questions": len(rights)} for kind, rights in marks.items()}
-
-
-def obeys(text: str, right: str, candidates: Collection[str]) -> bool:
-    """Whether an answer has the tags of the right one, each once, in order and around something, and names a candidate.
-
-    It need not be the right candidate.
-    """
-    answer, wanted = parse(text), parse(right)
-    places = [text.find(tag) for tag in sorted(wanted.counts, key=right.index)]
-    return (
-        answer.counts == wanted.counts
-        and answer.other_tags == 0
-        and places == sorted(places)
-        and answer.is_complete(tuple(wanted.fields))
-        and answer.item_id in candidates
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

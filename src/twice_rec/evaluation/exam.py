@@ -1,0 +1,81 @@
+"""The exam of the tiny base model: its share of right answers by kind of question, and whether it keeps to a form."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from twice_rec.data.exercises import Document
+from twice_rec.llm.encoding import IGNORED
+from twice_rec.llm.modeling import stop_token_ids
+from twice_rec.llm.pretrain import encode_conversation
+from twice_rec.llm.sampling import sample_answers
+from twice_rec.tags import parse
+
+_MAX_TOKENS = 200  # of an answer; the longest right ones in a form have some 100
+
+
+def examine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
+) -> dict[str, dict[str, float]]:
+    """Kind of question -> share of its answers that are right, and number of questions.
+
+    `format obeyed` is the share of the questions with a form whose greedy answer, written freely, has it (see `obeys`);
+    all other kinds count the answers that are right to the letter. Each question stands behind the right answers to
+    those before it.
+    """
+    marks = dict[str, list[bool]]()
+    stop = stop_token_ids(model, tokenizer)
+    for document in documents:
+        turns = [(turn.question, turn.answer) for turn in document.turns]
+        ids, labels = encode_conversation(tokenizer, document.prompt, turns)
+        starts = [i for i in range(1, len(labels)) if labels[i - 1] == IGNORED != labels[i]]
+        asked, expected = [], []
+        for turn, answer, start in zip(document.turns, greedy_answers(model, ids, labels), starts, strict=True):
+            kind = "format" if turn.form else turn.kind
+            marks.setdefault(kind, []).append(all(guess == right for guess, right in answer))
+            if turn.form:
+                asked.append(ids[:start])
+                expected.append(turn.answer)
+        if asked:
+            written = sample_answers(model, asked, [1] * len(asked), stop, _MAX_TOKENS)
+            for (sample,), right in zip(written, expected, strict=True):
+                text = tokenizer.decode(sample.token_ids[:-1])
+                obeyed = not sample.truncated and obeys(text, right, document.candidates)
+                marks.setdefault("format obeyed", []).append(obeyed)
+    return {kind: {"right": sum(rights) / len(rights), "questions": len(rights)} for kind, rights in marks.items()}
+
+
+@torch.inference_mode()
+def greedy_answers(model: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """For each answer of an encoded conversation (the likeliest token, the right token) of each place.
+
+    Each is the likeliest after the right tokens before it: where all are right, generating gives the answer.
+    """
+    guesses = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].argmax(dim=-1)[:-1].tolist()
+    answers: list[list[tuple[int, int]]] = []
+    for guess, previous, label in zip(guesses, labels, labels[1:], strict=False):
+        if label == IGNORED:
+            continue
+        if previous == IGNORED:
+            answers.append([])
+        answers[-1].append((guess, label))
+    return answers
+
+
+def obeys(text: str, right: str, candidates: Collection[str]) -> bool:
+    """Whether an answer has the tags of the right one, each once, in order and around something, and names a candidate.
+
+    It need not be the right candidate.
+    """
+    answer, wanted = parse(text), parse(right)
+    places = [text.find(tag) for tag in sorted(wanted.counts, key=right.index)]
+    return (
+        answer.counts == wanted.counts
+        and answer.other_tags == 0
+        and places == sorted(places)
+        and answer.is_complete(tuple(wanted.fields))
+        and answer.item_id in candidates
+    )
