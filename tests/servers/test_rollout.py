@@ -74,7 +74,7 @@ def ended(pids):
 
 
 def trainer_flags():
-    flags = f"--max_steps {STEPS} --save_steps 1 --save_total_limit 9 --num_generations 4 --max_completion_length 64"
+    flags = f"--max_steps {STEPS} --save_steps 1 --save_total_limit 9 --num_generations 4 --max_completion_length 96"
     flags += " --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 0.02 --warmup_steps 0"
     return flags.split()
 
@@ -92,9 +92,10 @@ def trained(tmp_path_factory):
     try:
         trainer = Launched("grpo_step2", run_dir, address, *trainer_flags())  # it waits for the server
         out = run_dir / "grpo_server"
+        trainer.wait_for(lambda: list(out.glob("policy/policy-*-0")))
+        everything, api_server = server.group(), server.api_server()
         trainer.wait_for(lambda: list(out.glob("policy/policy-*-1/adapter_model.safetensors")))
-        everything = server.group()
-        os.kill(server.api_server(), signal.SIGKILL)
+        os.kill(api_server, signal.SIGKILL)
         assert not (out / "completions" / "completions_00002.parquet").exists(), "the second step was over already"
         assert len(everything) > 1
         assert server.process.wait(60) == 2

@@ -179,7 +179,7 @@ class _Lists:
         self._opinions = [opinion(entry, item) for entry, item in zip(history, self.bought, strict=True)]
         self._attributes = [attributes(item) for item in self.shown]
         chosen = [(self._all, 1), (self._copy, 4), (self._has, 5), (self._has_both, 2), (self._shared, 2)]
-        chosen += [(self._fits, 6)]
+        chosen += [(self._fits, 9)]
         if purchases:
             chosen += [(self._review, 2), (self._reviews, 3), (self._last, 2), (self._frequent, 1), (self._rated, 1.5)]
         self.askers, self.weights = zip(*chosen, strict=True)
