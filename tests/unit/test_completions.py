@@ -51,6 +51,7 @@ def test_figures_of_a_step():
             "confidence/miss": (5 / 10 + 2 * 1 / 4) / 3,
             "groups/without_hit": 1 / 2,
             "groups/without_variance": 1 / 2,
+            "structure/missing": 0.0,
             "reward/popularity_share": sxy**2 / (sxx * syy),
         }
     )
@@ -165,6 +166,7 @@ def run_steps(tmp_path, caplog, tables, **options):
 GOOD = columns(outcome=["hit", "miss", "miss"] * 2, collaborative=[2.0, 0, 0] * 2)
 FLAT = columns(outcome=["miss"] * 6, collaborative=[0.0] * 6)
 BROKEN = columns(outcome=["malformed"] * 4 + ["miss"] * 2, collaborative=[0.0] * 5 + [0.5], structure=[0.0, 1] * 3)
+UNFORMED = {**GOOD, "structure": [0.0] * 5 + [1.0]}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,7 @@ BROKEN = columns(outcome=["malformed"] * 4 + ["miss"] * 2, collaborative=[0.0] *
     [
         (FLAT, ["had no variance", "advantages are 0", "raise temperature or num_generations", "tau"]),
         (BROKEN, ["were malformed", "raise max_completion_length", "completions/clipped_ratio"]),
+        (UNFORMED, ["had no whole structure", "lower learning_rate", "reward_weights"]),
     ],
 )
 def test_persistent_faults_are_told_once_in_words(tmp_path, caplog, table, words):

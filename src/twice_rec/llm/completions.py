@@ -32,6 +32,8 @@ def step_figures(columns: Columns, num_generations: int, weights: Mapping[str, f
     - `groups/without_hit`: share of the groups in which no completion hits.
     - `groups/without_variance`: share of the groups whose completions all earn the same weighted sum of rewards, so
       that every advantage is 0. (TRL's `frac_reward_zero_std` is the same unless `scale_rewards` is batch.)
+    - `structure/missing`: share of the completions that earn nothing for their structure (Eq. 3); left out where
+      `structure` is no reward.
     - `reward/popularity_share`: how much of the item rewards (`ITEM_REWARDS`, weighted and summed) item popularity
       alone explains: R^2 of their least-squares line over `log_popularity`, over the completions that name a candidate.
       Left out where they are fewer than 3, or all popularities or all rewards are equal.
@@ -51,6 +53,8 @@ def step_figures(columns: Columns, num_generations: int, weights: Mapping[str, f
     figures["groups/without_hit"] = float((~hits.any(axis=1)).mean())
     totals = _weighted(columns, weights, list(weights)).reshape(-1, num_generations)
     figures["groups/without_variance"] = float((np.ptp(totals, axis=1) < 1e-6).mean())
+    if "structure" in weights:
+        figures["structure/missing"] = float((np.array(columns["structure"]) == 0).mean())
     if item_rewards := [name for name in ITEM_REWARDS if name in weights]:
         named = np.isin(outcomes, (Outcome.HIT.value, Outcome.MISS.value))
         popularity = np.array(columns["log_popularity"])[named]
@@ -82,6 +86,13 @@ ALARMS: Sequence[tuple[Callable[[Mapping[str, float]], bool], str]] = (
         "title that is not the id's, and earn no item reward. If they are cut off (see completions/clipped_ratio), "
         "raise max_completion_length; if not, stage 2 has not taught the format: train it for longer, or lower "
         "temperature. See %s",
+    ),
+    (
+        lambda figures: figures.get("structure/missing", 0.0) > 0.5,
+        "in each of the last %d steps more than half of the completions had no whole structure (reward structure 0): a "
+        "tag is missing or doubled, though the item may be right. Once all completions of a group lack it, none has an "
+        "advantage from it, and it does not come back (rewards/structure/mean tells when it went): run again with a "
+        "lower learning_rate, or a higher weight of structure in reward_weights. See %s",
     ),
 )
 
