@@ -8,6 +8,6 @@ bash rationales.sh
 bash sft.sh
 bash sasrec.sh
 bash grpo_step1.sh
-bash grpo_step2.sh --max_steps 16 # of 128, which take 7 minutes
+bash grpo_step2.sh --max_steps 16 # of 128, which take 4 to 7 minutes
 bash evaluate.sh
 bash report.sh
