@@ -59,15 +59,15 @@ def test_every_variant_has_metrics(finished):
 def test_what_earns_reward_is_learned(finished):
     run_dir, _ = finished
     base = ROOT / "assets" / "tiny_base"
-    four_prompts = ["--train_fraction", "0.016", "--num_train_epochs", "100", "--max_steps", "20"]
-    only_hits = ["--reward_funcs", "match", "--reward_weights", "1.0", "--beta", "0.0", "--learning_rate", "2e-3"]
+    four_prompts = ["--train_fraction", "0.016", "--num_train_epochs", "100", "--max_steps", "14"]
+    only_hits = ["--reward_funcs", "match", "--reward_weights", "1.0", "--beta", "0.0", "--learning_rate", "4e-3"]
     samples = ["--num_generations", "16", "--per_device_train_batch_size", "64", "--max_completion_length", "100"]
-    samples += ["--temperature", "1.3", "--seed", "2"]  # four prompts that the base answers right now and then
+    samples += ["--temperature", "1.3", "--seed", "1"]
     flags = ["--variant", "stage3_hits", "--model_name_or_path", str(base), *four_prompts, *only_hits, *samples]
     assert run("grpo", run_dir, base, *flags) == 0
     steps = sorted((run_dir / "grpo_hits" / "completions").glob("*.parquet"))
     hit_rates = [(parquet.read_table(step)["outcome"].to_numpy() == "hit").mean() for step in steps]
-    assert len(hit_rates) == 20
+    assert len(hit_rates) == 14
     assert np.mean(hit_rates[-3:]) > hit_rates[0] + 0.3, hit_rates
 
 
