@@ -45,7 +45,7 @@ def measure(who: str, options: argparse.Namespace) -> dict[str, float]:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, TrainerCallback
     from trl import GRPOConfig
 
-    from twice_rec.llm.base import train_tokenizer
+    from tiny_base.model import train_tokenizer
     from twice_rec.llm.grpo import grpo_trainer
 
     gpu, shape, draw = options.device == "cuda", SHAPES[options.shape], random.Random(0)

@@ -108,7 +108,7 @@ _CHECKER = (
 )
 
 _RECOMMENDER = "You recommend the product a customer buys next, judging by their purchases and reviews."
-_EXPERT = "You know the products of an online shop."
+EXPERT = "You know the products of an online shop."
 
 _CHOOSE = "Choose the one candidate this customer buys next."
 _REASON_FIRST = (
@@ -119,7 +119,7 @@ _REASON_LAST = (
     "Name it first, then give your reasons: what the purchases, the good and the bad ratings and the reviews show, "
     "what they call for next, and how this candidate answers that."
 )
-_ANSWER_IN_THIS_FORM = "Answer in this form:"
+ANSWER_IN_THIS_FORM = "Answer in this form:"
 
 
 def rating_word(rating: float | None) -> str:
@@ -177,7 +177,7 @@ def recommend(
         expected = tags.ITEM_FIRST if item_first else tags.WITH_RATIONALE
         instruction = f"{_CHOOSE} {_REASON_LAST if item_first else _REASON_FIRST}"
     content = "\n".join(
-        [*show_lists(example, catalog, shown), "", instruction, _ANSWER_IN_THIS_FORM, tags.describe(expected)]
+        [*show_lists(example, catalog, shown), "", instruction, ANSWER_IN_THIS_FORM, tags.describe(expected)]
     )
     return [{"role": "system", "content": _RECOMMENDER}, {"role": "user", "content": content}]
 
@@ -189,11 +189,11 @@ def item_info(item: Item) -> list[Message]:
             f"Product: {item.title}",
             "",
             "Give its id, description and details.",
-            _ANSWER_IN_THIS_FORM,
+            ANSWER_IN_THIS_FORM,
             tags.describe(tags.ITEM_INFO),
         ]
     )
-    return [{"role": "system", "content": _EXPERT}, {"role": "user", "content": content}]
+    return [{"role": "system", "content": EXPERT}, {"role": "user", "content": content}]
 
 
 def item_answer(item: Item) -> str:
@@ -210,16 +210,6 @@ def rationale_answer(rationale: str, item: Item, item_first: bool = False) -> st
 def item_info_answer(item: Item, shown: PromptFormat) -> str:
     """The answer of task 1."""
     return tags.render({"item_info": describe_item(item, ("item_id", "description", "details"), shown)})
-
-
-def exercise(lines: Sequence[str], question: str) -> list[Message]:
-    """A question of the tiny base's pretraining about lists or an item, in the form of the other prompts."""
-    return [{"role": "system", "content": _EXPERT}, {"role": "user", "content": "\n".join([*lines, "", question])}]
-
-
-def in_form(question: str, form: tuple[tags.Field, ...]) -> str:
-    """The question with the form of its answer."""
-    return "\n".join([question, _ANSWER_IN_THIS_FORM, tags.describe(form)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from servers.processes import NEEDS_VLLM, ROOT, vllm_server
+from tiny_base import stage as base_model
 from twice_rec.rationales.answers import VERDICTS
-from twice_rec.stages import base_model
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, NEEDS_VLLM]
 ROWS = 6
@@ -18,7 +18,7 @@ def model(prepared):
     """A model that knows nothing, with the tokenizer of the domain."""
     sizes = ["--vocab_size", "1000", "--hidden_size", "64", "--num_hidden_layers", "2"]
     sizes += ["--steps", "0", "--exam_documents", "1", "--publish_dir", "null"]
-    words = ["--config", str(ROOT / "recipes" / "tiny" / "base.yaml"), "--run_dir", str(prepared), *sizes]
+    words = ["--config", str(ROOT / "tiny_base" / "recipe.yaml"), "--run_dir", str(prepared), *sizes]
     assert base_model.main(words) == 0
     return prepared / "base"
 

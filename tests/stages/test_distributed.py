@@ -39,9 +39,9 @@ def launch(launcher, stage, run_dir, *flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, *LAUNCHERS[launcher], str(port), "-m", f"twice_rec.stages.{STAGES[stage][0]}"]
+    command = [sys.executable, *LAUNCHERS[launcher], str(port), "-m", STAGES[stage][0]]
     command += words(stage, run_dir, run_dir / "base", *flags)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
 

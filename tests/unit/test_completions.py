@@ -14,8 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from tiny_base.model import BaseSettings, build_model, train_tokenizer
 from twice_rec.catalog import ItemCatalog
-from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
 from twice_rec.llm.completions import PATIENCE, CompletionLog, step_figures
 from twice_rec.llm.generation import Policy
 from twice_rec.records import Item

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tiny_base.recipe import BaseModelRecipe
 from twice_rec import config
 from twice_rec.artifacts import InputError
 from twice_rec.config import (
-    BaseModelRecipe,
     EvaluateRecipe,
     GrpoRecipe,
     PrepareRecipe,
@@ -26,7 +26,7 @@ from twice_rec.stages.lifecycle import OWNED_BY_STAGES
 ROOT = Path(__file__).parents[2]
 CLASSES = {
     "prepare": PrepareRecipe,
-    "base": BaseModelRecipe,
+    "recipe": BaseModelRecipe,
     "rationales": RationalesRecipe,
     "sft": SftRecipe,
     "sft_qwen3": SftRecipe,
@@ -39,7 +39,13 @@ CLASSES = {
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
 }
-RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate_configs")
+SOURCES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
+FOLDERS = ("tiny", "grocery", "amazon")
+RECIPES = sorted([*(path for f in FOLDERS for path in ROOT.glob(f"recipes/{f}/*.yaml")), ROOT / "tiny_base" / "recipe.yaml"])
+    path
+    for path in [*ROOT.glob("recipes/*/*.yaml"), ROOT / "tiny_base" / "recipe.yaml"]
+    if path.parent.name != "accelerate_configs"
+)
 
 
 def trainer_config(stem):
@@ -66,7 +72,11 @@ def test_every_recipe_fits_its_dataclass_and_states_every_key(path):
 @pytest.mark.parametrize("recipe", CLASSES.values(), ids=lambda c: c.__name__)
 def test_every_key_is_read_somewhere(recipe):
     source = (
-        "\n".join(path.read_text() for path in ROOT.glob("src/twice_rec/**/*.py") if path.name != "config.py")
+        "\n".join(
+            path.read_text()
+            for path in SOURCES
+            if path.name != "config.py"
+        )
         + (ROOT / "src/twice_rec/config.py").read_text().partition("# Reading")[0]
     )
     for f in dataclasses.fields(recipe):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from tiny_base import exercises
+from tiny_base.exercises import ExerciseWriter, Lengths
+from tiny_base.model import BaseSettings, build_model, train_tokenizer
+from tiny_base.pretraining import Muon, PretrainSettings, encode_conversation, orthogonalised, pretrain, schedule
+from tiny_base.probe import greedy_answers, obeys
 from tiny_models import gemma3
-from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.exercises import ExerciseWriter, Lengths
 from twice_rec.data.world import PRODUCT_TYPES, World, WorldSettings
-from twice_rec.evaluation.exam import greedy_answers, obeys
-from twice_rec.llm.base import BaseSettings, build_model, train_tokenizer
 from twice_rec.llm.encoding import IGNORED
-from twice_rec.llm.pretrain import Muon, PretrainSettings, encode_conversation, orthogonalised, pretrain, schedule
 from twice_rec.prompts import PromptFormat
 from twice_rec.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
@@ -253,10 +253,10 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_questions_stand_behind_the_lists():
-    (system, user) = prompts.exercise(["a", "b"], "What?")
+    (system, user) = exercises.exercise(["a", "b"], "What?")
     assert user["content"] == "a\nb\n\nWhat?"
     assert system["role"] == "system"
-    assert prompts.in_form("What?", ("item_id",)).splitlines() == [
+    assert exercises.in_form("What?", ("item_id",)).splitlines() == [
         "What?", "Answer in this form:", "<item_id> id of the recommended item </item_id>",
     ]  # fmt: skip
 

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
-from twice_rec.llm.base import train_tokenizer
 from twice_rec.llm.grpo import groups_together, grpo_trainer
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]

@@ -22,8 +22,8 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tiny_base.model import END_OF_TURN, START_OF_TURN
 from twice_rec.artifacts import atomic_path
-from twice_rec.llm.base import END_OF_TURN, START_OF_TURN
 from twice_rec.llm.encoding import IGNORED
 from twice_rec.llm.modeling import encode_chat, encode_text
 from twice_rec.prompts import Message
@@ -39,7 +39,7 @@ _ADAM_SHARE = 0.25  # of the learning rate, for embeddings and norms; at all of 
 
 @dataclass(frozen=True, slots=True)
 class PretrainSettings:
-    """See `config.BaseModelRecipe`."""
+    """See `recipe.BaseModelRecipe`."""
 
     steps: int
     tokens_per_step: int

@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from twice_rec.config import BaseModelRecipe
+from tiny_base.recipe import BaseModelRecipe
 from twice_rec.tags import FIELDS, closing, opening
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True, slots=True)
 class BaseSettings:
-    """Shape of the model; see `config.BaseModelRecipe`."""
+    """Shape of the model; see `recipe.BaseModelRecipe`."""
 
     vocab_size: int
     hidden_size: int

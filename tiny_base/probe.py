@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from twice_rec.data.exercises import Document
+from tiny_base.exercises import Document
+from tiny_base.pretraining import encode_conversation
 from twice_rec.llm.encoding import IGNORED
 from twice_rec.llm.modeling import stop_token_ids
-from twice_rec.llm.pretrain import encode_conversation
 from twice_rec.llm.sampling import sample_answers
 from twice_rec.tags import parse
 

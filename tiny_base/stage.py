@@ -1,7 +1,7 @@
 """The tiny base model -> base/ (model, tokenizer, chat template, exam, model card), and a copy in `publish_dir`.
 
 It plays the part of gemma-3-1b-it where no weights can be downloaded: it reads the prompts' form and answers questions
-about what stands there. It reads the catalogue's texts and made-up lists (see `data/exercises.py`), never a purchase.
+about what stands there. It reads the catalogue's texts and made-up lists (see `exercises.py`), never a purchase.
 Killed and started again, it goes on from the last training state. On CPUs torchrun's processes share the work, one
 thread each.
 """
@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tiny_base.exercises import Document, ExerciseWriter, Lengths
+from tiny_base.model import BaseSettings, build_model, model_card, train_tokenizer
+from tiny_base.pretraining import PretrainSettings, encode_conversation
+from tiny_base.probe import examine
+from tiny_base.recipe import BaseModelRecipe
 from twice_rec.artifacts import Work, write_json, write_text
-from twice_rec.config import BaseModelRecipe, load_recipe
+from twice_rec.config import load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.exercises import Document, ExerciseWriter, Lengths
-from twice_rec.evaluation.exam import examine
-from twice_rec.llm import pretrain
 from twice_rec.llm.attention import CHUNKED
-from twice_rec.llm.base import BaseSettings, build_model, model_card, train_tokenizer
 from twice_rec.llm.modeling import load_tokenizer
-from twice_rec.llm.pretrain import PretrainSettings, encode_conversation
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device
 
@@ -63,11 +63,11 @@ def base(recipe: BaseModelRecipe) -> None:
     model = build_model(tokenizer, BaseSettings(**{f.name: own[f.name] for f in fields(BaseSettings)}))
     logger.info("%s parameters, %s tokens", f"{model.num_parameters():,}", f"{len(tokenizer):,}")
 
-    def encoded(document: Document) -> pretrain.Encoded:
+    def encoded(document: Document) -> pretraining.Encoded:
         turns = [(turn.question, turn.answer) for turn in document.turns]
         return encode_conversation(tokenizer, document.prompt, turns)
 
-    def batch(step: int) -> list[pretrain.Encoded]:
+    def batch(step: int) -> list[pretraining.Encoded]:
         rng, documents, tokens = np.random.default_rng([recipe.seed, _TRAINING, step]), [], 0
         while tokens < recipe.tokens_per_step:
             lengths = longest.at(step / recipe.curriculum_steps)
@@ -80,7 +80,7 @@ def base(recipe: BaseModelRecipe) -> None:
     if device == "cpu":
         model.set_attn_implementation(CHUNKED)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
-    losses = pretrain.pretrain(model.to(device), batch, settings, work.path)
+    losses = pretraining.pretrain(model.to(device), batch, settings, work.path)
     if not IS_MAIN:
         return
     examiner = ExerciseWriter(data.catalog, data.prompt_format, held_out=True)
@@ -92,7 +92,7 @@ def base(recipe: BaseModelRecipe) -> None:
     model.save_pretrained(work.path)
     write_json(work.path / "exam.json", exam)
     write_text(work.path / "README.md", model_card(recipe, figures, losses))
-    (work.path / pretrain.STATE).unlink(missing_ok=True)
+    (work.path / pretraining.STATE).unlink(missing_ok=True)
     outputs = sorted(path for path in work.path.iterdir() if path.name[0] != ".")
     work.finish(outputs, figures, about(recipe))
     if recipe.publish_dir:

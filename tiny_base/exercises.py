@@ -24,9 +24,20 @@ from twice_rec.data import world
 from twice_rec.prompts import Message, PromptFormat
 from twice_rec.reading import attributes, called_for, last_note, opinion, review_note, review_notes
 from twice_rec.records import Example, Interaction, Item
-from twice_rec.tags import ITEM_ONLY, WITH_RATIONALE
+from twice_rec.tags import ITEM_ONLY, WITH_RATIONALE, Field, describe
 
 _CATEGORY_WEIGHT = 1.5  # of a called-for category against one liked attribute, in "which candidate fits"
+
+
+def exercise(lines: Sequence[str], question: str) -> list[Message]:
+    """A question about lists or an item, in the form of the package's prompts."""
+    content = "\n".join([*lines, "", question])
+    return [{"role": "system", "content": prompts.EXPERT}, {"role": "user", "content": content}]
+
+
+def in_form(question: str, form: tuple[Field, ...]) -> str:
+    """The question with the form of its answer."""
+    return "\n".join([question, prompts.ANSWER_IN_THIS_FORM, describe(form)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +115,7 @@ class ExerciseWriter:
                 turns.append(turn)
                 asked.add(turn.question)
         lines = prompts.show_lists(lists.example, lists, self._shown)
-        return Document(prompts.exercise(lines, turns[0].question), turns, lists.example.candidates)
+        return Document(exercise(lines, turns[0].question), turns, lists.example.candidates)
 
     def item_document(self, rng: np.random.Generator, questions: int) -> Document:
         """What items are, from their titles alone."""
@@ -112,7 +123,7 @@ class ExerciseWriter:
         for item in (self.item(rng) for _ in range(questions)):
             said = prompts.describe_item(item, ("category", "description", "details"), self._shown)
             turns.append(Turn("items", f"Product: {item.title}\n\nGive its category, description and details.", said))
-        return Document(prompts.exercise([], turns[0].question), turns)
+        return Document(exercise([], turns[0].question), turns)
 
     def texts(self, rng: np.random.Generator, lengths: Lengths, item_share: float, questions: int) -> Iterator[str]:
         """What a tokenizer is trained on: documents, and each item of the catalogue in the tasks' own prompts."""
@@ -194,9 +205,9 @@ class _Lists:
         """Ask for an item; one in four such questions says the form, and half of these ask for a thought."""
         draw = self._rng.random()
         if draw < 0.125:
-            return Turn(kind, prompts.in_form(question, ITEM_ONLY), prompts.item_answer(item), form=True)
+            return Turn(kind, in_form(question, ITEM_ONLY), prompts.item_answer(item), form=True)
         if draw < 0.25:
-            asked = prompts.in_form(question, WITH_RATIONALE)
+            asked = in_form(question, WITH_RATIONALE)
             return Turn(kind, asked, prompts.rationale_answer(thought, item), form=True)
         return Turn(kind, question, prompts.item_answer(item))
 
