@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from tiny_base.recipe import BaseModelRecipe
-from twice_rec.tags import FIELDS, closing, opening
+from twice_rec.answer_format import FIELDS, closing, opening
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"

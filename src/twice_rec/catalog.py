@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 
-from twice_rec.artifacts import InputError, read_records, write_records
+from twice_rec.answer_format import ParsedAnswer
+from twice_rec.errors import InputError
+from twice_rec.files import read_records, write_records
 from twice_rec.records import Item
-from twice_rec.tags import ParsedAnswer
 
 PADDING = 0
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypedDict
 
-from twice_rec import tags
 from twice_rec.records import Example, Interaction, Item
 
 # Ratings 1 to 5 in words (the release's scale).

@@ -9,11 +9,11 @@ import threading
 import time
 
 import pytest
+from twice_rec.errors import InputError
 
 from servers.fake_vllm import FakeVLLM
 from servers.processes import ROOT, free_port
 from stages.pipeline import run
-from twice_rec.artifacts import InputError
 from twice_rec.llm import server_rollout
 from twice_rec.llm.policy_server import PolicyServer, ServerDown, base_name
 from twice_rec.llm.server_rollout import Patience, ServerGone

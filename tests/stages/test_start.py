@@ -11,11 +11,10 @@ import sys
 import time
 
 import pytest
+from twice_rec.errors import InputError
 
 from servers.processes import is_alive
 from stages.pipeline import ROOT, run
-from twice_rec import artifacts
-from twice_rec.artifacts import InputError
 from twice_rec.llm import serving
 from twice_rec.llm.policy_server import base_name
 from twice_rec.stages import stage0_prepare, stage3b_serve

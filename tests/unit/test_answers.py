@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twice_rec import tags
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
 from twice_rec.rationales.answers import (
     CHECK_SCHEMA,

@@ -5,11 +5,10 @@ import json
 import os
 
 import pytest
+from twice_rec.errors import InputError
+from twice_rec.run import Manifest, Work
 
-from twice_rec.artifacts import (
-    InputError,
-    Manifest,
-    Work,
+from twice_rec.files import (
     atomic_path,
     hash_file,
     read_json,

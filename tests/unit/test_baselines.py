@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError
 from twice_rec.evaluation.baselines import (
     ItemSimilarityScorer,
     OutsideScorer,

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError
+from twice_rec.answer_format import parse
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.records import Item
-from twice_rec.tags import parse
 
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
 items = st.lists(

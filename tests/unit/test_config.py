@@ -8,19 +8,9 @@ import pytest
 import yaml
 
 from tiny_base.recipe import BaseModelRecipe
-from twice_rec import config
-from twice_rec.artifacts import InputError
-from twice_rec.config import (
-    EvaluateRecipe,
-    GrpoRecipe,
-    PrepareRecipe,
-    RationalesRecipe,
-    ReportRecipe,
-    SasrecRecipe,
-    SftRecipe,
-    load_recipe,
-    load_training_recipe,
-)
+from twice_rec import recipe
+from twice_rec.errors import InputError
+from twice_rec.recipe import EvaluateRecipe, GrpoRecipe, PrepareRecipe, RationalesRecipe, ReportRecipe, SasrecRecipe, SftRecipe, load_recipe, load_training_recipe
 from twice_rec.stages.lifecycle import OWNED_BY_STAGES
 
 ROOT = Path(__file__).parents[2]

@@ -12,13 +12,13 @@ from tiny_base.model import BaseSettings, build_model, train_tokenizer
 from tiny_base.pretraining import Muon, PretrainSettings, encode_conversation, orthogonalised, pretrain, schedule
 from tiny_base.probe import greedy_answers, obeys
 from tiny_models import gemma3
+from twice_rec.answer_format import parse
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.world import PRODUCT_TYPES, World, WorldSettings
 from twice_rec.llm.encoding import IGNORED
 from twice_rec.prompts import PromptFormat
 from twice_rec.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
-from twice_rec.tags import parse
 
 CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")
 SHOWN = PromptFormat(6, ("title", "category"), ("review_title", "rating"), CANDIDATE_FIELDS, 99, 99, 60)

@@ -23,7 +23,7 @@ LEVELS = {
     "stages": 4,
 }  # fmt: skip
 HEAVY = {"trl", "vllm", "openai", "deepspeed"}
-MAY_IMPORT_HEAVY = ("twice_rec.llm", "twice_rec.rationales.client", "twice_rec.config", "twice_rec.stages")
+MAY_IMPORT_HEAVY = ("twice_rec.llm", "twice_rec.rationales.client", "twice_rec.recipe", "twice_rec.stages")
 
 
 def imports_of(module):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError, read_json, read_records, write_records
+from twice_rec.answer_format import render
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
@@ -23,9 +24,9 @@ from twice_rec.evaluation.predict import (
     rank_by_votes,
     rationale_of,
 )
+from twice_rec.files import read_json, read_records, write_records
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Interaction, Item, Prediction, UserSequence
-from twice_rec.tags import render
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 7)])
 SHOWN = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)

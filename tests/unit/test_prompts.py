@@ -5,9 +5,9 @@ import itertools
 from typing import get_args
 
 import pytest
+from twice_rec.errors import InputError
 
-from twice_rec import prompts, rewards, tags
-from twice_rec.artifacts import InputError
+from twice_rec import prompts, rewards
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.fitting import PromptWriter
 from twice_rec.data.grpo import prompt_rows

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError
 from twice_rec.sasrec.model import SasRec, SasRecSettings, pad_right
 from twice_rec.sasrec.train import (
     Batches,

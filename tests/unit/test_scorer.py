@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError
 from twice_rec.catalog import ItemCatalog
 from twice_rec.records import Item
 from twice_rec.sasrec.model import SasRec, SasRecSettings

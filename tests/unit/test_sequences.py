@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sequences import (
     assemble,

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from twice_rec.errors import InputError
 
-from twice_rec.artifacts import InputError
 from twice_rec.data.amazon import SCHEMA_2014, SCHEMA_2023, AmazonSource
 from twice_rec.data.atomic import AtomicSource
 from twice_rec.data.release import ReleaseSource

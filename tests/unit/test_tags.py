@@ -4,8 +4,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from twice_rec import tags
-
 # Any text that holds none of the tags, so that it can be rendered.
 free_text = st.text().filter(lambda text: not any(t in text for f in tags.FIELDS for t in (f"<{f}>", f"</{f}>")))
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from twice_rec.errors import InputError
 
 from twice_rec import metrics
-from twice_rec.artifacts import InputError
 from twice_rec.data.amazon import SCHEMA_2023, AmazonSource
 from twice_rec.data.sequences import assemble
 from twice_rec.data.world import BRANDS, DIETS, MAX_ITEMS, PRODUCT_TYPES, World, WorldSettings

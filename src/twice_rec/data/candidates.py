@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from twice_rec.artifacts import InputError
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
 from twice_rec.records import CandidateLists, Split, UserSequence
 
 # Scores of the whole catalogue for some histories (item indices, 1..N): float [B, N], column j for index j + 1.

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from twice_rec.artifacts import InputError, read_json, read_records, write_json
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
+from twice_rec.files import read_json, read_records, write_json
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Split, UserSequence
 

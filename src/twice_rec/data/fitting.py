@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from twice_rec.artifacts import InputError
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
 from twice_rec.prompts import Message, PromptFormat, recommend
 from twice_rec.records import Example
 

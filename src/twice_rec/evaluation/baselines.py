@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from twice_rec.artifacts import InputError
+from twice_rec.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from twice_rec.artifacts import read_json
 from twice_rec.evaluation.predict import METRICS_FILE
+from twice_rec.files import read_json
 from twice_rec.metrics import METRICS
 
 # Rows of tables come in this order, others behind.

@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 from transformers import TrainerCallback
 
-from twice_rec.artifacts import atomic_path
 from twice_rec.catalog import Outcome
+from twice_rec.files import atomic_path
 
 logger = logging.getLogger(__name__)
 

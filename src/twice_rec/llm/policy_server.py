@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twice_rec.artifacts import InputError, hash_file
+from twice_rec.errors import InputError
+from twice_rec.files import hash_file
 from twice_rec.llm.sampling import Sample
 
 QUICK_SECONDS = 30.0  # for requests that compute nothing

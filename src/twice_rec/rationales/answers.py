@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from twice_rec import tags
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
 
 VERDICTS = ("relevant", "weak", "irrelevant")

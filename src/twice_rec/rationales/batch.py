@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from twice_rec.artifacts import InputError, atomic_path, read_jsonl
+from twice_rec.errors import InputError
+from twice_rec.files import atomic_path, read_jsonl
 from twice_rec.rationales.cache import AnswerCache
 from twice_rec.rationales.client import NotACompletion, Request, read_completion
 

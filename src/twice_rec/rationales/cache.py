@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from twice_rec.artifacts import InputError
+from twice_rec.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from twice_rec.artifacts import InputError
+from twice_rec.errors import InputError
 from twice_rec.prompts import Message
 from twice_rec.rationales.cache import Answer, AnswerCache
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twice_rec.artifacts import read_records, write_records
 from twice_rec.catalog import ItemCatalog
+from twice_rec.files import read_records, write_records
 from twice_rec.rationales.duplicates import NearDuplicates
 from twice_rec.rationales.leaks import words_of
 from twice_rec.rationales.report import Report, Tally

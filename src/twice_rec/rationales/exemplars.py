@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twice_rec.artifacts import InputError, read_json
+from twice_rec.errors import InputError
+from twice_rec.files import read_json
 from twice_rec.prompts import Exemplar
 from twice_rec.rationales.answers import VERDICTS
 from twice_rec.rationales.leaks import leaks_of

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from twice_rec.artifacts import InputError, read_json, write_json, write_text
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
+from twice_rec.files import read_json, write_json, write_text
 from twice_rec.rationales.leaks import LEAKS, leaks_of
 
 _LEAK_MEANINGS = {

@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twice_rec.artifacts import InputError, atomic_path
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
+from twice_rec.files import atomic_path
 from twice_rec.sasrec.model import SasRec, SasRecSettings
 
 ConfidenceKind = Literal["sigmoid", "calibrated", "softmax"]

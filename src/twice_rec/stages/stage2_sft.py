@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from twice_rec.artifacts import Work, read_records
-from twice_rec.config import SftRecipe, load_training_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.evaluation.tables import markdown
+from twice_rec.files import read_records
+from twice_rec.recipe import SftRecipe, load_training_recipe
 from twice_rec.records import Rationale
+from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
     OWNED_BY_STAGES,

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from twice_rec.artifacts import InputError
+from twice_rec.errors import InputError
 
 C = TypeVar("C", bound="Recipe")
 
