@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from reporting import paired, report
+from twice_rec.cf.confidence import SasRecScorer
+from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.data.dataset import PreparedData
 from twice_rec.prompts import item_answer
 from twice_rec.rewards import score_completions
-from twice_rec.sasrec.model import SasRec, SasRecSettings
-from twice_rec.sasrec.scorer import SasRecScorer
 
 ROOT = Path(__file__).parents[1]
 

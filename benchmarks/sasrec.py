@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from reporting import paired, report
+from twice_rec.cf.sasrec import SasRecSettings
+from twice_rec.cf.sasrec_training import Training, TrainSettings, sample_negatives
 from twice_rec.data.dataset import PreparedData
-from twice_rec.sasrec.model import SasRecSettings
-from twice_rec.sasrec.train import Training, TrainSettings, sample_negatives
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH, BATCH, DROPOUT, LEARNING_RATE = 50, 128, 0.2, 1e-3

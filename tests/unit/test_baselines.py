@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 from twice_rec.errors import InputError
 
-from twice_rec.evaluation.baselines import (
+from twice_rec.cf.baselines import (
     ItemSimilarityScorer,
     OutsideScorer,
     PopularityScorer,

@@ -17,6 +17,8 @@ import release_rewards
 from twice_rec import rewards
 from twice_rec.answer_format import parse, render
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.cf.confidence import SasRecScorer
+from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.fitting import PromptWriter
@@ -26,8 +28,6 @@ from twice_rec.prompts import PromptFormat, rationale_answer
 from twice_rec.recipe import GrpoRecipe
 from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
 from twice_rec.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
-from twice_rec.sasrec.model import SasRec, SasRecSettings
-from twice_rec.sasrec.scorer import SasRecScorer
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(6)])

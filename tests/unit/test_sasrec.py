@@ -8,8 +8,8 @@ import pytest
 import torch
 from twice_rec.errors import InputError
 
-from twice_rec.sasrec.model import SasRec, SasRecSettings, pad_right
-from twice_rec.sasrec.train import (
+from twice_rec.cf.sasrec import SasRec, SasRecSettings, pad_right
+from twice_rec.cf.sasrec_training import (
     Batches,
     Training,
     TrainSettings,

@@ -6,9 +6,9 @@ import torch
 from twice_rec.errors import InputError
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.cf.confidence import SasRecScorer, calibrated_scorer, fit_calibration, item_means, item_only_share
+from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.records import Item
-from twice_rec.sasrec.model import SasRec, SasRecSettings
-from twice_rec.sasrec.scorer import SasRecScorer, calibrated_scorer, fit_calibration, item_means, item_only_share
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(20)])
 HISTORIES = [[1, 2, 3], [4], [5, 6, 7, 8], [1, 2, 3]]

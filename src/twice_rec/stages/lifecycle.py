@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twice_rec.cf.baselines import CFScorer
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.fitting import PromptWriter
 from twice_rec.errors import InputError
-from twice_rec.evaluation.baselines import CFScorer
 from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
 from twice_rec.prompts import Message
 from twice_rec.recipe import GrpoRecipe, Recipe

@@ -15,13 +15,13 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from twice_rec.cf.confidence import SasRecScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.grpo import prompt_rows
 from twice_rec.recipe import GrpoRecipe
 from twice_rec.rewards import StepRewards
 from twice_rec.run import Work
-from twice_rec.sasrec.scorer import SasRecScorer
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
     about,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from twice_rec.cf.baselines import OutsideScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.baselines import OutsideScorer
 from twice_rec.evaluation.predict import AskSettings, evaluate_language_model
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.recipe import EvaluateRecipe, grpo_folder, load_recipe

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
 from twice_rec.progress import progress
-from twice_rec.sasrec.model import SasRec, SasRecSettings
 
 logger = logging.getLogger(__name__)
 

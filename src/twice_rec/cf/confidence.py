@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
-from twice_rec.sasrec.model import SasRec, SasRecSettings
 
 ConfidenceKind = Literal["sigmoid", "calibrated", "softmax"]
 Calibration = tuple[float, float]
