@@ -14,7 +14,7 @@ from tiny_base.probe import greedy_answers, obeys
 from tiny_models import gemma3
 from twice_rec.answer_format import parse
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.world import PRODUCT_TYPES, World, WorldSettings
+from twice_rec.data.sources.synthetic import PRODUCT_TYPES, World, WorldSettings
 from twice_rec.llm.encoding import IGNORED
 from twice_rec.prompts import PromptFormat
 from twice_rec.reading import called_for, last_note, opinion, review_note

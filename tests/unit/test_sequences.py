@@ -17,7 +17,7 @@ from twice_rec.data.sequences import (
     temporal_cuts,
     without_duplicates,
 )
-from twice_rec.data.source import Problems, TableBuilder
+from twice_rec.data.sources.base import Problems, TableBuilder
 from twice_rec.records import SPLITS, Interaction, Item, UserSequence
 
 rows = st.lists(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.source import Problems, PurchaseTable, Source
+from twice_rec.data.sources.base import Problems, PurchaseTable, Source
 from twice_rec.errors import InputError
 from twice_rec.records import SPLITS, Interaction, Item, UserSequence
 

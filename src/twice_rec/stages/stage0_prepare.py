@@ -21,13 +21,13 @@ import numpy as np
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 from twice_rec.data import dataset
-from twice_rec.data.amazon import SCHEMA_2014, SCHEMA_2023, AmazonSource
-from twice_rec.data.atomic import AtomicSource
 from twice_rec.data.candidates import draw_candidates
-from twice_rec.data.release import ReleaseSource
 from twice_rec.data.sequences import assemble, statistics
-from twice_rec.data.source import Source
-from twice_rec.data.world import World, WorldSettings
+from twice_rec.data.sources.amazon import SCHEMA_2014, SCHEMA_2023, AmazonSource
+from twice_rec.data.sources.base import Source
+from twice_rec.data.sources.recbole import AtomicSource
+from twice_rec.data.sources.release import ReleaseSource
+from twice_rec.data.sources.synthetic import World, WorldSettings
 from twice_rec.files import atomic_path, write_json, write_records
 from twice_rec.progress import progress
 from twice_rec.prompts import PromptFormat

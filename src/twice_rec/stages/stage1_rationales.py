@@ -19,7 +19,7 @@ import numpy as np
 
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.release import ReleaseSource
+from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
 from twice_rec.rationales import annotators, curate, report
 from twice_rec.rationales.exemplars import load_exemplars

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twice_rec.data.source import Problems, PurchaseTable, TableBuilder, clean_text
 from twice_rec.errors import InputError
+
+from twice_rec.data.sources.base import Problems, PurchaseTable, TableBuilder, clean_text
 from twice_rec.files import read_json
 from twice_rec.prompts import RATING_WORDS
 from twice_rec.records import Item
