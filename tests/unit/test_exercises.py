@@ -17,7 +17,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sources.synthetic import PRODUCT_TYPES, World, WorldSettings
 from twice_rec.llm.encoding import IGNORED
 from twice_rec.prompts import PromptFormat
-from twice_rec.reading import called_for, last_note, opinion, review_note
+from twice_rec.rationales.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
 
 CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")

@@ -15,7 +15,7 @@ from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.curate import rejection
 from twice_rec.rationales.offline import OfflineAnnotator
-from twice_rec.reading import attributes
+from twice_rec.rationales.reading import attributes
 from twice_rec.records import Example, Interaction, Item, Rationale
 
 PASTA = Item(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.reading import attributes, called_for, last_note, opinion, review_notes
+from twice_rec.rationales.reading import attributes, called_for, last_note, opinion, review_notes
 from twice_rec.records import Example, Interaction, Rationale
 
 ANNOTATOR = "offline"
