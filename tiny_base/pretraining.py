@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_base.model import END_OF_TURN, START_OF_TURN
 from twice_rec.files import atomic_path
 from twice_rec.llm.encoding import IGNORED
-from twice_rec.llm.modeling import encode_chat, encode_text
+from twice_rec.llm.models import encode_chat, encode_text
 from twice_rec.prompts import Message
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from tiny_base.exercises import Document
 from tiny_base.pretraining import encode_conversation
 from twice_rec.answer_format import parse
 from twice_rec.llm.encoding import IGNORED
-from twice_rec.llm.modeling import stop_token_ids
+from twice_rec.llm.models import stop_token_ids
 from twice_rec.llm.sampling import sample_answers
 
 _MAX_TOKENS = 200  # of an answer; the longest right ones in a form have some 100

@@ -29,7 +29,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.files import write_json, write_text
 from twice_rec.llm.attention import CHUNKED
-from twice_rec.llm.modeling import load_tokenizer
+from twice_rec.llm.models import load_tokenizer
 from twice_rec.recipe import load_recipe
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device

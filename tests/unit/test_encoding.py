@@ -13,7 +13,7 @@ from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, llama, qwen3
 from twice_rec.data.sft import Row
 from twice_rec.llm.encoding import IGNORED, encode_rows, length_table, share_prefixes
-from twice_rec.llm.modeling import encode_chat, end_of_turn_ids
+from twice_rec.llm.models import encode_chat, end_of_turn_ids
 from twice_rec.llm.shared_prefix import SharedPrefixCollator
 
 TEXTS = ["You recommend tea. <think> they like it </think> <item_nm> Green tea </item_nm> <item_id> B1 </item_id>"] * 9

@@ -12,7 +12,7 @@ from twice_rec.errors import InputError
 from tiny_base.model import BaseSettings, build_model, train_tokenizer
 from twice_rec.files import hash_file
 from twice_rec.llm.generation import TransformersGenerator
-from twice_rec.llm.modeling import (
+from twice_rec.llm.models import (
     encode_chat,
     last_checkpoint,
     load_model,

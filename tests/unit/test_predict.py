@@ -11,7 +11,6 @@ from twice_rec.answer_format import render
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.predict import (
     AskSettings,
     CFQuestions,
@@ -25,6 +24,7 @@ from twice_rec.evaluation.predict import (
     rationale_of,
 )
 from twice_rec.files import read_json, read_records, write_records
+from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Interaction, Item, Prediction, UserSequence
 

@@ -21,9 +21,9 @@ from twice_rec.cf.confidence import SasRecScorer
 from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.fitting import PromptWriter
 from twice_rec.evaluation.predict import AskSettings, ask
 from twice_rec.files import write_records
+from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import PromptFormat, rationale_answer
 from twice_rec.recipe import GrpoRecipe
 from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from twice_rec.data.fitting import PromptWriter
+from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.records import Example
 
 

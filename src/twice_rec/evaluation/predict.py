@@ -21,9 +21,9 @@ from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.cf.baselines import CFScorer
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.fitting import PromptWriter
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path, read_records, to_row, write_json, write_records
+from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.metrics import per_user, ranks_from_scores, summarise
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, item_answer, rationale_answer

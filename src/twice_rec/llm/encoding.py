@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from twice_rec.errors import InputError
-from twice_rec.llm.modeling import encode_chat, encode_text, end_of_turn_ids
+from twice_rec.llm.models import encode_chat, encode_text, end_of_turn_ids
 from twice_rec.prompts import Message
 
 EncodedRow = dict[str, NDArray[np.int32]]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from twice_rec.errors import InputError
-from twice_rec.llm.modeling import encode_chat, stop_token_ids
+from twice_rec.llm.models import encode_chat, stop_token_ids
 from twice_rec.llm.sampling import Sample, sample_answers
 from twice_rec.llm.shared_prefix import continuation_log_probabilities
 from twice_rec.prompts import Message

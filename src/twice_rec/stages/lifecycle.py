@@ -15,9 +15,9 @@ from typing import Any
 
 from twice_rec.cf.baselines import CFScorer
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.fitting import PromptWriter
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
+from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import Message
 from twice_rec.recipe import GrpoRecipe, Recipe
 from twice_rec.run import Work
@@ -109,7 +109,7 @@ def grpo_start(recipe: GrpoRecipe) -> Path:
 
 def prompt_writer(data: PreparedData, recipe: Any, tokenizer: Any) -> PromptWriter:
     """The writer of a model's prompts, the same in stages 2, 3 and 4."""
-    from twice_rec.llm.modeling import encode_chat
+    from twice_rec.llm.models import encode_chat
 
     def count_tokens(prompt: Sequence[Message]) -> int:
         return len(encode_chat(tokenizer, prompt))

@@ -45,7 +45,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from twice_rec.llm import encoding, modeling
+    from twice_rec.llm import encoding
     from twice_rec.llm.samples import SampleAnswers
     from twice_rec.llm.shared_prefix import SharedPrefixCollator
 

@@ -45,7 +45,6 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from twice_rec.llm import modeling
     from twice_rec.llm.completions import CompletionLog
     from twice_rec.llm.generation import Policy
     from twice_rec.llm.grpo import grpo_trainer

@@ -71,7 +71,7 @@ def _language_model(
     work.begin(recipe.overwrite)
 
     from twice_rec.llm.generation import TransformersGenerator
-    from twice_rec.llm.modeling import load_model, load_tokenizer
+    from twice_rec.llm.models import load_model, load_tokenizer
 
     llm = load_model(model, recipe.dtype, recipe.attn_implementation, device=torch_device(recipe.device))
     tokenizer = load_tokenizer(model)
