@@ -28,12 +28,12 @@ import torch
 from reporting import paired, report
 from tiny_base.model import train_tokenizer
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.sft import Row, Share, training_rows
 from twice_rec.llm.attention import CHUNKED
-from twice_rec.llm.encoding import EncodedRow, encode_rows, share_prefixes
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.llm.shared_prefix import SharedPrefixCollator
 from twice_rec.records import Rationale
+from twice_rec.sft.dataset import Row, Share, training_rows
+from twice_rec.sft.encoding import EncodedRow, encode_rows, share_prefixes
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {

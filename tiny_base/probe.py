@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_base.exercises import Document
 from tiny_base.pretraining import encode_conversation
 from twice_rec.answer_format import parse
-from twice_rec.llm.encoding import IGNORED
 from twice_rec.llm.models import stop_token_ids
 from twice_rec.llm.sampling import sample_answers
+from twice_rec.sft.encoding import IGNORED
 
 _MAX_TOKENS = 200  # of an answer; the longest right ones in a form have some 100
 

@@ -11,10 +11,10 @@ from twice_rec.errors import InputError
 
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, llama, qwen3
-from twice_rec.data.sft import Row
-from twice_rec.llm.encoding import IGNORED, encode_rows, length_table, share_prefixes
 from twice_rec.llm.models import encode_chat, end_of_turn_ids
 from twice_rec.llm.shared_prefix import SharedPrefixCollator
+from twice_rec.sft.dataset import Row
+from twice_rec.sft.encoding import IGNORED, encode_rows, length_table, share_prefixes
 
 TEXTS = ["You recommend tea. <think> they like it </think> <item_nm> Green tea </item_nm> <item_id> B1 </item_id>"] * 9
 

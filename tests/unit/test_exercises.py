@@ -15,10 +15,10 @@ from tiny_models import gemma3
 from twice_rec.answer_format import parse
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sources.synthetic import PRODUCT_TYPES, World, WorldSettings
-from twice_rec.llm.encoding import IGNORED
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
+from twice_rec.sft.encoding import IGNORED
 
 CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")
 SHOWN = PromptFormat(6, ("title", "category"), ("review_title", "rating"), CANDIDATE_FIELDS, 99, 99, 60)

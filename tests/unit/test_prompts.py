@@ -10,13 +10,13 @@ from twice_rec.errors import InputError
 from twice_rec import prompts, rewards
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.grpo import prompt_rows
-from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.curate import rejection
 from twice_rec.rationales.offline import OfflineAnnotator
 from twice_rec.rationales.reading import attributes
 from twice_rec.records import Example, Interaction, Item, Rationale
+from twice_rec.sft.dataset import Share, Task, training_rows
 
 PASTA = Item(
     "B1",

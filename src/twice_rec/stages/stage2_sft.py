@@ -18,12 +18,12 @@ from typing import get_args
 
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.sft import Share, Task, training_rows
 from twice_rec.evaluation.tables import markdown
 from twice_rec.files import read_records
 from twice_rec.recipe import SftRecipe, load_training_recipe
 from twice_rec.records import Rationale
 from twice_rec.run import Work
+from twice_rec.sft.dataset import Share, Task, training_rows
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
     OWNED_BY_STAGES,
@@ -45,9 +45,9 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from twice_rec.llm import encoding
-    from twice_rec.llm.samples import SampleAnswers
     from twice_rec.llm.shared_prefix import SharedPrefixCollator
+    from twice_rec.sft import encoding
+    from twice_rec.sft.samples import SampleAnswers
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")

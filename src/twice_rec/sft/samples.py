@@ -11,8 +11,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from twice_rec.llm.encoding import TrainingRow
 from twice_rec.llm.generation import TransformersGenerator
+from twice_rec.sft.encoding import TrainingRow
 
 logger = logging.getLogger(__name__)
 
