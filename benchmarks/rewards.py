@@ -20,8 +20,8 @@ from reporting import paired, report
 from twice_rec.cf.confidence import SasRecScorer
 from twice_rec.cf.sasrec import SasRec, SasRecSettings
 from twice_rec.data.dataset import PreparedData
+from twice_rec.grpo.rewards import score_completions
 from twice_rec.prompts import item_answer
-from twice_rec.rewards import score_completions
 
 ROOT = Path(__file__).parents[1]
 

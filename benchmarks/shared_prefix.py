@@ -46,7 +46,7 @@ def measure(who: str, options: argparse.Namespace) -> dict[str, float]:
     from trl import GRPOConfig
 
     from tiny_base.model import train_tokenizer
-    from twice_rec.llm.grpo import grpo_trainer
+    from twice_rec.grpo.trainer import grpo_trainer
 
     gpu, shape, draw = options.device == "cuda", SHAPES[options.shape], random.Random(0)
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 
 from servers.processes import NEEDS_VLLM, ROOT, START_SECONDS, free_port, is_alive
 from stages.pipeline import run
+from twice_rec.grpo.rollout.vllm_client import PolicyServer
 from twice_rec.llm.models import load_model, load_tokenizer, stop_token_ids
-from twice_rec.llm.policy_server import PolicyServer
 from twice_rec.llm.sampling import sample_answers
 from twice_rec.stages import stage3c_grpo
 

@@ -14,9 +14,8 @@ from twice_rec.errors import InputError
 from servers.fake_vllm import FakeVLLM
 from servers.processes import ROOT, free_port
 from stages.pipeline import run
-from twice_rec.llm import server_rollout
-from twice_rec.llm.policy_server import PolicyServer, ServerDown, base_name
-from twice_rec.llm.server_rollout import Patience, ServerGone
+from twice_rec.grpo.rollout.vllm import Patience, ServerGone
+from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
 from twice_rec.stages import stage3c_grpo
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]

@@ -15,8 +15,7 @@ from twice_rec.errors import InputError
 
 from servers.processes import is_alive
 from stages.pipeline import ROOT, run
-from twice_rec.llm import serving
-from twice_rec.llm.policy_server import base_name
+from twice_rec.grpo.rollout.vllm_client import base_name
 from twice_rec.stages import stage0_prepare, stage3b_serve
 
 pytestmark = pytest.mark.slow
@@ -185,7 +184,7 @@ time.sleep(600)
 """
 LAUNCHER = """
 import os, signal, sys, time
-from twice_rec.llm.serving import child_group
+from twice_rec.grpo.rollout.vllm_command import child_group
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with child_group([sys.executable, "-c", *sys.argv[1:]], os.environ) as process:
     print(process.pid, flush=True)

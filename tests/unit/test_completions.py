@@ -16,10 +16,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tiny_base.model import BaseSettings, build_model, train_tokenizer
 from twice_rec.catalog import ItemCatalog
-from twice_rec.llm.completions import PATIENCE, CompletionLog, step_figures
+from twice_rec.grpo.completion_log import PATIENCE, CompletionLog, step_figures
+from twice_rec.grpo.rewards import RewardSettings, StepRewards
 from twice_rec.llm.generation import Policy
 from twice_rec.records import Item
-from twice_rec.rewards import RewardSettings, StepRewards
 
 WEIGHTS = {"collaborative": 4.0, "structure": 1.0}
 
@@ -156,7 +156,7 @@ def test_samples_of_micro_batches_are_all_kept_and_none_twice(tmp_path):
 def run_steps(tmp_path, caplog, tables, **options):
     trainer = FakeTrainer(tmp_path)
     log = CompletionLog(trainer, options.pop("sample_every", None), 2)
-    with caplog.at_level(logging.INFO, logger="twice_rec.llm.completions"):
+    with caplog.at_level(logging.INFO, logger="twice_rec.grpo.completion_log"):
         for step, table in enumerate(tables, start=1):
             trainer.sample(table)
             log.on_step_end(trainer.args, state(step), None)

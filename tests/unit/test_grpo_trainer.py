@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
-from twice_rec.llm.grpo import groups_together, grpo_trainer
+from twice_rec.grpo.trainer import groups_together, grpo_trainer
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
 PROMPTS = [" ".join(WORDS[: 2 + i]) + " then?" for i in range(6)]

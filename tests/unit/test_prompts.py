@@ -7,9 +7,10 @@ from typing import get_args
 import pytest
 from twice_rec.errors import InputError
 
-from twice_rec import prompts, rewards
+from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog, Outcome
-from twice_rec.data.grpo import prompt_rows
+from twice_rec.grpo import rewards
+from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.curate import rejection

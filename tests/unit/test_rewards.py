@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import release_rewards
-from twice_rec import rewards
 from twice_rec.answer_format import parse, render
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.cf.confidence import SasRecScorer
@@ -23,11 +22,12 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.predict import AskSettings, ask
 from twice_rec.files import write_records
+from twice_rec.grpo import rewards
+from twice_rec.grpo.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import PromptFormat, rationale_answer
 from twice_rec.recipe import GrpoRecipe
 from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
-from twice_rec.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(6)])

@@ -12,8 +12,8 @@ from twice_rec.errors import InputError
 
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3
-from twice_rec.llm.rollout import Group, InProcessRollouts, _batches, _merged, attach_rollouts
-from twice_rec.llm.server_rollout import QUIET_STEPS, ServerRollouts
+from twice_rec.grpo.rollout.base import Group, InProcessRollouts, _batches, _merged, attach_rollouts
+from twice_rec.grpo.rollout.vllm import QUIET_STEPS, ServerRollouts
 
 WORDS = ["green tea", "black coffee", "dark rye bread", "oat milk and honey"]
 

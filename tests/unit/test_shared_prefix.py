@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 
 from tiny_models import gemma3, llama, mistral, qwen3
+from twice_rec.grpo.trainer import padded_scores
 from twice_rec.llm import attention
-from twice_rec.llm.grpo import padded_scores
 from twice_rec.llm.shared_prefix import SharedRows, continuation_log_probabilities
 
 MODELS = {

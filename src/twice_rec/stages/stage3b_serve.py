@@ -23,7 +23,7 @@ logger = logging.getLogger("serve")
 
 def serve(loaded: tuple[GrpoRecipe, dict]) -> None:
     """Run the servers."""
-    from twice_rec.llm.serving import run_servers
+    from twice_rec.grpo.rollout.vllm_command import run_servers
 
     recipe, _ = loaded
     if recipe.rollout in ("transformers", "trl_colocate"):

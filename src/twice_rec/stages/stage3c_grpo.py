@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from twice_rec.cf.confidence import SasRecScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.data.grpo import prompt_rows
+from twice_rec.grpo.dataset import prompt_rows
+from twice_rec.grpo.rewards import StepRewards
 from twice_rec.recipe import GrpoRecipe
-from twice_rec.rewards import StepRewards
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
@@ -45,10 +45,10 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from twice_rec.llm.completions import CompletionLog
+    from twice_rec.grpo.completion_log import CompletionLog
+    from twice_rec.grpo.rollout.base import attach_rollouts, make_rollouts, trl_arguments
+    from twice_rec.grpo.trainer import grpo_trainer
     from twice_rec.llm.generation import Policy
-    from twice_rec.llm.grpo import grpo_trainer
-    from twice_rec.llm.rollout import attach_rollouts, make_rollouts, trl_arguments
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")

@@ -25,8 +25,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from twice_rec.errors import InputError
+
 from twice_rec.llm.models import encode_chat, stop_token_ids
 from twice_rec.llm.sampling import Sample, sample_answers
 from twice_rec.recipe import GrpoRecipe
@@ -212,8 +212,8 @@ def trl_arguments(recipe: GrpoRecipe, model_folder: Path) -> dict[str, Any]:
             "vllm_max_model_length": recipe.rollout_max_model_len,
         }
     if recipe.rollout == "trl_server":
-        from twice_rec.llm.policy_server import base_name
-        from twice_rec.llm.server_rollout import await_servers
+        from twice_rec.grpo.rollout.vllm import await_servers
+        from twice_rec.grpo.rollout.vllm_client import base_name
 
         await_servers(recipe, base_name(model_folder))
         host, _, port = recipe.rollout_servers[0].rpartition(":")
@@ -232,7 +232,7 @@ def make_rollouts(recipe: GrpoRecipe, tokenizer: PreTrainedTokenizerBase, model_
         return InProcessRollouts(tokenizer, recipe.seed)
     if recipe.rollout != "vllm_server":
         return None
-    from twice_rec.llm.server_rollout import ServerRollouts
+    from twice_rec.grpo.rollout.vllm import ServerRollouts
 
     return ServerRollouts(recipe, tokenizer, model_folder)
 

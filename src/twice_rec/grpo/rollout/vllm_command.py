@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.errors import InputError
-from twice_rec.llm.policy_server import PolicyServer, ServerDown, base_name
+
+from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
 from twice_rec.recipe import GrpoRecipe
 
 logger = logging.getLogger(__name__)
