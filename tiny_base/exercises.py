@@ -21,6 +21,7 @@ import numpy as np
 from twice_rec import prompts
 from twice_rec.answer_format import ITEM_ONLY, WITH_RATIONALE, Field, describe
 from twice_rec.catalog import ItemCatalog
+from twice_rec.data.sources import synthetic as world
 from twice_rec.prompts import Message, PromptFormat
 from twice_rec.rationales.reading import attributes, called_for, last_note, opinion, review_note, review_notes
 from twice_rec.records import Example, Interaction, Item

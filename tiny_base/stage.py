@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from twice_rec.run import Work
 
+from tiny_base import pretraining
 from tiny_base.exercises import Document, ExerciseWriter, Lengths
 from tiny_base.model import BaseSettings, build_model, model_card, train_tokenizer
 from tiny_base.pretraining import PretrainSettings, encode_conversation
@@ -31,6 +31,7 @@ from twice_rec.files import write_json, write_text
 from twice_rec.llm.attention import CHUNKED
 from twice_rec.llm.models import load_tokenizer
 from twice_rec.recipe import load_recipe
+from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device
 

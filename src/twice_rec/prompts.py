@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypedDict
 
+from twice_rec import answer_format
 from twice_rec.records import Example, Interaction, Item
 
 # Ratings 1 to 5 in words (the release's scale).
@@ -171,12 +172,12 @@ def recommend(
     example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool, item_first: bool = False
 ) -> list[Message]:
     """The prompt of task 3 (`with_rationale`, asked for before or after the item) or task 2 for one user."""
-    expected, instruction = tags.ITEM_ONLY, _CHOOSE
+    expected, instruction = answer_format.ITEM_ONLY, _CHOOSE
     if with_rationale:
-        expected = tags.ITEM_FIRST if item_first else tags.WITH_RATIONALE
+        expected = answer_format.ITEM_FIRST if item_first else answer_format.WITH_RATIONALE
         instruction = f"{_CHOOSE} {_REASON_LAST if item_first else _REASON_FIRST}"
     content = "\n".join(
-        [*show_lists(example, catalog, shown), "", instruction, ANSWER_IN_THIS_FORM, tags.describe(expected)]
+        [*show_lists(example, catalog, shown), "", instruction, ANSWER_IN_THIS_FORM, answer_format.describe(expected)]
     )
     return [{"role": "system", "content": _RECOMMENDER}, {"role": "user", "content": content}]
 
@@ -189,7 +190,7 @@ def item_info(item: Item) -> list[Message]:
             "",
             "Give its id, description and details.",
             ANSWER_IN_THIS_FORM,
-            tags.describe(tags.ITEM_INFO),
+            answer_format.describe(answer_format.ITEM_INFO),
         ]
     )
     return [{"role": "system", "content": EXPERT}, {"role": "user", "content": content}]
@@ -197,18 +198,20 @@ def item_info(item: Item) -> list[Message]:
 
 def item_answer(item: Item) -> str:
     """The answer of task 2."""
-    return tags.render({"item_nm": item.title, "item_id": item.item_id})
+    return answer_format.render({"item_nm": item.title, "item_id": item.item_id})
 
 
 def rationale_answer(rationale: str, item: Item, item_first: bool = False) -> str:
     """The answer of task 3."""
-    values: dict[tags.Field, str] = {"think": rationale, "item_nm": item.title, "item_id": item.item_id}
-    return tags.render({field: values[field] for field in (tags.ITEM_FIRST if item_first else tags.WITH_RATIONALE)})
+    values: dict[answer_format.Field, str] = {"think": rationale, "item_nm": item.title, "item_id": item.item_id}
+    return answer_format.render(
+        {field: values[field] for field in (answer_format.ITEM_FIRST if item_first else answer_format.WITH_RATIONALE)}
+    )
 
 
 def item_info_answer(item: Item, shown: PromptFormat) -> str:
     """The answer of task 1."""
-    return tags.render({"item_info": describe_item(item, ("item_id", "description", "details"), shown)})
+    return answer_format.render({"item_info": describe_item(item, ("item_id", "description", "details"), shown)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ import threading
 import time
 
 import pytest
-from twice_rec.errors import InputError
 
 from servers.fake_vllm import FakeVLLM
 from servers.processes import ROOT, free_port
 from stages.pipeline import run
+from twice_rec.errors import InputError
+from twice_rec.grpo.rollout import vllm as server_rollout
 from twice_rec.grpo.rollout.vllm import Patience, ServerGone
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
 from twice_rec.stages import stage3c_grpo

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file
-from twice_rec.run import MANIFEST
 
 from stages.pipeline import ROOT, STAGES, run, start
+from twice_rec.files import MANIFEST
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,11 @@ import sys
 import time
 
 import pytest
-from twice_rec.errors import InputError
 
 from servers.processes import is_alive
 from stages.pipeline import ROOT, run
+from twice_rec.errors import InputError
+from twice_rec.grpo.rollout import vllm_command
 from twice_rec.grpo.rollout.vllm_client import base_name
 from twice_rec.stages import stage0_prepare, stage3b_serve
 
@@ -67,7 +68,7 @@ def test_outputs_that_cannot_be_written(prepared, monkeypatch, capfd, number, wo
     def replace(source, target):
         raise OSError(number, os.strerror(number), str(target))
 
-    monkeypatch.setattr(artifacts.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     flags = ("--epochs", "1", "--hidden_size", "16", "--baselines", "[]")
     assert run("sasrec", prepared, None, *flags) == 1
     monkeypatch.undo()
@@ -84,7 +85,7 @@ def test_another_error_of_the_system_has_its_trace_in_the_log(prepared, monkeypa
     def replace(source, target):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
 
-    monkeypatch.setattr(artifacts.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     assert run("sasrec", prepared, None, "--epochs", "1", "--hidden_size", "16", "--baselines", "[]") == 1
     monkeypatch.undo()
     assert "make room" not in capfd.readouterr().err
@@ -123,7 +124,7 @@ def server_flags(tmp_path, *flags):
     merged.mkdir(parents=True, exist_ok=True)
     (merged / "config.json").write_text("{}")
     recipe, _ = grpo_recipe("--run_dir", str(tmp_path), *flags)
-    command = serving.server_command(recipe, recipe.rollout_servers[0], merged)
+    command = vllm_command.server_command(recipe, recipe.rollout_servers[0], merged)
     given = dict(itertools.pairwise(command))
     assert given["--model"] == str(merged)
     assert given["--served-model-name"] == base_name(merged)
@@ -155,9 +156,9 @@ def test_trls_own_server_gets_weights_by_nccl_and_no_adapters(tmp_path):
 def test_servers_of_one_machine_share_its_gpus(monkeypatch):
     recipe, _ = grpo_recipe("--rollout_tensor_parallel_size", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    first, second = (serving.server_environment(recipe, number, 2) for number in (0, 1))
+    first, second = (vllm_command.server_environment(recipe, number, 2) for number in (0, 1))
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("4,5", "6,7")
-    assert serving.server_environment(recipe, 0, 1)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert vllm_command.server_environment(recipe, 0, 1)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
     assert first["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
@@ -167,10 +168,10 @@ def test_a_machine_starts_its_own_servers_only():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1:{port} is taken by another program"):
-            serving.addresses_here([f"127.0.0.1:{port}"])
-    assert serving.addresses_here(["192.0.2.1:8000", f"127.0.0.1:{port}"]) == [f"127.0.0.1:{port}"]
+            vllm_command.addresses_here([f"127.0.0.1:{port}"])
+    assert vllm_command.addresses_here(["192.0.2.1:8000", f"127.0.0.1:{port}"]) == [f"127.0.0.1:{port}"]
     with pytest.raises(InputError, match="none of rollout_servers \\(192.0.2.1:8000\\) is an address of this machine"):
-        serving.addresses_here(["192.0.2.1:8000"])
+        vllm_command.addresses_here(["192.0.2.1:8000"])
 
 
 # A "server" with a child of its own, which outlives it as vLLM's engine does.

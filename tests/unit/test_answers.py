@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twice_rec import answer_format
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
 from twice_rec.rationales.answers import (
     CHECK_SCHEMA,
@@ -123,7 +124,7 @@ def usable(text, shown):
     assert list(found.evidence) == sorted(set(found.evidence))
     assert 0 <= found.confidence <= 1
     assert found.rationale.strip() == found.rationale != ""
-    tags.render({"think": found.rationale})
+    answer_format.render({"think": found.rationale})
     found.rationale.encode()
 
 

@@ -16,10 +16,10 @@ MODULES = sorted(
     for path in SOURCE.rglob("*.py")
 )
 LEVELS = {
-    "records": 0, "tags": 0, "metrics": 0, "artifacts": 0,
-    "config": 1, "catalog": 1, "prompts": 1, "progress": 1, "reading": 1,
-    "data": 2, "rationales": 2, "sasrec": 2, "llm": 2,
-    "rewards": 3, "evaluation": 3,
+    "records": 0, "metrics": 0, "files": 0, "errors": 0,
+    "answer_format": 1, "catalog": 1, "prompts": 1, "progress": 1, "recipe": 1, "run": 1,
+    "data": 2, "rationales": 2, "llm": 2, "cf": 2,
+    "sft": 3, "grpo": 3, "evaluation": 3,
     "stages": 4,
 }  # fmt: skip
 HEAVY = {"trl", "vllm", "openai", "deepspeed"}

@@ -5,10 +5,10 @@ import itertools
 from typing import get_args
 
 import pytest
-from twice_rec.errors import InputError
 
-from twice_rec import prompts
+from twice_rec import answer_format, prompts
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.errors import InputError
 from twice_rec.grpo import rewards
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.llm.prompt_builder import PromptWriter
@@ -79,7 +79,7 @@ def test_recommendation_prompt():
         "1. title: Birch Keto Chai | id: B3",
         "2. title: Alder Vegan Pesto | id: B2 | price: 3.99",
     ]
-    assert lines[-3:] == tags.describe(tags.WITH_RATIONALE).splitlines()
+    assert lines[-3:] == answer_format.describe(answer_format.WITH_RATIONALE).splitlines()
     assert "<think>" not in prompts.recommend(EXAMPLE, CATALOG, SHOWN, with_rationale=False)[1]["content"]
 
 
@@ -105,9 +105,9 @@ def rows(curriculum=False, **limits):
 
 def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
     for row in rows():
-        answer = tags.parse(row.answer)
+        answer = answer_format.parse(row.answer)
         if row.task == "item_info":
-            assert answer.is_complete(tags.ITEM_INFO)
+            assert answer.is_complete(answer_format.ITEM_INFO)
             continue
         assert CATALOG.outcome(answer, EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
         if row.task == "rationale":
@@ -140,9 +140,9 @@ def test_item_first_turns_prompt_and_answer_around():
     writer = PromptWriter(CATALOG, SHOWN, None, len, item_first=True)
     rows = training_rows(writer, [EXAMPLE], RATIONALES, shares(item_info=0, direct=0), False, 0)
     assert rows[0].answer == f"{prompts.item_answer(SAUCE)} <think> They like Alder. </think>"
-    assert rows[0].prompt[1]["content"].endswith(tags.describe(tags.ITEM_FIRST))
+    assert rows[0].prompt[1]["content"].endswith(answer_format.describe(answer_format.ITEM_FIRST))
     assert prompt_rows(writer, [EXAMPLE], 1.0, 0)[0]["prompt"] == rows[0].prompt
-    assert CATALOG.outcome(tags.parse(rows[0].answer), EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
+    assert CATALOG.outcome(answer_format.parse(rows[0].answer), EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
 
 
 def test_a_task_without_rows_is_an_error():
@@ -191,7 +191,7 @@ class TestFitting:
         assert self.write(words(bare))[1] == bare
         for item_id in EXAMPLE.candidates:
             assert f"title: {CATALOG[item_id].title} | id: {item_id}" in prompt[1]["content"]
-        assert tags.describe(tags.WITH_RATIONALE) in prompt[1]["content"]
+        assert answer_format.describe(answer_format.WITH_RATIONALE) in prompt[1]["content"]
 
     def test_a_prompt_that_cannot_fit_is_an_error(self):
         with pytest.raises(InputError, match=r"prompt of user u has \d+ tokens .* max_prompt_tokens is 5: raise it"):
@@ -256,7 +256,7 @@ class TestOfflineAnnotator:
     def test_texts_can_be_rendered(self):
         for history in itertools.product([1.0, 3.0, 5.0, None], repeat=2):
             entries = tuple(Interaction(item, 1, rating) for item, rating in zip(("B3", "B1"), history, strict=True))
-            tags.render({"think": self.annotate(entries, ("B3", "B2"), "B2").text})
+            answer_format.render({"think": self.annotate(entries, ("B3", "B2"), "B2").text})
 
 
 @pytest.mark.parametrize(

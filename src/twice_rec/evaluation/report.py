@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predict import PREDICTIONS
 from twice_rec.evaluation.tables import columns_of, in_order
-from twice_rec.files import read_json, read_records
+from twice_rec.files import MANIFEST, read_json, read_records
 from twice_rec.metrics import METRICS, Difference, bootstrap_intervals, paired_bootstrap, per_user
 from twice_rec.records import Prediction
-from twice_rec.run import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from twice_rec import answer_format
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
 
 VERDICTS = ("relevant", "weak", "irrelevant")
@@ -139,7 +140,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 def _plain(text: str) -> str:
     """Without line breaks, answer tags and halves of surrogate pairs, so that it can be stored and rendered."""
     whole = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join(tags.without_tags(" ".join(whole.split())).split())
+    return " ".join(answer_format.without_tags(" ".join(whole.split())).split())
 
 
 def _short(value: Any) -> str:

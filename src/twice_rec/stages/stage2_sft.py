@@ -20,6 +20,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.tables import markdown
 from twice_rec.files import read_records
+from twice_rec.llm import models
 from twice_rec.recipe import SftRecipe, load_training_recipe
 from twice_rec.records import Rationale
 from twice_rec.run import Work
@@ -62,7 +63,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     if IS_MAIN:
         work.begin(recipe.overwrite)
     data = PreparedData(run / "data")
-    tokenizer = modeling.load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
+    tokenizer = models.load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
     writer = prompt_writer(data, recipe, tokenizer)
     shares = {t: Share(getattr(recipe, f"{t}_rows"), getattr(recipe, f"{t}_weight")) for t in get_args(Task)}
     accepted = read_records(run / "rationales" / "accepted.jsonl", Rationale)
@@ -74,7 +75,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     logger.info("tokens, by task:\n%s", markdown(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
     logger.info("prompts: %s", ", ".join(f"{count:,} {how}" for how, count in writer.fitted.items()))
     named = (recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
-    model = modeling.load_model(*named, quantization=recipe.quantization)
+    model = models.load_model(*named, quantization=recipe.quantization)
     sharing = {}
     if recipe.share_prefixes:
         encoded, arguments.dataset_kwargs = encoding.share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
@@ -87,15 +88,15 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
         args=arguments,
         train_dataset=Dataset.from_list(encoded),
         processing_class=tokenizer,
-        peft_config=modeling.lora_config(recipe),
+        peft_config=models.lora_config(recipe),
         callbacks=[SampleAnswers(samples, recipe.sample_every, work.path / "samples.jsonl")] if samples else None,
         **sharing,
     )
-    train_and_save(trainer, work.path, modeling.last_checkpoint(work.path))
+    train_and_save(trainer, work.path, models.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        modeling.write_merged(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
-        outputs = [*modeling.saved_weights(work.path), work.path / "trainer_state.json", merged]
+        models.write_merged(recipe.model_name_or_path, work.path, merged, recipe.dtype, recipe.model_revision)
+        outputs = [*models.saved_weights(work.path), work.path / "trainer_state.json", merged]
         work.finish(outputs, trainer_figures(trainer), about(recipe, trainer_keys))
 
 

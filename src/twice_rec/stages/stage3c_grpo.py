@@ -20,6 +20,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.rewards import StepRewards
+from twice_rec.llm import models
 from twice_rec.recipe import GrpoRecipe
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
@@ -65,9 +66,9 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     trainer_keys |= trl_arguments(recipe, start)
     if IS_MAIN:
         work.begin(recipe.overwrite)
-    tokenizer = modeling.load_tokenizer(start, recipe.model_revision)
+    tokenizer = models.load_tokenizer(start, recipe.model_revision)
     rollouts = make_rollouts(recipe, tokenizer, start)
-    model = modeling.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
+    model = models.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
     rewards = StepRewards.of(recipe, data, scorer, Policy(model, tokenizer))
     writer = prompt_writer(data, recipe, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
@@ -80,15 +81,15 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         args=GRPOConfig(**owned_arguments(recipe, work.path), reward_weights=recipe.reward_weights, **trainer_keys),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=modeling.lora_config(recipe),
+        peft_config=models.lora_config(recipe),
     )
     attach_rollouts(trainer)
     trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
-    train_and_save(trainer, work.path, modeling.last_checkpoint(work.path))
+    train_and_save(trainer, work.path, models.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        modeling.write_merged(start, work.path, merged, recipe.dtype, recipe.model_revision)
-        outputs = [*modeling.saved_weights(work.path), work.path / "trainer_state.json", merged]
+        models.write_merged(start, work.path, merged, recipe.dtype, recipe.model_revision)
+        outputs = [*models.saved_weights(work.path), work.path / "trainer_state.json", merged]
         work.finish(outputs, {"tau": rewards.settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
 
 

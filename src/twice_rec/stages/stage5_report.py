@@ -15,9 +15,9 @@ from pathlib import Path
 
 from twice_rec.evaluation import report as page
 from twice_rec.evaluation.tables import columns_of, markdown, show
-from twice_rec.files import hash_file, write_json, write_text
+from twice_rec.files import MANIFEST, hash_file, write_json, write_text
 from twice_rec.recipe import ReportRecipe, load_recipe
-from twice_rec.run import MANIFEST, environment
+from twice_rec.run import environment
 from twice_rec.stages.command_line import run_stage
 
 logger = logging.getLogger("report")

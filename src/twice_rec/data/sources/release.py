@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twice_rec.errors import InputError
-
+from twice_rec import answer_format
 from twice_rec.data.sources.base import Problems, PurchaseTable, TableBuilder, clean_text
+from twice_rec.errors import InputError
 from twice_rec.files import read_json
 from twice_rec.prompts import RATING_WORDS
 from twice_rec.records import Item
@@ -135,7 +135,7 @@ class ReleaseSource:
         for path in self._prompts:
             for number, row in enumerate(_rows(path) if "_llm_train_case_1" in path.name else (), start=1):
                 where = f"{path}, row {number}"
-                text = tags.parse(str(row.get("output", ""))).rationale
+                text = answer_format.parse(str(row.get("output", ""))).rationale
                 if not text:
                     raise InputError(f"{where}: no complete <think> element in `output`")
                 indices = _indices(row, len(self._items), where)

@@ -1,0 +1,7 @@
+"""The error of everything that a user gave and can put right."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message says what, where, and what to do about it."""
