@@ -30,10 +30,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from reporting import report
 from tiny_base.model import train_tokenizer
+from twice_rec.config import GrpoRecipe
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown
 from twice_rec.grpo.rollout.vllm_command import child_group, server_command, server_environment
 from twice_rec.llm.sampling import sample_answers
-from twice_rec.recipe import GrpoRecipe
 
 SHAPES = {
     "small": {

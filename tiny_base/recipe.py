@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass
 
-from twice_rec.recipe import Check, Recipe, at_least, key, within
+from twice_rec.config import Check, Recipe, at_least, key, within
 
 
 @dataclass(frozen=True, kw_only=True)

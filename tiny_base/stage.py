@@ -25,12 +25,12 @@ from tiny_base.model import BaseSettings, build_model, model_card, train_tokeniz
 from tiny_base.pretraining import PretrainSettings, encode_conversation
 from tiny_base.probe import examine
 from tiny_base.recipe import BaseModelRecipe
+from twice_rec.config import load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.files import write_json, write_text
 from twice_rec.llm.attention import CHUNKED
 from twice_rec.llm.models import load_tokenizer
-from twice_rec.recipe import load_recipe
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device

@@ -5,9 +5,8 @@ import json
 import os
 
 import pytest
-from twice_rec.errors import InputError
-from twice_rec.run import Manifest, Work
 
+from twice_rec.errors import InputError
 from twice_rec.files import (
     atomic_path,
     hash_file,
@@ -19,6 +18,7 @@ from twice_rec.files import (
     write_records,
 )
 from twice_rec.records import Interaction, Prediction, UserSequence
+from twice_rec.run import Manifest, Work
 
 
 def test_atomic_write_replaces_whole(tmp_path):

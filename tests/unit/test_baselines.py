@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from scipy import sparse
-from twice_rec.errors import InputError
 
 from twice_rec.cf.baselines import (
     ItemSimilarityScorer,
@@ -17,6 +16,7 @@ from twice_rec.cf.baselines import (
     knn_similarity,
     weighted_histories,
 )
+from twice_rec.errors import InputError
 
 TRAINING = [[1, 2], [1, 2, 3], [2, 3], [4]]
 

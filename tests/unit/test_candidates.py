@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twice_rec.errors import InputError
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.candidates import draw_candidates, training_counts
 from twice_rec.data.sequences import leave_one_out
+from twice_rec.errors import InputError
 from twice_rec.records import Interaction, Item, UserSequence
 
 KINDS = ("uniform", "popularity", "hard")

@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twice_rec.errors import InputError
 
 from twice_rec.answer_format import parse
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.errors import InputError
 from twice_rec.records import Item
 
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)

@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from tiny_base.recipe import BaseModelRecipe
-from twice_rec import recipe as config
-from twice_rec.errors import InputError
-from twice_rec.recipe import (
+from twice_rec import config
+from twice_rec.config import (
     EvaluateRecipe,
     GrpoRecipe,
     PrepareRecipe,
@@ -21,6 +20,7 @@ from twice_rec.recipe import (
     load_recipe,
     load_training_recipe,
 )
+from twice_rec.errors import InputError
 from twice_rec.stages.lifecycle import OWNED_BY_STAGES
 
 ROOT = Path(__file__).parents[2]

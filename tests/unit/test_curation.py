@@ -5,9 +5,9 @@ import random
 from dataclasses import replace
 
 import pytest
-from twice_rec.errors import InputError
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
 from twice_rec.files import read_records
 from twice_rec.rationales.curate import Judged, NotAnnotated, Rules, TitleCheck, curate
 from twice_rec.rationales.duplicates import NearDuplicates

@@ -7,10 +7,10 @@ import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from twice_rec.errors import InputError
 
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, llama, qwen3
+from twice_rec.errors import InputError
 from twice_rec.llm.models import encode_chat, end_of_turn_ids
 from twice_rec.llm.shared_prefix import SharedPrefixCollator
 from twice_rec.sft.dataset import Row

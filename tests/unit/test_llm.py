@@ -7,9 +7,9 @@ import string
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from twice_rec.errors import InputError
 
 from tiny_base.model import BaseSettings, build_model, train_tokenizer
+from twice_rec.errors import InputError
 from twice_rec.files import hash_file
 from twice_rec.llm.generation import TransformersGenerator
 from twice_rec.llm.models import (

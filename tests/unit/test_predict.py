@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from twice_rec.errors import InputError
 
 from twice_rec.answer_format import render
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
+from twice_rec.errors import InputError
 from twice_rec.evaluation.predict import (
     AskSettings,
     CFQuestions,

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from twice_rec.errors import InputError
 
+from twice_rec.errors import InputError
 from twice_rec.evaluation.report import compare, read_variants, summarise_variants
 
 

@@ -18,6 +18,7 @@ from twice_rec.answer_format import parse, render
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.cf.confidence import SasRecScorer
 from twice_rec.cf.sasrec import SasRec, SasRecSettings
+from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.predict import AskSettings, ask
@@ -26,7 +27,6 @@ from twice_rec.grpo import rewards
 from twice_rec.grpo.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import PromptFormat, rationale_answer
-from twice_rec.recipe import GrpoRecipe
 from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
 
 ROOT = Path(__file__).parents[2]

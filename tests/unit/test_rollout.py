@@ -8,10 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from twice_rec.errors import InputError
 
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3
+from twice_rec.errors import InputError
 from twice_rec.grpo.rollout.base import Group, InProcessRollouts, _batches, _merged, attach_rollouts
 from twice_rec.grpo.rollout.vllm import QUIET_STEPS, ServerRollouts
 

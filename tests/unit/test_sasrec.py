@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from twice_rec.errors import InputError
 
 from twice_rec.cf.sasrec import SasRec, SasRecSettings, pad_right
 from twice_rec.cf.sasrec_training import (
@@ -19,6 +18,7 @@ from twice_rec.cf.sasrec_training import (
     softmax_loss,
     training_loss,
 )
+from twice_rec.errors import InputError
 
 
 def shape(**others):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from twice_rec.errors import InputError
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.confidence import SasRecScorer, calibrated_scorer, fit_calibration, item_means, item_only_share
 from twice_rec.cf.sasrec import SasRec, SasRecSettings
+from twice_rec.errors import InputError
 from twice_rec.records import Item
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(20)])

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twice_rec.errors import InputError
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sequences import (
@@ -18,6 +17,7 @@ from twice_rec.data.sequences import (
     without_duplicates,
 )
 from twice_rec.data.sources.base import Problems, TableBuilder
+from twice_rec.errors import InputError
 from twice_rec.records import SPLITS, Interaction, Item, UserSequence
 
 rows = st.lists(

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from twice_rec.errors import InputError
 
 from twice_rec.data.sequences import assemble
 from twice_rec.data.sources.amazon import SCHEMA_2014, SCHEMA_2023, AmazonSource
 from twice_rec.data.sources.base import clean_text
 from twice_rec.data.sources.recbole import AtomicSource
 from twice_rec.data.sources.release import ReleaseSource
+from twice_rec.errors import InputError
 
 
 def review(user="U1", item="A", time=1000, rating=5.0, **others):

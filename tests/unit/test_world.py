@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from twice_rec.errors import InputError
 
 from twice_rec import metrics
 from twice_rec.cf.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 from twice_rec.data.sequences import assemble
 from twice_rec.data.sources.amazon import SCHEMA_2023, AmazonSource
 from twice_rec.data.sources.synthetic import BRANDS, DIETS, MAX_ITEMS, PRODUCT_TYPES, World, WorldSettings
+from twice_rec.errors import InputError
 
 STRENGTHS = {"taste": 2.2, "complement": 2.4, "cohort": 2.6, "popularity": 0.5, "brand": 1.0}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from twice_rec.evaluation.predict import METRICS_FILE
 from twice_rec.files import read_json
+from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS
 
 # Rows of tables come in this order, others behind.
@@ -41,19 +42,6 @@ def columns_of(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [f"{kind}/{name}" for kind in order for name in METRICS if f"{kind}/{name}" in present]
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns padded to the same width, readable in a terminal too; numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = cells
-        padded = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|" + "|".join([f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
 def metrics_table(metrics: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
     """One row for each variant that has one of the columns, with its number of users."""
     rows = [
@@ -61,7 +49,7 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]], columns: Sequence[
         for variant, row in metrics.items()
         if any(key in row for key in columns)
     ]
-    return markdown(["variant", "users", *columns], rows)
+    return markdown_table(["variant", "users", *columns], rows)
 
 
 def list_tables(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, str]:

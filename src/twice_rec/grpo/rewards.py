@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from twice_rec.answer_format import WITH_RATIONALE, ParsedAnswer, closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.config import GrpoRecipe
 from twice_rec.data.dataset import PreparedData
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.prompts import Message, rationale_answer
-from twice_rec.recipe import GrpoRecipe
 
 
 class ConfidenceModel(Protocol):

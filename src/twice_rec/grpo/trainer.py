@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from twice_rec.errors import InputError
 
+from twice_rec.errors import InputError
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 
 Batch = dict[str, Any]

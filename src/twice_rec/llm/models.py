@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from twice_rec.config import ModelKeys
 from twice_rec.errors import InputError
 from twice_rec.llm import attention  # noqa: F401  registers chunked_sdpa
-from twice_rec.recipe import ModelKeys
 
 logger = logging.getLogger(__name__)
 

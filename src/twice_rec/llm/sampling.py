@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from twice_rec.config import TAKES_MASKS
 from twice_rec.llm.shared_prefix import as_attention_mask, layer_windows
-from twice_rec.recipe import TAKES_MASKS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from twice_rec.recipe import TAKES_MASKS
+from twice_rec.config import TAKES_MASKS
 
 Mask = Tensor | BlockMask
 MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.config import RationalesRecipe
 from twice_rec.prompts import PromptFormat, annotation_instructions
 from twice_rec.rationales import batch, generate
 from twice_rec.rationales.cache import AnswerCache
@@ -18,7 +19,6 @@ from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.generate import Collected, Questions
 from twice_rec.rationales.offline import OfflineAnnotator
 from twice_rec.rationales.released import ReleasedRationales
-from twice_rec.recipe import RationalesRecipe
 from twice_rec.records import Example, Rationale
 
 ANSWERS = "answers/rationales.jsonl"  # under run_dir, not under rationales/: other settings must not cost it

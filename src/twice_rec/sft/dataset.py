@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from twice_rec.errors import InputError
 
 from twice_rec import prompts
+from twice_rec.errors import InputError
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import Message
 from twice_rec.records import Example, Rationale

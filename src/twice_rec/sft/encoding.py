@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
-from twice_rec.errors import InputError
 
+from twice_rec.errors import InputError
 from twice_rec.llm.models import encode_chat, encode_text, end_of_turn_ids
 from twice_rec.prompts import Message
 

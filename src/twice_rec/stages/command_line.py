@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from twice_rec.config import Recipe, describe_keys
 from twice_rec.errors import InputError
-from twice_rec.recipe import Recipe, describe_keys
 
 logger = logging.getLogger(__name__)
 

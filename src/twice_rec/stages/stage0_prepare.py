@@ -20,6 +20,7 @@ import numpy as np
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
+from twice_rec.config import PrepareRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.candidates import draw_candidates
 from twice_rec.data.sequences import assemble, statistics
@@ -31,7 +32,6 @@ from twice_rec.data.sources.synthetic import World, WorldSettings
 from twice_rec.files import atomic_path, write_json, write_records
 from twice_rec.progress import progress
 from twice_rec.prompts import PromptFormat
-from twice_rec.recipe import PrepareRecipe, load_recipe
 from twice_rec.records import SPLITS, UserSequence
 from twice_rec.run import Work
 from twice_rec.stages.command_line import run_stage

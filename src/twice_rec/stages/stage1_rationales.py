@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from twice_rec.config import RationalesRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.sources.release import ReleaseSource
@@ -24,7 +25,6 @@ from twice_rec.errors import InputError
 from twice_rec.rationales import annotators, curate, report
 from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.released import ReleasedRationales
-from twice_rec.recipe import RationalesRecipe, load_recipe
 from twice_rec.run import Work
 from twice_rec.stages.command_line import run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished

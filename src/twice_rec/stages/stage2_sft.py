@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from twice_rec.config import SftRecipe, load_training_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.tables import markdown
 from twice_rec.files import read_records
 from twice_rec.llm import models
-from twice_rec.recipe import SftRecipe, load_training_recipe
+from twice_rec.markdown import markdown_table
 from twice_rec.records import Rationale
 from twice_rec.run import Work
 from twice_rec.sft.dataset import Share, Task, training_rows
@@ -72,7 +72,7 @@ def sft(loaded: tuple[SftRecipe, dict]) -> None:
     if recipe.curriculum:
         arguments.train_sampling_strategy = "sequential"
     encoded = encoding.encode_rows(tokenizer, rows, arguments.max_length)
-    logger.info("tokens, by task:\n%s", markdown(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
+    logger.info("tokens, by task:\n%s", markdown_table(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
     logger.info("prompts: %s", ", ".join(f"{count:,} {how}" for how, count in writer.fitted.items()))
     named = (recipe.model_name_or_path, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
     model = models.load_model(*named, quantization=recipe.quantization)

@@ -23,12 +23,12 @@ from twice_rec.cf.baselines import CFScorer, fit_baseline
 from twice_rec.cf.confidence import SasRecScorer, calibrated_scorer, item_only_share
 from twice_rec.cf.sasrec import SasRecSettings
 from twice_rec.cf.sasrec_training import Training, TrainSettings
+from twice_rec.config import SasrecRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.predict import CFQuestions, export_scores
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.files import write_jsonl
-from twice_rec.recipe import SasrecRecipe, load_recipe
 from twice_rec.run import Work
 from twice_rec.stages.command_line import run_stage
 from twice_rec.stages.lifecycle import about, evaluate_variant, need, say_finished, torch_device, wandb_run

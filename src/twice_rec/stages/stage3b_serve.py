@@ -13,8 +13,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from twice_rec.config import GrpoRecipe, load_training_recipe
 from twice_rec.errors import InputError
-from twice_rec.recipe import GrpoRecipe, load_training_recipe
 from twice_rec.stages.command_line import run_stage
 from twice_rec.stages.lifecycle import OWNED_BY_STAGES, grpo_start
 

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 
 from twice_rec.cf.confidence import SasRecScorer
+from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.rewards import StepRewards
 from twice_rec.llm import models
-from twice_rec.recipe import GrpoRecipe
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from twice_rec.cf.baselines import OutsideScorer
+from twice_rec.config import EvaluateRecipe, grpo_folder, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predict import AskSettings, evaluate_language_model
 from twice_rec.evaluation.tables import read_metrics, show_metrics
-from twice_rec.recipe import EvaluateRecipe, grpo_folder, load_recipe
 from twice_rec.records import Example
 from twice_rec.run import Work
 from twice_rec.stages.command_line import run_stage

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from twice_rec.config import ReportRecipe, load_recipe
 from twice_rec.evaluation import report as page
-from twice_rec.evaluation.tables import columns_of, markdown, show
+from twice_rec.evaluation.tables import columns_of, show
 from twice_rec.files import MANIFEST, hash_file, write_json, write_text
-from twice_rec.recipe import ReportRecipe, load_recipe
+from twice_rec.markdown import markdown_table
 from twice_rec.run import environment
 from twice_rec.stages.command_line import run_stage
 
@@ -73,16 +74,18 @@ def report(recipe: ReportRecipe) -> None:
     facts |= {"packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items())}
     title = f"TWiCE-Rec on {recipe.domain}"
     write_text(folder / "index.html", page.html_page(title, intro, sections, facts))
-    text = "\n\n".join(f"## {heading}\n\n{sentence}\n\n{markdown(*table)}" for heading, sentence, table in sections)
+    text = "\n\n".join(
+        f"## {heading}\n\n{sentence}\n\n{markdown_table(*table)}" for heading, sentence, table in sections
+    )
     write_text(folder / "tables.md", f"# {title}\n\n{intro}\n\n{text}\n")
     compact = [[row[0], row[1], *(cell.partition(" ")[0] for cell in row[3:])] for row in shared_table[1]]
     if compact:
         show(
             f"The {len(shared):,} users that all variants share:\n\n"
-            + markdown(["variant", "users", *shared_table[0][3:]], compact)
+            + markdown_table(["variant", "users", *shared_table[0][3:]], compact)
         )
     if comparisons:
-        show(markdown(*page.comparison_table(comparisons)))
+        show(markdown_table(*page.comparison_table(comparisons)))
     logger.info("with intervals and all lists: %s", folder / "index.html")
 
 

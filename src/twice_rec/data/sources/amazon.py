@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twice_rec.errors import InputError
-
 from twice_rec.data.sources.base import Problems, PurchaseTable, TableBuilder, clean_text, find_file, titled_among
+from twice_rec.errors import InputError
 from twice_rec.progress import progress
 from twice_rec.records import Item
 

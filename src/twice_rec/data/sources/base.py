@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from twice_rec.errors import InputError
 
+from twice_rec.errors import InputError
 from twice_rec.records import Item
 
 _MARKUP = re.compile(r"<[^<>]{1,200}>")

@@ -13,9 +13,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from twice_rec.errors import InputError
-
 from twice_rec.data.sources.base import Problems, PurchaseTable, TableBuilder, clean_text, find_file, titled_among
+from twice_rec.errors import InputError
 from twice_rec.records import Item
 
 _TITLES = ("title", "item_title", "item_name", "name", "movie_title")

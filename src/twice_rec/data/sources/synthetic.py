@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from twice_rec.errors import InputError
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
 from twice_rec.progress import progress
 from twice_rec.records import UserSequence

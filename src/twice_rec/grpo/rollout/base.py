@@ -25,11 +25,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from twice_rec.errors import InputError
 
+from twice_rec.config import GrpoRecipe
+from twice_rec.errors import InputError
 from twice_rec.llm.models import encode_chat, stop_token_ids
 from twice_rec.llm.sampling import Sample, sample_answers
-from twice_rec.recipe import GrpoRecipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from twice_rec.errors import InputError
 
+from twice_rec.config import GrpoRecipe
+from twice_rec.errors import InputError
 from twice_rec.grpo.rollout.base import Group, Rollouts, record
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
 from twice_rec.llm.models import encode_chat, stop_token_ids
 from twice_rec.llm.sampling import Sample
-from twice_rec.recipe import GrpoRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.errors import InputError
-
 from twice_rec.files import hash_file
 from twice_rec.llm.sampling import Sample
 

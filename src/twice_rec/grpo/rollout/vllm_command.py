@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twice_rec.config import GrpoRecipe
 from twice_rec.errors import InputError
-
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
-from twice_rec.recipe import GrpoRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,102 @@
+"""The settings of stages 4 and 5."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from twice_rec.data.candidates import CANDIDATE_LISTS
+from twice_rec.grpo.recipe import is_grpo_variant
+from twice_rec.llm.recipe import ModelConfig, PromptConfig
+from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, one_of, rule
+from twice_rec.records import RANKED_LISTS
+
+CandidateList = one_of(CANDIDATE_LISTS)
+RankedList = one_of(RANKED_LISTS)
+
+
+def _is_ours(variant: str) -> bool:
+    return variant in ("base", "stage2", "oracle") or is_grpo_variant(variant)
+
+
+class LLMRankingConfig(Settings):
+    """How a language model is asked, and how its completions become a ranking."""
+
+    with_rationale: bool = key(True, "ask for a rationale first (task 3), or for the item alone (task 2)")
+    num_samples: int = key(5, "ranking sampled: completions per question", ge=1)
+    temperature: float = key(0.9, "ranking sampled: temperature of the sampling", gt=0)
+    top_p: float = key(
+        1.0, "ranking sampled: sample from the likeliest tokens that together have this probability", gt=0, le=1
+    )
+    max_new_tokens: int = key(300, "longest completion in tokens", ge=1)
+
+
+class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, DeviceConfig):
+    """Stage 4: the same test questions to every variant."""
+
+    RENAMED: ClassVar = {"outside_scores": "precomputed_scores"}
+
+    variants: list[str] = key(
+        ["base", "stage2", "stage3"],
+        "what is evaluated: base, stage2, stage3 or stage3_NAME (grpo's variant); oracle for the synthetic domain; or "
+        "a name in precomputed_scores",
+    )
+    model_name_or_path: str | None = key(None, "variant base: the model that stage 2 starts from")
+    precomputed_scores: dict[str, str] = key(
+        {}, "score files of other models: variant name -> .npz with `scores` [users, items]"
+    )
+    num_users: int | None = key(
+        None, "language models are asked about this many test users, drawn by seed; null for all", ge=1
+    )
+    lists: list[CandidateList] = key(["uniform"], "candidate lists that language models are asked about")
+    score_lists: list[RankedList] = key(["uniform", "full"], "lists that the oracle and precomputed scores rank")
+    rankings: list[Literal["likelihood", "sampled"]] = key(
+        ["likelihood"],
+        "how completions become a ranking; the first keeps the variant's name, the second is <variant>_<ranking>",
+    )
+    batch_size: int = key(8, "questions per batch", ge=1)
+
+    @rule
+    def something_is_ranked(self) -> str | None:
+        return None if self.rankings else "rankings is empty; give likelihood, sampled or both"
+
+    @rule
+    def the_base_is_named(self) -> str | None:
+        if "base" in self.variants and self.model_name_or_path is None:
+            return "variants names base: set model_name_or_path to the model that stage 2 starts from"
+        return None
+
+    @rule
+    def variants_differ(self) -> str | None:
+        if len(set(self.variants)) < len(self.variants):
+            return f"variants names one twice: {', '.join(self.variants)}"
+        return None
+
+    @rule
+    def precomputed_scores_have_names_of_their_own(self) -> str | None:
+        if any(map(_is_ours, self.precomputed_scores)):
+            return "precomputed_scores uses a name of ours (base, stage2, stage3, stage3_..., oracle); choose another"
+        return None
+
+    @rule
+    def variants_are_known(self) -> str | None:
+        if unknown := [v for v in self.variants if not _is_ours(v) and v not in self.precomputed_scores]:
+            return (
+                f"variants names {', '.join(unknown)}; known are base, stage2, stage3, stage3_NAME, oracle and the "
+                "names in precomputed_scores"
+            )
+        return None
+
+
+class ReportRecipe(Recipe):
+    """Stage 5: tables of everything under eval/."""
+
+    other_runs: list[str] = key([], "run folders of other seeds on the same data, averaged with run_dir's")
+    comparisons: list[list[str]] = key([], "pairs of variants, [a, b], that are compared on the users both have")
+    comparison_metric: str = key("uniform/hr@1", "metric of the comparisons")
+    bootstrap_samples: int = key(1000, "resamples behind each 95 % interval", ge=100)
+
+    @rule
+    def comparisons_are_pairs(self) -> str | None:
+        if not all(len(pair) == 2 for pair in self.comparisons):
+            return "comparisons holds something that is not a pair [a, b]"
+        return None

@@ -1,0 +1,191 @@
+"""The settings of stage 3: rewards, rollouts, and what TRL's GRPOConfig does not have."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Literal
+
+from twice_rec.cf.recipe import ConfidenceConfig
+from twice_rec.grpo.rewards import REWARDS, RewardConfig
+from twice_rec.llm.recipe import SHARES_PREFIXES, AdapterConfig, ModelConfig, PromptConfig, SharedPrefixConfig
+from twice_rec.recipe import Settings, TrainerRecipe, key, one_of, rule
+
+RewardName = one_of(REWARDS)
+
+# Results of stage 3: stage3, or stage3_NAME; names that evaluation gives to second rankings are left to it.
+_VARIANT = re.compile(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)")
+
+
+def is_grpo_variant(variant: str) -> bool:
+    """Whether a name is one of stage 3's results."""
+    return _VARIANT.fullmatch(variant) is not None
+
+
+def grpo_folder(variant: str) -> str:
+    """Folder of a stage-3 variant under run_dir: `grpo` for `stage3`, `grpo_D` for `stage3_D`."""
+    return variant.replace("stage3", "grpo", 1)
+
+
+MAX_SERVED_RANK = 512  # of an adapter, in vLLM
+
+
+class RolloutConfig(Settings):
+    """Who samples the completions."""
+
+    rollout: Literal["transformers", "vllm_server", "trl_server", "trl_colocate"] = key(
+        "transformers",
+        "who samples: the trainer's own process; vLLM servers that grpo_step1.sh starts, on a CPU or on GPUs, and that "
+        "get each policy as a LoRA adapter; such a server that gets full weights by NCCL (TRL's server mode); or a "
+        "vLLM inside the trainer (TRL's colocate mode)",
+    )
+    rollout_servers: list[str] = key(
+        ["127.0.0.1:8000"],
+        "host:port of each server; grpo_step1.sh starts those whose host is its machine",
+        changes_result=False,
+    )
+    rollout_tensor_parallel_size: int = key(1, "GPUs per server", changes_result=False, ge=1)
+    rollout_executor: Literal["mp", "ray"] | None = key(
+        None, "how a server's GPUs are run; ray for several machines; null lets vLLM choose", changes_result=False
+    )
+    rollout_max_model_len: int | None = key(
+        None, "longest prompt and completion together that a server takes, in tokens", changes_result=False, ge=1
+    )
+    rollout_gpu_memory_utilization: float = key(
+        0.9, "share of a GPU's memory that a server takes", changes_result=False, ge=0.01, le=1
+    )
+    rollout_cpu_kvcache_gib: int = key(
+        4, "GiB of memory for a server's caches if it runs on a CPU", changes_result=False, ge=1
+    )
+    rollout_server_args: dict[str, Any] = key(
+        {}, "more of vLLM's flags, such as {max_num_seqs: 64, enforce_eager: true}", changes_result=False
+    )
+    rollout_seeds: bool = key(
+        True, "send a seed with each request; a vLLM on a CPU ends at one whose prompt it computes in parts"
+    )
+    rollout_adapter_dir: str | None = key(
+        None, "folder in which policies are written for the servers; null for policy/ beside the results",
+        changes_result=False,
+    )  # fmt: skip
+    rollout_timeout_seconds: float = key(600.0, "time limit of one request to a server", changes_result=False, ge=1)
+    rollout_wait_seconds: float = key(
+        900.0,
+        "how long training waits for a server that is down before it is saved and ends; below ddp_timeout",
+        changes_result=False,
+        ge=0,
+    )
+    rollout_logprob_gap: float = key(
+        0.05,
+        "mean difference of the server's and the trainer's log-probabilities from which on a warning is logged",
+        changes_result=False,
+        ge=0,
+    )
+
+    @rule
+    def servers_are_addresses(self) -> str | None:
+        if not self.rollout_servers or not all(re.fullmatch(r"[^:/\s]+:\d{1,5}", s) for s in self.rollout_servers):
+            return f"rollout_servers is {self.rollout_servers}; it must list host:port, 127.0.0.1:8000"
+        return None
+
+    @rule
+    def trl_takes_one_server(self) -> str | None:
+        if self.rollout == "trl_server" and len(self.rollout_servers) != 1:
+            return f"rollout is trl_server with {len(self.rollout_servers)} rollout_servers; it takes one"
+        return None
+
+
+class GRPORecipe(
+    TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, SharedPrefixConfig, RewardConfig, ConfidenceConfig,
+    RolloutConfig,
+):  # fmt: skip
+    """Stage 3: confidence-weighted GRPO of the stage-2 model."""
+
+    TRAINER_CONFIG: ClassVar = "GRPOConfig"
+    PREFIX_ATTENTION: ClassVar = SHARES_PREFIXES
+    RENAMED: ClassVar = {"cf_variant": "cf_model"}
+    OWNED: ClassVar = {
+        **TrainerRecipe.OWNED,
+        "reward_weights": "it is read from our own key of that name",
+        **dict.fromkeys(
+            ("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+            "all completions go to completions/ by themselves, and sample_every shows some",
+        ),
+        "use_vllm": "use rollout",
+        "vllm_mode": "use rollout: trl_server or trl_colocate",
+    }
+
+    variant: str = key(
+        "stage3",
+        "name of the results, stage3 or stage3_NAME: folder grpo or grpo_NAME under run_dir, and name in evaluate",
+        changes_result=False,
+    )
+    model_name_or_path: str | None = key(
+        None, "the model that stage 3 starts from, a folder or a name on the hub; null for the stage-2 model"
+    )
+    train_fraction: float = key(0.15, "share of the training examples that are prompted", gt=0, le=1)
+    reward_funcs: list[RewardName] = key(
+        ["collaborative", "structure", "tags", "only_expected_tags"], "rewards that are added up; see grpo/rewards.py"
+    )
+    reward_weights: list[float] = key([4.0, 1.0, 1.0, 1.0], "weight of each reward, in the same order")
+    sample_every: int | None = key(
+        None, "show sample completions with their rewards every so many steps; null for never", changes_result=False,
+        ge=1,
+    )  # fmt: skip
+    sample_completions: int = key(4, "number of sample completions that are shown", changes_result=False, ge=1)
+
+    @property
+    def folder(self) -> str:
+        """Folder of the results under run_dir."""
+        return grpo_folder(self.variant)
+
+    @rule
+    def variant_names_a_folder(self) -> str | None:
+        if not is_grpo_variant(self.variant):
+            return (
+                f"variant is {self.variant!r}; it must be stage3 or stage3_NAME, NAME of letters, digits, _ . - and "
+                "not sampled or likelihood"
+            )
+        return None
+
+    @rule
+    def a_revision_needs_a_model(self) -> str | None:
+        if self.model_revision is not None and self.model_name_or_path is None:
+            return (
+                f"model_revision is {self.model_revision}, but model_name_or_path is null: the stage-2 model has no "
+                "revisions"
+            )
+        return None
+
+    @rule
+    def rank_judges_rationales(self) -> str | None:
+        if "rank" in self.reward_funcs and self.item_first:
+            return (
+                "the reward rank judges the rationale by the item that follows it, but item_first is true: all "
+                "completions of a prompt would earn the same; leave rank out of reward_funcs"
+            )
+        if "rank" in self.reward_funcs and self.attn_implementation not in SHARES_PREFIXES:
+            *others, last = SHARES_PREFIXES
+            kinds = f"{', '.join(others)} or {last}"
+            return f"reward rank needs attn_implementation {kinds}, found {self.attn_implementation}"
+        return None
+
+    @rule
+    def rewards_have_weights(self) -> str | None:
+        if len(self.reward_funcs) != len(self.reward_weights):
+            return (
+                f"reward_funcs has {len(self.reward_funcs)} names and reward_weights {len(self.reward_weights)} "
+                "values; they go in pairs"
+            )
+        if not self.reward_funcs:
+            return "reward_funcs is empty; there is nothing to optimise"
+        if not any(self.reward_weights):
+            return "reward_weights are all 0; there is nothing to optimise"
+        return None
+
+    @rule
+    def servers_take_adapters(self) -> str | None:
+        if self.rollout == "vllm_server" and not (self.use_peft and self.lora_r <= MAX_SERVED_RANK):
+            return (
+                f"rollout is vllm_server with use_peft {self.use_peft} and lora_r {self.lora_r}; it sends adapters up "
+                f"to rank {MAX_SERVED_RANK}: set use_peft true and a lower rank, or rollout trl_server"
+            )
+        return None

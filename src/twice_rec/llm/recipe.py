@@ -1,0 +1,64 @@
+"""The settings of every stage with a language model; the names are those of TRL's ModelConfig where it has them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from twice_rec.recipe import Settings, key, rule
+
+CHUNKED_SDPA = "chunked_sdpa"  # ours, for CPUs; see `attention`
+TAKES_MASKS = ("sdpa", CHUNKED_SDPA, "eager")  # kinds of attention that take a mask of ours, as a tensor
+SHARES_PREFIXES = (*TAKES_MASKS, "flex_attention")  # kinds that take one in some form
+
+
+class ModelConfig(Settings):
+    """How a language model is loaded."""
+
+    model_revision: str | None = key(None, "branch, tag or commit of model_name_or_path on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "type of the weights")
+    attn_implementation: str = key(
+        "sdpa", f"kind of attention: {', '.join(SHARES_PREFIXES)}, or another of transformers"
+    )
+
+
+class AdapterConfig(Settings):
+    """What of a language model is trained."""
+
+    use_peft: bool = key(True, "train a LoRA adapter; false trains all weights")
+    lora_r: int = key(8, "rank of the adapter", ge=1)
+    lora_alpha: int = key(16, "scale of the adapter, divided by lora_r", ge=1)
+    lora_dropout: float = key(0.0, "dropout on the adapter's input", ge=0, le=0.99)
+    lora_target_modules: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "layers that get an adapter"
+    )
+
+
+class PromptConfig(Settings):
+    """How prompts are built; the same values belong in sft, grpo and evaluate."""
+
+    max_prompt_tokens: int | None = key(
+        None,
+        "longest prompt in tokens; longer ones lose the oldest interactions, then text of descriptions; null for no "
+        "limit",
+        ge=1,
+    )
+    item_first: bool = key(False, "task 3 names the item before its rationale")
+
+
+class SharedPrefixConfig(Settings):
+    """Whether what several rows begin with is computed once."""
+
+    share_prefixes: bool = key(
+        False,
+        "compute the beginning that several rows share once instead of once per row, with the same loss; in stage 2 "
+        "the rows of a user share their prompt and batch sizes count users, in stage 3 the completions of a group do",
+    )
+
+    @rule
+    def attention_takes_masks(self) -> str | None:
+        if self.share_prefixes and self.attn_implementation not in self.PREFIX_ATTENTION:
+            return (
+                f"share_prefixes needs attn_implementation {' or '.join(self.PREFIX_ATTENTION)}, found "
+                f"{self.attn_implementation}; change it, or set share_prefixes to false"
+            )
+        return None

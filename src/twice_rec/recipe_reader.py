@@ -1,0 +1,368 @@
+"""The one way to read a recipe.
+
+`load_recipe` checks every key of a YAML file against the class of its stage, and for the stages that use a TRL trainer
+also against TRL's own configuration, then applies `--key value` overrides through the same checks. Unknown, misspelt,
+duplicate and missing keys, wrong types, values outside a choice and combinations that cannot work are all reported
+together. (TRL's own parser accepts 4.5 for an int, values outside a Literal, duplicate keys and abbreviated flags.)
+
+`base: other.yaml` in a recipe takes the keys of another recipe, a path relative to its own; its own keys win.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import enum
+import logging
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from twice_rec.errors import InputError
+from twice_rec.recipe import Recipe, Settings, TrainerRecipe, one_of
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=Recipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as a string, for want of a dot; recipes mean the number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+               r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One value and where it came from: `line 12`, `grpo.yaml, line 12` or `--key`."""
+
+    value: Any
+    where: str
+
+
+def load_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()) -> C:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        recipe: the class of its stage.
+        overrides: command-line words, `["--seed", "1", "--lists=[uniform]"]`.
+
+    Raises:
+        InputError: one message that lists everything wrong, each with its line or flag.
+    """
+    return _load(path, recipe, overrides)[0]
+
+
+def show_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()) -> str:
+    """The resolved recipe as YAML: every key of ours and every given one of TRL's, with the place it comes from."""
+    loaded, given = _load(path, recipe, overrides)
+    lines = []
+    for name, value in loaded.everything().items():
+        lines.append(
+            f"{name}: {_as_yaml(value)}".ljust(60) + f"  # {given[name].where if name in given else 'default'}"
+        )
+    return "\n".join(lines)
+
+
+def _load(path: Path | str, recipe: type[C], overrides: Sequence[str]) -> tuple[C, dict[str, _Given]]:
+    trainer = recipe.trainer_config() if issubclass(recipe, TrainerRecipe) else None
+    given, errors = _read(Path(path), overrides, recipe, trainer)
+    ours = {name: entry for name, entry in given.items() if name in recipe.model_fields}
+    theirs = {name: entry for name, entry in given.items() if name not in ours}
+    built = _build(ours, recipe, errors)
+    keywords = _trainer_keys(theirs, recipe, trainer, errors) if trainer else {}
+    if errors or built is None:
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))
+    if trainer:
+        built._trainer_keys.update(keywords)  # type: ignore[attr-defined]
+    return built, given
+
+
+def _read(
+    path: Path, overrides: Sequence[str], recipe: type[Recipe], trainer: type | None
+) -> tuple[dict[str, _Given], list[str]]:
+    """The given keys that some class knows, under their present names, and the errors so far."""
+    errors: list[str] = []
+    hints = {f.name: None for f in dataclasses.fields(trainer) if f.init} if trainer else {}
+    hints |= {name: hint for name, hint in typing.get_type_hints(trainer).items() if name in hints} if trainer else {}
+    hints |= {name: field.annotation for name, field in recipe.model_fields.items()}
+    given = _read_yaml(path, errors)
+    for flag, texts in _flags(overrides, errors):
+        given[flag] = _Given(_flag_value(texts, hints.get(recipe.RENAMED.get(flag, flag))), f"--{flag}")
+    for old in [name for name in given if name in recipe.RENAMED]:
+        entry, new = given.pop(old), recipe.RENAMED[old]
+        logger.warning("%s: %s is called %s now; the old name still works in this version", entry.where, old, new)
+        given.setdefault(new, entry)
+    for (name, old_value), new_value in recipe.RENAMED_VALUES.items():
+        if name in given and given[name].value == old_value:
+            logger.warning("%s: %s %s is called %s now", given[name].where, name, old_value, new_value)
+            given[name] = _Given(new_value, given[name].where)
+    for name in [name for name in given if name not in hints]:
+        near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
+        errors.append(f"{given.pop(name).where}: unknown key {name}; {hint}")
+    return given, errors
+
+
+def _read_yaml(path: Path, errors: list[str], readers: tuple[Path, ...] = ()) -> dict[str, _Given]:
+    """The keys of a file and of its base; `readers` are the recipes that name it as theirs."""
+    if path.resolve() in readers:
+        raise InputError(f"{path}: a recipe cannot be its own base: {' -> '.join(p.name for p in readers)}")
+    root, loader = _parse(path)
+    prefix = f"{path}, " if readers else ""
+    try:
+        own: list[str] = []
+        _report_duplicates(root, own)
+        errors += [prefix + message for message in own]
+        given: dict[str, _Given] = {}
+        for key_node, value_node in root.value:
+            where = f"{prefix}line {key_node.start_mark.line + 1}"
+            name = str(loader.construct_object(key_node))
+            given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), where))
+    finally:
+        loader.dispose()
+    if "base" not in given:
+        return given
+    base = given.pop("base")
+    if not isinstance(base.value, str):
+        errors.append(f"{base.where}: base must be the path of another recipe, found {base.value!r}")
+        return given
+    return {**_read_yaml(path.parent / base.value, errors, (*readers, path.resolve())), **given}
+
+
+def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; give one of the recipes in it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if root is None:
+        raise InputError(f"{path}: the recipe is empty")
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path}: expected lines of `key: value`, found a {root.tag.rpartition(':')[2]}")
+    return root, loader
+
+
+def _report_duplicates(node: yaml.Node, errors: list[str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen:
+                errors.append(f"line {line}: {key_node.value} stands in line {seen[key_node.value]} already")
+            seen.setdefault(key_node.value, line)
+            _report_duplicates(value_node, errors)
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _report_duplicates(child, errors)
+
+
+def _flags(words: Sequence[str], errors: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Split `--key value ...` and `--key=value` words into (key, values)."""
+    current: tuple[str, list[str]] | None = None
+    for word in words:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and len(word) > 2:
+            if current:
+                yield current
+            current = (name, [word.partition("=")[2]] if "=" in word else [])
+        elif current is None:
+            errors.append(f"{word!r} on the command line belongs to no --key")
+        else:
+            current[1].append(word)
+    if current:
+        yield current
+
+
+def _flag_value(texts: list[str], hint: Any) -> Any:
+    """`--key` alone means true; several words make a list; a word is read as YAML if that fits the key's type."""
+    if not texts:
+        return True
+    values = []
+    for text in texts:
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            value = text
+        if hint is not None and len(texts) == 1 and not _fits(value, hint) and _fits(text, hint):
+            value = text
+        values.append(value)
+    wants_list = any(typing.get_origin(h) is list for h in _alternatives(hint))
+    if len(values) == 1 and not (wants_list and not isinstance(values[0], list) and values[0] is not None):
+        return values[0]
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def _build(given: Mapping[str, _Given], recipe: type[C], errors: list[str]) -> C | None:
+    """The recipe; None with more `errors` if a key or a rule is wrong. Rules over wrong keys are passed over."""
+    values = {name: entry.value for name, entry in given.items()}
+    try:
+        return recipe.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+    wrong = {str(fault["loc"][0]): fault for fault in reversed(found) if fault["loc"]}
+    for name, field in recipe.model_fields.items():
+        if name in wrong:
+            errors.append(_complaint(name, field, wrong[name], given))
+    if not wrong:
+        errors += str(found[0]["ctx"]["error"]).split("\n")
+        return None
+    sound = recipe.model_construct(**{name: value for name, value in values.items() if name not in wrong})
+    for name in wrong:
+        sound.__dict__.pop(name, None)
+    for check in recipe.rules():
+        with contextlib.suppress(AttributeError):  # it reads a key that is wrong itself, reported above
+            if message := check(sound):
+                errors.append(message)
+    return None
+
+
+_BOUNDS = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+
+
+def _complaint(name: str, field: Any, fault: Mapping[str, Any], given: Mapping[str, _Given]) -> str:
+    """One error of pydantic in our words."""
+    if fault["type"] == "missing":
+        return f"missing key {name}: {field.description}"
+    value, where = given[name].value, given[name].where
+    if fault["type"] in _BOUNDS:
+        bounds = {kind: bound for part in field.metadata for kind, bound in _bounds_of(part).items()}
+        limit = f"between {bounds['ge']:g} and {bounds['le']:g}" if {"ge", "le"} <= bounds.keys() else (
+            f"{_BOUNDS[fault['type']]} {next(iter(fault['ctx'].values())):g}"
+        )  # fmt: skip
+        is_float = float in _alternatives(field.annotation) and not isinstance(value, float)
+        return f"{where}: {name} is {float(value) if is_float else value}; it must be {limit}"
+    return f"{where}: {name} must be {_describe_all(field.annotation)}, found {value!r}"
+
+
+def _bounds_of(constraint: Any) -> dict[str, float]:
+    """The bounds that one of pydantic's constraints sets."""
+    return {kind: getattr(constraint, kind) for kind in ("ge", "gt", "le", "lt") if hasattr(constraint, kind)}
+
+
+def _trainer_keys(
+    given: Mapping[str, _Given], recipe: type[Recipe], trainer: type, errors: list[str]
+) -> dict[str, Any]:
+    """The checked keyword arguments for TRL's configuration, which is built once to hear its own complaints."""
+    hints = typing.get_type_hints(trainer)
+    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(trainer)}
+    keywords = {}
+    for name, (value, where) in ((name, (entry.value, entry.where)) for name, entry in given.items()):
+        if name in recipe.OWNED:  # type: ignore[attr-defined]
+            errors.append(f"{where}: {name} is set by the stage: {recipe.OWNED[name]}")  # type: ignore[attr-defined]
+            continue
+        hint = one_of(choices[name]) if choices[name] else _plain(hints[name])
+        try:
+            keywords[name] = _adapter(hint).validate_python(value)
+        except ValidationError:
+            errors.append(f"{where}: {name} must be {_describe_all(hint)}, found {value!r}")
+    if not errors:
+        try:
+            trainer(output_dir="unused", report_to="none", **keywords)
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+            errors.append(f"{trainer.__name__} refuses the values: {error}")
+    return keywords
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _adapter(_plain(hint)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _plain(hint: Any) -> Any:
+    """Enumerations as their values: transformers writes `SchedulerType | str`, meaning the enumeration's values."""
+    options = _alternatives(hint)
+    if not any(isinstance(option, type) and issubclass(option, enum.Enum) for option in options):
+        return hint
+    return typing.Union[  # noqa: UP007 - of a tuple
+        tuple(
+            one_of(member.value for member in option) if isinstance(option, enum.EnumMeta) else option
+            for option in options
+            if option is not str
+        )
+    ]
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _describe_all(hint: Any) -> str:
+    return " or ".join(dict.fromkeys(_describe(option) for option in _alternatives(hint)))
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is dict or hint is dict:
+        return "a mapping"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def describe_keys(recipe: type[Recipe]) -> str:
+    """The text of `--help`: every key of ours under the group that declares it, its meaning, type and default."""
+    groups = [group for group in recipe.__mro__ if issubclass(group, Settings)]
+    groups.sort(key=lambda group: group in (Recipe, TrainerRecipe))  # the keys of every stage come last
+    lines = []
+    for group in groups:
+        own = [name for name in vars(group).get("__annotations__", {}) if name in recipe.model_fields]
+        if own:
+            lines += ["", (group.__doc__ or "").strip().splitlines()[0]]
+        for name in own:
+            field = recipe.model_fields[name]
+            default = "required" if field.is_required() else f"default {_as_yaml(field.get_default())}"
+            lines += [f"  --{name}", f"      {field.description} ({_describe_all(field.annotation)}; {default})"]
+    if issubclass(recipe, TrainerRecipe):
+        lines += ["", f"Every key of TRL's {recipe.TRAINER_CONFIG} works too, as --key value or in the recipe."]
+    return "\n".join(lines[1:])
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
