@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tiny base model -> base/, assets/tiny_base (it is there; --publish_dir null leaves it alone)
+# The toy base model -> base/, assets/tiny_base (it is there already; --publish_dir null leaves it alone)
 #   bash base.sh [RECIPE] [--key value ...]      default recipe: tiny_base/recipe.yaml
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

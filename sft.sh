@@ -1,11 +1,3 @@
 #!/usr/bin/env bash
-# Stage 2: multi-task SFT -> sft/
-#   bash sft.sh [RECIPE] [--key value ...]      default recipe: recipes/tiny/sft.yaml
-set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-recipe=$root/recipes/tiny/sft.yaml
-case "${1:-}" in "" | --*) ;; *) recipe=$(realpath "$1"); shift ;; esac
-cd "$root"
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
-machine=cpu; ! nvidia-smi -L >/dev/null 2>&1 || machine=ddp
-exec accelerate launch --config_file "${ACCELERATE_CONFIG:-recipes/accelerate_configs/$machine.yaml}" -m twice_rec.stages.stage2_sft --config "$recipe" "$@"
+# Stage 2: multi-task SFT -> sft/, sft/merged/    bash sft.sh [RECIPE] [--key value ...]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" sft recipes/tiny/sft.yaml "$@"

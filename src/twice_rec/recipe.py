@@ -138,6 +138,11 @@ class TrainerRecipe(Recipe):
 
     _trainer_keys: dict[str, Any] = PrivateAttr(default_factory=dict)
 
+    @property
+    def trainer_keys(self) -> dict[str, Any]:
+        """The keys of TRL's configuration that the recipe gives; the reader fills them in."""
+        return self._trainer_keys
+
     @classmethod
     def trainer_config(cls) -> type:
         """TRL's configuration class; imports TRL."""

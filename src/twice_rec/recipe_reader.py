@@ -94,7 +94,7 @@ def _load(path: Path | str, recipe: type[C], overrides: Sequence[str]) -> tuple[
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))
     if trainer:
-        built._trainer_keys.update(keywords)  # type: ignore[attr-defined]
+        built.trainer_keys.update(keywords)  # type: ignore[attr-defined]
     return built, given
 
 

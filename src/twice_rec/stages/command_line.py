@@ -1,68 +1,111 @@
-"""The command line of a stage: arguments, logs, errors as one message, the environment of Weights & Biases."""
+"""The command line `twice-rec STAGE RECIPE [--key value ...]`: logs, errors as one message, the environment of wandb."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from twice_rec.config import Recipe, describe_keys
 from twice_rec.errors import InputError
+from twice_rec.recipe import Recipe
+from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
+from twice_rec.run import IS_MAIN
 
 logger = logging.getLogger(__name__)
 
-IS_MAIN = int(os.environ.get("RANK", "0")) == 0
+C = TypeVar("C", bound=Recipe)
+Main = Callable[..., int]
 
+# Stage -> its module in this folder, its launcher, and what it does.
+STAGES = {
+    "prepare": ("stage0_prepare", "prepare.sh", "read interactions, filter, split, draw candidate lists"),
+    "rationales": ("stage1_rationales", "rationales.sh", "write rationales and keep the good ones"),
+    "sft": ("stage2_sft", "sft.sh", "fine-tune the base model on three tasks"),
+    "sasrec": ("stage3a_sasrec", "sasrec.sh", "train SASRec, evaluate it and the CF baselines"),
+    "serve": ("stage3b_serve", "grpo_step1.sh", "start the rollout servers"),
+    "grpo": ("stage3c_grpo", "grpo_step2.sh", "train with confidence-weighted GRPO"),
+    "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
+    "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
+}
+
+_NOISY = (
+    "urllib3", "filelock", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "fsspec", "asyncio", "matplotlib",
+    "datasets", "wandb",
+)  # fmt: skip
 _FULL_OR_LOCKED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def run_stage(
-    name: str,
-    recipe_class: type[Recipe],
-    load: Callable[[str, Sequence[str]], Any],
-    body: Callable[[Any], None],
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """Run one stage from the command line `--config RECIPE [--key value ...]`; returns the exit status.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `twice-rec STAGE RECIPE [--key value ...]`; return the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in STAGES:
+        module = importlib.import_module(f"twice_rec.stages.{STAGES[words[0]][0]}")
+        return module.main(words[1:])
+    lines = ["usage: twice-rec STAGE RECIPE [--key value ...]", "", "Stages, in their order, and their launchers:"]
+    lines += [f"  {name:<11} {launcher:<15} {does}" for name, (_, launcher, does) in STAGES.items()]
+    lines += [
+        "",
+        "twice-rec STAGE --help         lists the keys of the stage's recipe",
+        "twice-rec STAGE RECIPE --show  prints the recipe with every default filled in, and where each value comes from",
+        "",
+        "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
+    ]
+    if words and words[0] not in ("--help", "-h"):
+        sys.stderr.write("\n".join([f"no stage {words[0]!r}", *lines]) + "\n")
+        return 2
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def command(name: str, recipe_class: type[C], body: Callable[[C], None]) -> Main:
+    """Make the `main` of a stage, which takes `RECIPE [--key value ...]`, or `--config RECIPE` with the same flags.
 
     Args:
-        name: of the stage, for the log.
-        load: reads the recipe, with overrides; or (recipe, keywords of a trainer's configuration).
-        body: does the work with what `load` gave.
+        name: name of the stage, for the log.
+        body: does the work of the recipe that is read.
 
     Returns:
-        0 done; 2 something the user gave cannot be used; 130 interrupted; 1 anything else. All but the last leave one
-        message and no trace on the terminal; the log file has the trace.
+        A function from the words of the command line to the exit status: 0 done; 2 something the user gave cannot be
+        used; 130 interrupted; 1 anything else. All but the last leave one message and no trace on the terminal; the
+        log file has the trace.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--help" in words or "-h" in words:
-        sys.stdout.write(f"usage: --config RECIPE [--key value ...]\n\n{describe_keys(recipe_class)}\n")
+
+    def stage_main(arguments: Sequence[str] | None = None) -> int:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if "--help" in words or "-h" in words:
+            usage = f"usage: twice-rec {name} RECIPE [--key value ...]"
+            sys.stdout.write(f"{usage}\n\n{(recipe_class.__doc__ or '').strip()}\n\n{describe_keys(recipe_class)}\n")
+            return 0
+        _log_to_terminal()
+        return _guarded(name, lambda: _run(name, recipe_class, body, words))
+
+    return stage_main
+
+
+def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: list[str]) -> int:
+    path, *flags = words[1:] if words[:1] == ["--config"] else words or [""]
+    if not path or path.startswith("--"):
+        raise InputError(f"{name}: expected RECIPE [--key value ...], found {' '.join(words) or 'nothing'}")
+    if "--show" in flags:
+        flags.remove("--show")
+        sys.stdout.write(show_recipe(path, recipe_class, flags) + "\n")
         return 0
-    _log_to_terminal()
-
-    def logged() -> int:
-        if len(words) < 2 or words[0] != "--config":
-            raise InputError(
-                f"{name}: expected --config RECIPE [--key value ...], found {' '.join(words) or 'nothing'}"
-            )
-        loaded = load(words[1], words[2:])
-        recipe: Recipe = loaded[0] if isinstance(loaded, tuple) else loaded
-        with _log_to_file(recipe.run_path, name):
-            logger.info("%s: %s", name, " ".join(words))
-            _announce_wandb(recipe, name)
-            return _guarded(name, lambda: body(loaded))
-
-    return _guarded(name, logged)
+    recipe = load_recipe(path, recipe_class, flags)
+    with _log_to_file(recipe.run_path, name):
+        logger.info("%s: %s", name, " ".join([path, *flags]))
+        _announce_wandb(recipe, name)
+        return _guarded(name, lambda: body(recipe))
 
 
 def _guarded(name: str, body: Callable[[], int | None]) -> int:
-    """The exit status of `body`, whatever it raises told in one message."""
+    """Return the exit status of `body`; whatever it raises is told in one message."""
     try:
         return body() or 0
     except KeyboardInterrupt:
@@ -103,20 +146,7 @@ def _log_to_terminal() -> None:
     terminal.setLevel(logging.INFO if IS_MAIN else logging.ERROR)
     terminal.setFormatter(_TerminalFormat("%(message)s"))
     root.addHandler(terminal)
-    for noisy in (
-        "urllib3",
-        "filelock",
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-        "openai",
-        "fsspec",
-        "asyncio",
-        "matplotlib",
-        "datasets",
-        "wandb",
-    ):
+    for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

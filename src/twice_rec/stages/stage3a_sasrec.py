@@ -14,106 +14,60 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-from twice_rec.cf.baselines import CFScorer, fit_baseline
-from twice_rec.cf.confidence import SasRecScorer, calibrated_scorer, item_only_share
-from twice_rec.cf.sasrec import SasRecSettings
-from twice_rec.cf.sasrec_training import Training, TrainSettings
-from twice_rec.config import SasrecRecipe, load_recipe
+from twice_rec.cf.baselines import fit_baseline
+from twice_rec.cf.ranking import CHOSEN_ON, CFQuestions
+from twice_rec.cf.recipe import SASRecRecipe
+from twice_rec.cf.sasrec import SASRecScorer
+from twice_rec.cf.sasrec_training import train_and_save
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.predict import CFQuestions, export_scores
+from twice_rec.evaluation.cf_ranking import evaluate_scorers, export_scores
 from twice_rec.evaluation.tables import read_metrics, show_metrics
-from twice_rec.files import write_jsonl
-from twice_rec.run import Work
-from twice_rec.stages.command_line import run_stage
-from twice_rec.stages.lifecycle import about, evaluate_variant, need, say_finished, torch_device, wandb_run
+from twice_rec.run import StageRun, wandb_run
+from twice_rec.stages.command_line import command
 
 logger = logging.getLogger("sasrec")
-CHOSEN_ON = "full/ndcg@10"
 
 
-def sasrec(recipe: SasrecRecipe) -> None:
+def sasrec(recipe: SASRecRecipe) -> None:
     """Train, evaluate, compare."""
-    run, names = (
-        recipe.run_path,
-        (dataset.CATALOG, dataset.SEQUENCES, "candidates.valid.jsonl", "candidates.test.jsonl"),
-    )
-    files = [need(run / "data" / name, "prepare.sh") for name in names]
-    data = PreparedData(run / "data")
+    inputs = dataset.required_files(recipe.run_path, dataset.CATALOG, dataset.SEQUENCES, "valid", "test")
+    data = PreparedData(recipe.run_path / "data")
+    device = recipe.torch_device()
     settings = {k: v for k, v in recipe.settings().items() if k not in ("baselines", "lists", "variant")}
-    work = Work(run, recipe.variant, "sasrec", settings, files)
-    folders = [work.path, *(work.path / f"seed-{recipe.seed + i}" for i in range(1, recipe.num_seeds))]
-    models = [folder / "model.safetensors" for folder in folders]
-    if work.is_finished():
-        say_finished(work.path)
-    else:
-        work.begin(recipe.overwrite)
-        figures = [_train(recipe, data, folder, recipe.seed + i) for i, folder in enumerate(folders)]
-        work.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures}, about(recipe))
+    with StageRun(recipe, "sasrec", recipe.variant, inputs, settings) as run:
+        seeds = range(recipe.seed, recipe.seed + recipe.num_seeds)
+        folders = [run.path if seed == recipe.seed else run.path / f"seed-{seed}" for seed in seeds]
+        models = [folder / "model.safetensors" for folder in folders]
+        if not run.is_finished():
+            run.begin()
+            valid, figures = CFQuestions.of(data, "valid", ["uniform", "full"]), []
+            for seed, folder in zip(seeds, folders, strict=True):
+                with wandb_run(recipe) as log:
+                    figures.append(train_and_save(recipe, data, valid, folder, seed, device, log))
+            run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
 
-    def trained() -> list[SasRecScorer]:
-        return [SasRecScorer.load(model, data.catalog, torch_device(recipe.device)) for model in models]
+    def trained() -> list[SASRecScorer]:
+        return [SASRecScorer.load(model, data.catalog, device) for model in models]
 
-    def baseline(name: str) -> list[CFScorer]:
+    def baseline(name: str) -> list:
         valid, items = CFQuestions.of(data, "valid", ["full"]), len(data.catalog)
         return [fit_baseline(name, data.training_histories(), items, recipe.seed, lambda m: valid.mean(m, CHOSEN_ON))]
 
-    evaluate_variant(recipe, "sasrec", recipe.variant, data, recipe.lists, trained, [*files, *models])
+    evaluate_scorers(recipe, "sasrec", recipe.variant, data, recipe.lists, trained, [*inputs, *models])
     for name in recipe.baselines:
         seed = {"seed": recipe.seed} if name == "random" else {}
-        evaluate_variant(recipe, "sasrec", name, data, recipe.lists, partial(baseline, name), files, seed)
+        evaluate_scorers(recipe, "sasrec", name, data, recipe.lists, partial(baseline, name), inputs, seed)
     if recipe.export_scores:
         export_scores(Path(recipe.export_scores), trained()[0], data)
         logger.info("%s: test scores of the first seed", recipe.export_scores)
-    show_metrics(read_metrics(run))
+    show_metrics(read_metrics(recipe.run_path))
 
 
-def _train(recipe: SasrecRecipe, data: PreparedData, folder: Path, seed: int) -> dict[str, float]:
-    """One training run; returns what it measured."""
-    valid = CFQuestions.of(data, "valid", ["uniform", "full"])
-    own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    shape = SasRecSettings(
-        num_items=len(data.catalog), **{f.name: own[f.name] for f in fields(SasRecSettings) if f.name in own}
-    )
-    settings = TrainSettings(**{f.name: own[f.name] for f in fields(TrainSettings)} | {"seed": seed})
-    state = folder / "training_state.safetensors"
-    training = Training(
-        shape,
-        settings,
-        data.training_histories(),
-        lambda model: valid.mean(SasRecScorer(model), CHOSEN_ON),
-        state,
-        torch_device(recipe.device),
-    )
-    with wandb_run(recipe) as log:
-        model = training.run(lambda e: log({"loss": e.loss, f"valid/{CHOSEN_ON}": e.validation, "epoch": e.number}))
-    scorer = calibrated_scorer(model, valid.histories, valid.candidates["uniform"], valid.targets)
-    scorer.save(folder / "model.safetensors", data.catalog)
-    write_jsonl(folder / "log.jsonl", (asdict(epoch) for epoch in training.log))
-    state.unlink()
-    figures = {
-        "seed": seed,
-        "best_epoch": training.best_epoch.number,
-        "epochs": len(training.log),
-        f"valid/{CHOSEN_ON}": training.best_epoch.validation,
-        "train_seconds": round(sum(epoch.seconds for epoch in training.log), 1),
-        "item_only_share": item_only_share(scorer, valid.histories),
-    }
-    logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run_stage(
-        "sasrec", SasrecRecipe, lambda path, flags: load_recipe(path, SasrecRecipe, flags), sasrec, arguments
-    )
-
+main = command("sasrec", SASRecRecipe, sasrec)
 
 if __name__ == "__main__":
     sys.exit(main())

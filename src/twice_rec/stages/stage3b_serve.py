@@ -1,8 +1,8 @@
 """Stage 3b: the rollout servers with the stage-2 model (grpo_step1.sh).
 
-Starts those of `rollout_servers` that are this machine's, says how to start the trainer once they answer, and ends with
-them. Model and addresses come from the same grpo.yaml as the trainer's. Whoever reaches a server can load adapters into
-it: bind it to loopback or a private network only.
+Becomes a vLLM server at the first of `rollout_servers` that is this machine's; further ones of this machine run beside
+it and end with it. Model and addresses come from the same grpo.yaml as the trainer's. Whoever reaches a server can load
+adapters into it: bind it to loopback or a private network only.
 """
 
 from __future__ import annotations
@@ -11,42 +11,27 @@ import importlib.util
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
 
-from twice_rec.config import GrpoRecipe, load_training_recipe
 from twice_rec.errors import InputError
-from twice_rec.stages.command_line import run_stage
-from twice_rec.stages.lifecycle import OWNED_BY_STAGES, grpo_start
+from twice_rec.grpo.recipe import GRPORecipe, start_model
+from twice_rec.stages.command_line import command
 
 logger = logging.getLogger("serve")
 
 
-def serve(loaded: tuple[GrpoRecipe, dict]) -> None:
-    """Run the servers."""
-    from twice_rec.grpo.rollout.vllm_command import run_servers
+def serve(recipe: GRPORecipe) -> None:
+    """Start the servers; this process becomes one of them."""
+    from twice_rec.grpo.rollout.vllm_command import start_servers
 
-    recipe, _ = loaded
     if recipe.rollout in ("transformers", "trl_colocate"):
         logger.info("rollout is %s: the trainer needs no server; go on with grpo_step2.sh", recipe.rollout)
         return
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vllm is not installed; pip install -r requirements-gpu.txt, or use --rollout transformers")
-    model = grpo_start(recipe)
-    step2 = f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}"
-    run_servers(recipe, model, f"the rollout servers are ready; start the training with: {step2}")
+    start_servers(recipe, start_model(recipe), f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}")
 
 
-def load(path: str, flags: Sequence[str]) -> tuple[GrpoRecipe, dict]:
-    """Read grpo.yaml."""
-    from trl import GRPOConfig
-
-    return load_training_recipe(path, GrpoRecipe, GRPOConfig, flags, OWNED_BY_STAGES)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run_stage("serve", GrpoRecipe, load, serve, arguments)
-
+main = command("serve", GRPORecipe, serve)
 
 if __name__ == "__main__":
     sys.exit(main())

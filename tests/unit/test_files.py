@@ -1,7 +1,6 @@
 """Files are whole or not there; what is wrong is said in one message."""
 
 import errno
-import json
 import os
 
 import pytest
@@ -18,7 +17,6 @@ from twice_rec.files import (
     write_records,
 )
 from twice_rec.records import Interaction, Prediction, UserSequence
-from twice_rec.run import Manifest, Work
 
 
 def test_atomic_write_replaces_whole(tmp_path):
@@ -124,73 +122,3 @@ def test_folder_hash_sees_names_and_contents_but_not_the_manifest(tmp_path):
     assert hash_file(tmp_path) == before
     (tmp_path / "a").rename(tmp_path / "b")
     assert hash_file(tmp_path) != before
-
-
-class TestWork:
-    """The folder of one result."""
-
-    def make(self, run_dir, **settings):
-        source = run_dir / "in.txt"
-        if not source.exists():
-            source.parent.mkdir(parents=True, exist_ok=True)
-            source.write_text("input")
-        return Work(run_dir, "out", "stage", {"k": 5, **settings}, [source])
-
-    def finish(self, work):
-        work.begin(overwrite=False)
-        (work.path / "result.txt").write_text("result")
-        work.finish([work.path / "result.txt"], {"n": 1}, {"command": []})
-
-    def test_finished_work_is_known_again(self, tmp_path):
-        assert not self.make(tmp_path).is_finished()
-        self.finish(self.make(tmp_path))
-        assert self.make(tmp_path).is_finished()
-        manifest = Manifest.load(tmp_path / "out")
-        assert manifest.figures == {"n": 1}
-        assert set(manifest.inputs) == {"in.txt"}
-        assert set(manifest.outputs) == {"out/result.txt"}
-        assert "torch" in manifest.about["versions"]
-
-    def test_other_settings_are_refused_with_both_values(self, tmp_path):
-        self.finish(self.make(tmp_path))
-        other = self.make(tmp_path, k=7)
-        assert not other.is_finished()
-        with pytest.raises(InputError, match=r"out holds results: k was 5, is 7\..*--overwrite true"):
-            other.begin(overwrite=False)
-        assert (tmp_path / "out" / "result.txt").read_text() == "result"
-        other.begin(overwrite=True)
-        assert not (tmp_path / "out" / "result.txt").exists()
-
-    def test_other_inputs_are_refused(self, tmp_path):
-        self.finish(self.make(tmp_path))
-        (tmp_path / "in.txt").write_text("changed")
-        with pytest.raises(InputError, match=r"input in.txt was [0-9a-f]{12}, is [0-9a-f]{12}"):
-            self.make(tmp_path).begin(overwrite=False)
-
-    def test_unfinished_work_is_taken_up(self, tmp_path):
-        self.make(tmp_path).begin(overwrite=False)
-        (tmp_path / "out" / "half.txt").write_text("half")
-        self.make(tmp_path).begin(overwrite=False)
-        assert (tmp_path / "out" / "half.txt").exists()
-        with pytest.raises(InputError, match="out holds unfinished results: k was 5, is 6"):
-            self.make(tmp_path, k=6).begin(overwrite=False)
-
-    def test_foreign_files_are_not_touched(self, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.txt").write_text("x")
-        with pytest.raises(InputError, match="out holds files of another origin"):
-            self.make(tmp_path).begin(overwrite=False)
-
-    @pytest.mark.parametrize(("damage", "message"), [("change", "was changed"), ("remove", "is missing")])
-    def test_damaged_output(self, tmp_path, damage, message):
-        self.finish(self.make(tmp_path))
-        result = tmp_path / "out" / "result.txt"
-        result.write_text("x") if damage == "change" else result.unlink()
-        with pytest.raises(InputError, match=rf"result.txt {message} since the stage stage finished"):
-            self.make(tmp_path).is_finished()
-
-    def test_manifest_of_another_version(self, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "manifest.json").write_text(json.dumps({"old": 1}))
-        with pytest.raises(InputError, match="not a manifest of this version"):
-            self.make(tmp_path).is_finished()

@@ -1,0 +1,139 @@
+"""One folder of results: finished, unfinished, foreign, damaged, and held by one process at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from twice_rec.errors import InputError
+from twice_rec.recipe import Recipe, key
+from twice_rec.run import Manifest, StageRun
+
+
+class KRecipe(Recipe):
+    """A recipe with one setting."""
+
+    k: int = key(5, "a setting")
+
+
+def make(run_dir, **settings):
+    source = run_dir / "in.txt"
+    if not source.exists():
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("input")
+    return StageRun(KRecipe(run_dir=str(run_dir), domain="D", seed=0, **settings), "stage", "out", [source])
+
+
+def finish(run):
+    run.begin()
+    (run.path / "result.txt").write_text("result")
+    run.finish([run.path / "result.txt"], {"n": 1})
+
+
+def test_finished_work_is_known_again(tmp_path):
+    assert not make(tmp_path).is_finished()
+    finish(make(tmp_path))
+    assert make(tmp_path).is_finished()
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.figures == {"n": 1}
+    assert set(manifest.inputs) == {"in.txt"}
+    assert set(manifest.outputs) == {"out/result.txt"}
+    assert "torch" in manifest.about["versions"]
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path):
+    finish(make(tmp_path))
+    other = make(tmp_path, k=7)
+    assert not other.is_finished()
+    with pytest.raises(InputError, match=r"out holds results: k was 5, is 7\..*--overwrite true"):
+        other.begin()
+    assert (tmp_path / "out" / "result.txt").read_text() == "result"
+    make(tmp_path, k=7, overwrite=True).begin()
+    assert not (tmp_path / "out" / "result.txt").exists()
+
+
+def test_other_inputs_are_refused(tmp_path):
+    finish(make(tmp_path))
+    (tmp_path / "in.txt").write_text("changed")
+    with pytest.raises(InputError, match=r"input in.txt was [0-9a-f]{12}, is [0-9a-f]{12}"):
+        make(tmp_path).begin()
+
+
+def test_unfinished_work_is_taken_up(tmp_path):
+    make(tmp_path).begin()
+    (tmp_path / "out" / "half.txt").write_text("half")
+    make(tmp_path).begin()
+    assert (tmp_path / "out" / "half.txt").exists()
+    with pytest.raises(InputError, match="out holds unfinished results: k was 5, is 6"):
+        make(tmp_path, k=6).begin()
+
+
+def test_foreign_files_are_not_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="out holds files of another origin"):
+        make(tmp_path).begin()
+
+
+@pytest.mark.parametrize(("damage", "message"), [("change", "was changed"), ("remove", "is missing")])
+def test_damaged_output(tmp_path, damage, message):
+    finish(make(tmp_path))
+    result = tmp_path / "out" / "result.txt"
+    result.write_text("x") if damage == "change" else result.unlink()
+    with pytest.raises(InputError, match=rf"result.txt {message} since the stage stage finished"):
+        make(tmp_path).is_finished()
+
+
+def test_manifest_of_another_version(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({"old": 1}))
+    with pytest.raises(InputError, match="not a manifest of this version"):
+        make(tmp_path).is_finished()
+
+
+def test_the_manifest_tells_the_whole_recipe(tmp_path):
+    finish(make(tmp_path, k=6))
+    about = Manifest.load(tmp_path / "out").about
+    assert about["recipe"]["k"] == 6
+    assert about["recipe"]["overwrite"] is False
+
+
+def test_a_machine_without_git_finishes_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finish(make(tmp_path))
+    assert Manifest.load(tmp_path / "out").about["commit"] is None
+
+
+def test_a_second_process_is_refused_in_one_line(tmp_path):
+    with make(tmp_path), pytest.raises(InputError, match=rf"out is in use by process {os.getpid()} on \S+, since"):
+        make(tmp_path, k=7).__enter__()
+    with make(tmp_path):
+        pass  # free again
+
+
+HOLDER = """
+import sys, time
+from unit.test_run import make
+from pathlib import Path
+with make(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"in use by process {process.pid}"):
+        make(tmp_path).__enter__()
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    process.stdout.close()
+    with make(tmp_path) as run:
+        finish(run)
