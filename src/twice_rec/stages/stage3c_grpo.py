@@ -22,6 +22,8 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.rewards import StepRewards
 from twice_rec.llm import models
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.tokens import load_tokenizer
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import (
@@ -29,7 +31,6 @@ from twice_rec.stages.lifecycle import (
     grpo_start,
     need,
     owned_arguments,
-    prompt_writer,
     say_finished,
     torch_device,
     train_and_save,
@@ -49,7 +50,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.rollout.base import attach_rollouts, make_rollouts, trl_arguments
     from twice_rec.grpo.trainer import grpo_trainer
-    from twice_rec.llm.generation import Policy
+    from twice_rec.llm.generation import PolicyScorer
 
     recipe, trainer_keys = loaded
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
@@ -66,12 +67,12 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     trainer_keys |= trl_arguments(recipe, start)
     if IS_MAIN:
         work.begin(recipe.overwrite)
-    tokenizer = models.load_tokenizer(start, recipe.model_revision)
+    tokenizer = load_tokenizer(start, recipe.model_revision)
     rollouts = make_rollouts(recipe, tokenizer, start)
-    model = models.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
-    rewards = StepRewards.of(recipe, data, scorer, Policy(model, tokenizer))
-    writer = prompt_writer(data, recipe, tokenizer)
-    rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
+    model = models.load_model(start, recipe)
+    rewards = StepRewards.of(recipe, data, scorer, PolicyScorer(model, tokenizer))
+    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
+    rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.settings.tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = grpo_trainer(recipe.share_prefixes)(
@@ -88,7 +89,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     train_and_save(trainer, work.path, models.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
-        models.write_merged(start, work.path, merged, recipe.dtype, recipe.model_revision)
+        models.write_merged(start, work.path, merged, recipe)
         outputs = [*models.saved_weights(work.path), work.path / "trainer_state.json", merged]
         work.finish(outputs, {"tau": rewards.settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
 

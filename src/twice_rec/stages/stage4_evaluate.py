@@ -22,10 +22,12 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predict import AskSettings, evaluate_language_model
 from twice_rec.evaluation.tables import read_metrics, show_metrics
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.recipe import ModelConfig
 from twice_rec.records import Example
 from twice_rec.run import Work
 from twice_rec.stages.command_line import run_stage
-from twice_rec.stages.lifecycle import about, evaluate_variant, need, prompt_writer, say_finished, torch_device
+from twice_rec.stages.lifecycle import about, evaluate_variant, need, say_finished, torch_device
 
 
 def evaluate(recipe: EvaluateRecipe) -> None:
@@ -71,15 +73,17 @@ def _language_model(
     work.begin(recipe.overwrite)
 
     from twice_rec.llm.generation import TransformersGenerator
-    from twice_rec.llm.models import load_model, load_tokenizer
+    from twice_rec.llm.models import load_model
+    from twice_rec.llm.tokens import load_tokenizer
 
-    llm = load_model(model, recipe.dtype, recipe.attn_implementation, device=torch_device(recipe.device))
+    how = ModelConfig(dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
+    llm = load_model(model, how, torch_device(recipe.device))
     tokenizer = load_tokenizer(model)
     generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
-    writer = prompt_writer(data, recipe, tokenizer)
+    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
     own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     asked = AskSettings(**{f.name: own[f.name] for f in fields(AskSettings) if f.name in own}, ranking=ranking)
-    outputs, metrics = evaluate_language_model(work.path, generator, list(_batches(recipe, data)), writer, asked)
+    outputs, metrics = evaluate_language_model(work.path, generator, list(_batches(recipe, data)), builder, asked)
     work.finish(outputs, metrics, about(recipe))
 
 
