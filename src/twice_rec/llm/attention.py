@@ -1,9 +1,8 @@
 """`attn_implementation: chunked_sdpa`: sdpa that skips what its mask hides, for CPUs.
 
 torch's sdpa computes all of a masked square, although a causal mask hides half of it and a sliding window more. Here
-queries are taken in chunks, each with the keys from the first to the last that one of its queries sees. Nor are the
-heads of grouped keys copied, as transformers does if there is a mask. The values are those of sdpa. Importing this
-module registers the name with transformers.
+queries are taken in chunks, each with the keys from the first to the last that one of its queries sees. Heads of
+grouped keys are not copied. The values are those of sdpa. Importing this module registers the name with transformers.
 """
 
 from __future__ import annotations
@@ -31,28 +30,20 @@ def chunked_sdpa(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute a decoder's attention; the arguments are those that transformers passes.
+    """Return a decoder's attention, [B, L, H, D], and no weights; the arguments are those that transformers passes.
 
     Args:
         query: [B, H, L, D]; key and value: [B, key heads, S, D].
         attention_mask: bool [B, 1, L, S]; if L = S, no token sees a later one. None: all earlier ones are seen.
-
-    Returns:
-        [B, L, H, D], and no weights.
     """
     length = query.shape[2]
 
     def attend(queries: slice, keys: slice) -> Tensor:
-        return scaled_dot_product_attention(
-            query[:, :, queries],
-            key[:, :, keys],
-            value[:, :, keys],
-            attn_mask=None if attention_mask is None else attention_mask[:, :, queries, keys],
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=attention_mask is None and length > 1,
-            enable_gqa=True,
-        ).transpose(1, 2)  # [B, queries, H, D]
+        parts = (query[:, :, queries], key[:, :, keys], value[:, :, keys])  # [B, heads, queries or keys, D] each
+        mask = None if attention_mask is None else attention_mask[:, :, queries, keys]  # [B, 1, queries, keys]
+        causal = mask is None and length > 1
+        options = {"attn_mask": mask, "dropout_p": dropout, "scale": scaling, "is_causal": causal, "enable_gqa": True}
+        return scaled_dot_product_attention(*parts, **options).transpose(1, 2)  # [B, queries, H, D]
 
     if attention_mask is None or length != key.shape[2] or length <= _CHUNK:
         return attend(slice(None), slice(None)).contiguous(), None  # [B, L, H, D]

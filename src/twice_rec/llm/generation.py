@@ -2,11 +2,9 @@
 
 `model.generate` computes a prompt once per completion and copies the whole cache to append one token. Here a prompt
 and its completions are one row of the batch, as in `shared_prefix`: the prompt is computed once, each step takes the
-next token of every completion, and the attention mask lets a completion see the prompt and itself. The chosen tokens
-are the same.
+next token of every completion, and the attention mask lets a completion see the prompt and itself.
 
-Shapes: B prompts, R of them unfinished, P tokens of the longest prompt, G completions per prompt, T new tokens,
-V tokens in the vocabulary.
+Shapes: B prompts, R of them unfinished, P tokens of the longest, G completions per prompt, T new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ def sample_completions(
         tokens = rows.new_zeros(len(prompts), group, max_new_tokens)  # [B, G, T]
         logprobs = torch.zeros(tokens.shape, device=device)  # [B, G, T]
         lengths = torch.full_like(tokens[..., 0], max_new_tokens)  # [B, G]
-        wanted = torch.tensor(num_generations, device=device)[:, None]  # [B, 1]
-        ended = torch.arange(group, device=device) >= wanted  # [B, G]
+        ended = torch.arange(group, device=device) >= torch.tensor(num_generations, device=device)[:, None]  # [B, G]
         stop_ids = torch.tensor(sorted(stop), device=device)  # [stop tokens]
         for step in range(max_new_tokens):
             scores = torch.log_softmax(logits.float() / temperature, dim=-1)  # [R, G, V]
@@ -106,7 +103,7 @@ def sample_completions(
 
 
 def _read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Return the mask of the prompts, padded on the left, their cache, and the logits of the first new token."""
+    """Return the mask [B, P] of the prompts, padded on the left, their cache, and the logits [B, 1, V] after them."""
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=model.device)  # [B, P]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
@@ -254,8 +251,7 @@ class PolicyScorer:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._model = model
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer = model, tokenizer
 
     def score(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
         """Do what `TransformersGenerator.score` does.

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 class PromptBuilder:
     """Builds the prompts of tasks 2 and 3, and truncates those over `max_prompt_tokens`.
 
-    A long prompt loses its oldest interactions first, then text of descriptions and details. Instructions, candidates
-    and the newest interaction always stay. `truncated` counts prompts: `whole`, `interactions dropped`,
-    `descriptions cut`.
+    A long prompt loses its oldest interactions first, then text of descriptions and details; the rest always stays.
+    `truncated` counts prompts: `whole`, `interactions dropped`, `descriptions cut`.
 
     Args:
         shown: how much a prompt shows if the limit allows it.

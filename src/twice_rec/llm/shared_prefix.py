@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from twice_rec.llm.recipe import TAKES_MASKS
 
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its continuations
 Mask = Tensor | BlockMask
 MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
@@ -48,10 +49,8 @@ class SharedRows:
     places: Tensor
 
     @classmethod
-    def of(
-        cls, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device | str
-    ) -> SharedRows:
-        """Lay out (prompt, its continuations) as token ids; a prompt has at least one, a continuation may be empty."""
+    def of(cls, groups: Sequence[Group], device: torch.device | str) -> SharedRows:
+        """Lay out token ids; a prompt has at least one, a continuation may be empty."""
         trees = [_tree(prompt, continuations) for prompt, continuations in groups]
         length, ids, positions, ends = max(len(tree.tokens) for tree in trees), [], [], []
         rows, columns, targets, places = [], [], [], []
@@ -152,13 +151,12 @@ def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tens
 
 
 def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
-    """Return the mask of each kind of layer: a token sees those before it whose branches have not ended.
+    """Return one mask, [G, 1, L, L] or a block mask; or one per kind of layer if the model's configuration has kinds.
+
+    A token sees those before it whose branches have not ended, and whose positions are in the layer's sliding window.
 
     Args:
-        ends, positions: int64 [G, L], see `SharedRows`; positions count in sliding windows.
-
-    Returns:
-        One mask, [G, 1, L, L] or a block mask; or one per kind of layer if the model's configuration has kinds.
+        ends, positions: int64 [G, L], see `SharedRows`.
     """
     windows = layer_windows(model.config.get_text_config())
     masks = {kind: _mask(model, _mask_mod(ends, positions, window), ends) for kind, window in windows.items()}

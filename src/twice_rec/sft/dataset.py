@@ -53,7 +53,11 @@ def training_rows(
     rng = np.random.default_rng(seed)
 
     def draw(task: str, population: Sequence[T], first: Callable[[T], bool] = lambda _: True) -> list[T]:
-        return _draw(rng, population, config.rows_of(task), config.weight_of(task), first)
+        """Draw without replacement, those that are `first` before all others, and repeat by weight."""
+        shuffled = [population[i] for i in rng.permutation(len(population))]
+        chosen = sorted(shuffled, key=lambda entry: not first(entry))[: config.rows_of(task)]  # sorting is stable
+        whole, rest = divmod(config.weight_of(task), 1)
+        return chosen * int(whole) + chosen[: round(rest * len(chosen))]
 
     explained = draw("rationale", list(rationales))
     users = {rationale.user_id for rationale in explained}
@@ -89,13 +93,3 @@ def _rationale(builder: PromptBuilder, rationale: Rationale, by_user: Mapping[st
         )
     completion = prompts.rationale_answer(rationale.text, builder.catalog[example.target], builder.item_first)
     return Row("rationale", builder.recommend(example, with_rationale=True), completion, example.user_id)
-
-
-def _draw(
-    rng: np.random.Generator, population: Sequence[T], rows: int | None, weight: float, first: Callable[[T], bool]
-) -> list[T]:
-    """Draw rows without replacement, those that are `first` before all others, and repeat them by weight."""
-    shuffled = [population[position] for position in rng.permutation(len(population))]
-    chosen = sorted(shuffled, key=lambda entry: not first(entry))[:rows]  # sorting is stable
-    whole, rest = divmod(weight, 1)
-    return chosen * int(whole) + chosen[: round(rest * len(chosen))]
