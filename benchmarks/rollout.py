@@ -33,7 +33,7 @@ from tiny_base.model import train_tokenizer
 from twice_rec.config import GrpoRecipe
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown
 from twice_rec.grpo.rollout.vllm_command import child_group, server_command, server_environment
-from twice_rec.llm.sampling import sample_answers
+from twice_rec.llm.generation import sample_completions
 
 SHAPES = {
     "small": {
@@ -176,7 +176,7 @@ def step(arguments, model, server: PolicyServer, adapters: Path, prompts: list[l
     model.eval()
     generator = torch.Generator(model.device).manual_seed(number)
     started = time.perf_counter()
-    sample_answers(model, prompts, [copies] * len(prompts), [], length, TEMPERATURE, generator)
+    sample_completions(model, prompts, [copies] * len(prompts), [], length, TEMPERATURE, generator)
     ours = time.perf_counter() - started
     ids = torch.tensor(prompts, device=model.device).repeat_interleave(copies, 0)
     started = time.perf_counter()

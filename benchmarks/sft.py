@@ -28,12 +28,14 @@ import torch
 from reporting import paired, report
 from tiny_base.model import train_tokenizer
 from twice_rec.data.dataset import PreparedData
-from twice_rec.llm.attention import CHUNKED
-from twice_rec.llm.prompt_builder import PromptWriter
-from twice_rec.llm.shared_prefix import SharedPrefixCollator
+from twice_rec.llm.attention import CHUNKED_SDPA
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.recipe import PromptConfig
 from twice_rec.records import Rationale
-from twice_rec.sft.dataset import Row, Share, training_rows
+from twice_rec.sft.collator import SharedPrefixCollator
+from twice_rec.sft.dataset import Row, training_rows
 from twice_rec.sft.encoding import EncodedRow, encode_rows, share_prefixes
+from twice_rec.sft.recipe import TaskMixConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -55,9 +57,8 @@ def rows_of(data: PreparedData, users: int, tokenizer, seed: int = 0) -> tuple[l
     text = " ".join(["because"] * 146)
     reasons = [Rationale(e.user_id, e.target, text, "relevant", (), 1.0, "none") for e in chosen[: users * 3 // 4]]
     items = round(users * len(data.catalog) / len(examples))
-    shares = {"item_info": Share(items), "direct": Share(None), "rationale": Share(None)}
-    writer = PromptWriter(data.catalog, data.prompt_format, None, len)
-    rows = training_rows(writer, chosen, reasons, shares, False, seed)
+    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, PromptConfig())
+    rows = training_rows(builder, chosen, reasons, TaskMixConfig(item_info_rows=items), seed)
     return rows, encode_rows(tokenizer, rows, None)
 
 
@@ -80,7 +81,7 @@ def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: i
     gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     config = Gemma3TextConfig(**shape, sliding_window=512, max_position_embeddings=32768, pad_token_id=0)
-    config._attn_implementation = CHUNKED if sharing and not gpu else "sdpa"
+    config._attn_implementation = CHUNKED_SDPA if sharing and not gpu else "sdpa"
     with torch.device("cuda" if gpu else "cpu"):
         model = Gemma3ForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32)
     weights = model.num_parameters()

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_base.model import END_OF_TURN, START_OF_TURN
 from twice_rec.files import atomic_path
-from twice_rec.llm.models import encode_chat, encode_text
+from twice_rec.llm.tokens import encode_chat, encode_text
 from twice_rec.prompts import Message
 from twice_rec.sft.encoding import IGNORED
 

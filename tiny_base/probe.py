@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiny_base.exercises import Document
 from tiny_base.pretraining import encode_conversation
 from twice_rec.answer_format import parse
-from twice_rec.llm.models import stop_token_ids
-from twice_rec.llm.sampling import sample_answers
+from twice_rec.llm.generation import sample_completions
+from twice_rec.llm.tokens import stop_token_ids
 from twice_rec.sft.encoding import IGNORED
 
 _MAX_TOKENS = 200  # of an answer; the longest right ones in a form have some 100
@@ -40,7 +40,7 @@ def examine(
                 asked.append(ids[:start])
                 expected.append(turn.answer)
         if asked:
-            written = sample_answers(model, asked, [1] * len(asked), stop, _MAX_TOKENS)
+            written = sample_completions(model, asked, [1] * len(asked), stop, _MAX_TOKENS)
             for (sample,), right in zip(written, expected, strict=True):
                 text = tokenizer.decode(sample.token_ids[:-1])
                 obeyed = not sample.truncated and obeys(text, right, document.candidates)

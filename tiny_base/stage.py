@@ -29,8 +29,8 @@ from twice_rec.config import load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.files import write_json, write_text
-from twice_rec.llm.attention import CHUNKED
-from twice_rec.llm.models import load_tokenizer
+from twice_rec.llm.attention import CHUNKED_SDPA
+from twice_rec.llm.tokens import load_tokenizer
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
 from twice_rec.stages.lifecycle import about, need, say_finished, torch_device
@@ -80,7 +80,7 @@ def base(recipe: BaseModelRecipe) -> None:
     settings = PretrainSettings(**{f.name: own[f.name] for f in fields(PretrainSettings)})
     device = "cpu" if torch.distributed.is_initialized() else torch_device("auto")  # several processes: CPUs alone
     if device == "cpu":
-        model.set_attn_implementation(CHUNKED)
+        model.set_attn_implementation(CHUNKED_SDPA)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     losses = pretraining.pretrain(model.to(device), batch, settings, work.path)
     if not IS_MAIN:

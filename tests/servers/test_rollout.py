@@ -17,8 +17,10 @@ from peft import PeftModel
 from servers.processes import NEEDS_VLLM, ROOT, START_SECONDS, free_port, is_alive
 from stages.pipeline import run
 from twice_rec.grpo.rollout.vllm_client import PolicyServer
-from twice_rec.llm.models import load_model, load_tokenizer, stop_token_ids
-from twice_rec.llm.sampling import sample_answers
+from twice_rec.llm.generation import sample_completions
+from twice_rec.llm.models import load_model
+from twice_rec.llm.recipe import ModelConfig
+from twice_rec.llm.tokens import load_tokenizer, stop_token_ids
 from twice_rec.stages import stage3c_grpo
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, NEEDS_VLLM]
@@ -151,14 +153,14 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
             server.load(f"step-{step}", run_dir / "grpo_server" / f"checkpoint-{step}")
             for number, prompt in enumerate(prompts):
                 model = PeftModel.from_pretrained(
-                    load_model(base, "float32", "sdpa"), run_dir / "grpo_server" / f"checkpoint-{step}"
+                    load_model(base, ModelConfig(dtype="float32")), run_dir / "grpo_server" / f"checkpoint-{step}"
                 ).eval()
                 stop = stop_token_ids(model, tokenizer)
-                ((here,),) = sample_answers(model, [prompt], [1], stop, 16)
+                ((here,),) = sample_completions(model, [prompt], [1], stop, 16)
                 (there,) = server.complete(f"step-{step}", prompt, 1, stop, sampling)
                 assert there.token_ids == here.token_ids
-                assert there.log_probabilities == pytest.approx(here.log_probabilities, abs=1e-4)
-                answers[step, number] = there.log_probabilities
+                assert there.logprobs == pytest.approx(here.logprobs, abs=1e-4)
+                answers[step, number] = there.logprobs
             server.unload(f"step-{step}")
     for one, other in ((1, 2), (2, 3)):  # another version would have been noticed
         assert answers[one, 0] != pytest.approx(answers[other, 0], abs=1e-2)

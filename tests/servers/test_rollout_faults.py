@@ -248,9 +248,7 @@ def test_answers_come_in_order_with_their_values():
     with FakeVLLM("base", [7, 8, STOP, 9], first_value=-0.25, adapters={"p": "/p"}) as fake:
         server = PolicyServer(fake.address, 10)
         whole, cut = (server.complete("p", [3], 2, {STOP}, {"max_tokens": n}) for n in (3, 2))
-        assert [(a.token_ids, a.log_probabilities, a.truncated) for a in whole] == [
-            ([7, 8, 4], [-0.25, 0, 0], False)
-        ] * 2
+        assert [(a.token_ids, a.logprobs, a.truncated) for a in whole] == [([7, 8, 4], [-0.25, 0, 0], False)] * 2
         assert [(a.token_ids, a.truncated) for a in cut] == [([7, 8], True)] * 2
         with pytest.raises(ServerDown, match="HTTP 404"):
             server.complete("gone", [3], 1, {STOP}, {"max_tokens": 1})

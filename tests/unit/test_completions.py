@@ -18,7 +18,7 @@ from tiny_base.model import BaseSettings, build_model, train_tokenizer
 from twice_rec.catalog import ItemCatalog
 from twice_rec.grpo.completion_log import PATIENCE, CompletionLog, step_figures
 from twice_rec.grpo.rewards import RewardSettings, StepRewards
-from twice_rec.llm.generation import Policy
+from twice_rec.llm.generation import PolicyScorer
 from twice_rec.records import Item
 
 WEIGHTS = {"collaborative": 4.0, "structure": 1.0}
@@ -228,7 +228,9 @@ def train(tokenizer, folder, steps, resume=None, names=("match", "tags", "rank")
     model = build_model(tokenizer, BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1))
     settings = RewardSettings(3, 0.3, "ndcg")
     purchases = np.arange(len(CATALOG) + 1)
-    step = StepRewards(names, settings, CATALOG, Confidences(), "sigmoid", False, purchases, Policy(model, tokenizer))
+    step = StepRewards(
+        names, settings, CATALOG, Confidences(), "sigmoid", False, purchases, PolicyScorer(model, tokenizer)
+    )
     row = {"candidates": ["I1", "I2"], "target": "I1", "history": ["I0"]}
     rows = [{"prompt": [{"role": "user", "content": f"which item {i}?"}], **row} for i in range(8)]
     arguments = {
@@ -299,7 +301,7 @@ def test_the_policy_scores_with_its_adapter_and_keeps_its_mode(tokenizer, tmp_pa
     inner = trainer.model.get_base_model()
     prompt = [{"role": "user", "content": "which item?"}]
     trainer.model.train()
-    policy = Policy(inner, tokenizer)
+    policy = PolicyScorer(inner, tokenizer)
     before = policy.score(prompt, ["item 1", "item 2"])
     assert trainer.model.training
     assert all(module.training for module in inner.modules())

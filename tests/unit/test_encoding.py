@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, llama, qwen3
 from twice_rec.errors import InputError
-from twice_rec.llm.models import encode_chat, end_of_turn_ids
-from twice_rec.llm.shared_prefix import SharedPrefixCollator
+from twice_rec.llm.tokens import encode_chat, end_of_turn_ids
+from twice_rec.sft.collator import SharedPrefixCollator
 from twice_rec.sft.dataset import Row
 from twice_rec.sft.encoding import IGNORED, encode_rows, length_table, share_prefixes
 
@@ -78,7 +78,7 @@ def test_labels_are_the_answer_and_the_end_of_turn(named):
     for row, encoded in zip(ROWS, encode_rows(tokenizer, ROWS, None), strict=True):
         ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
         learned = [label for label in labels if label != IGNORED]
-        assert tokenizer.decode(learned[:-1]) == row.answer
+        assert tokenizer.decode(learned[:-1]) == row.completion
         assert tokenizer.convert_ids_to_tokens(learned[-1]) == end
         start = labels.index(learned[0])
         assert labels == [IGNORED] * start + ids[start:]

@@ -12,17 +12,11 @@ from tiny_base.model import BaseSettings, build_model, train_tokenizer
 from twice_rec.errors import InputError
 from twice_rec.files import hash_file
 from twice_rec.llm.generation import TransformersGenerator
-from twice_rec.llm.models import (
-    encode_chat,
-    last_checkpoint,
-    load_model,
-    load_tokenizer,
-    lora_config,
-    saved_weights,
-    stop_token_ids,
-    write_merged,
-)
+from twice_rec.llm.models import last_checkpoint, load_model, lora_config, saved_weights, write_merged
+from twice_rec.llm.recipe import AdapterConfig, ModelConfig
+from twice_rec.llm.tokens import encode_chat, load_tokenizer, stop_token_ids
 
+FLOAT32 = ModelConfig(dtype="float32")
 PROMPT = [{"role": "system", "content": "You know tea."}, {"role": "user", "content": " Which one? "}]
 
 
@@ -72,7 +66,7 @@ def test_any_text_comes_back(base):
 
 def test_stop_tokens_are_eos_and_end_of_turn(base):
     tokenizer = load_tokenizer(base)
-    stop = stop_token_ids(load_model(base, "float32", "sdpa"), tokenizer)
+    stop = stop_token_ids(load_model(base, FLOAT32), tokenizer)
     assert {tokenizer.convert_ids_to_tokens(i) for i in stop} == {"<eos>", "<end_of_turn>"}
 
 
@@ -85,35 +79,34 @@ def test_same_seed_same_weights():
 
 def test_missing_folder_and_missing_template(base, tmp_path):
     with pytest.raises(InputError, match=r"runs/none/merged: no such model folder"):
-        load_model("runs/none/merged", "float32", "sdpa")
+        load_model("runs/none/merged", FLOAT32)
     shutil.copytree(base, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
         load_tokenizer(tmp_path / "plain")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: cannot be loaded"):
-        load_model(tmp_path / "empty", "float32", "sdpa")
+        load_model(tmp_path / "empty", FLOAT32)
 
 
-class Keys:
-    use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules = True, 4, 8, 0.0, ["q_proj", "up_proj"]
+ADAPTER = AdapterConfig(lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "up_proj"])
 
 
 def test_merge_leaves_the_base_as_it_was(base, tmp_path):
     before = hash_file(base)
-    model = get_peft_model(load_model(base, "float32", "sdpa"), lora_config(Keys))
+    model = get_peft_model(load_model(base, FLOAT32), lora_config(ADAPTER))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     load_tokenizer(base).save_pretrained(tmp_path / "adapter")
-    write_merged(base, tmp_path / "adapter", tmp_path / "merged", "float32")
+    write_merged(base, tmp_path / "adapter", tmp_path / "merged", FLOAT32)
     assert hash_file(base) == before
     ids = torch.arange(5, 40)[None]
-    merged = load_model(tmp_path / "merged", "float32", "sdpa")
+    merged = load_model(tmp_path / "merged", FLOAT32)
     with torch.no_grad():
         assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-4)
-        assert not torch.allclose(merged(ids).logits, load_model(base, "float32", "sdpa")(ids).logits, atol=1e-2)
+        assert not torch.allclose(merged(ids).logits, load_model(base, FLOAT32)(ids).logits, atol=1e-2)
     assert load_tokenizer(tmp_path / "merged").chat_template
     assert [path.name for path in saved_weights(tmp_path / "adapter")] == [
         "adapter_model.safetensors",
@@ -122,20 +115,17 @@ def test_merge_leaves_the_base_as_it_was(base, tmp_path):
 
 
 def test_a_wholly_trained_model_is_copied(base, tmp_path):
-    write_merged("not read", base, tmp_path / "merged", "float32")
-    a, b = (
-        load_model(base, "float32", "sdpa").state_dict(),
-        load_model(tmp_path / "merged", "float32", "sdpa").state_dict(),
-    )
+    write_merged("not read", base, tmp_path / "merged", FLOAT32)
+    a, b = (load_model(base, FLOAT32).state_dict(), load_model(tmp_path / "merged", FLOAT32).state_dict())
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [path.name for path in saved_weights(base)] == ["model.safetensors", "config.json"]
 
 
 def test_lora_config_of_a_recipe():
-    config = lora_config(Keys)
+    config = lora_config(ADAPTER)
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, {"q_proj", "up_proj"})
-    assert lora_config(type("All", (Keys,), {"use_peft": False})) is None
+    assert lora_config(AdapterConfig(use_peft=False)) is None
 
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
@@ -150,7 +140,7 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def generator(base):
-    return TransformersGenerator(load_model(base, "float32", "sdpa"), load_tokenizer(base), max_new_tokens=12)
+    return TransformersGenerator(load_model(base, FLOAT32), load_tokenizer(base), max_new_tokens=12)
 
 
 def greedy_by_hand(generator, prompt):
@@ -172,7 +162,7 @@ def test_greedy_batches_equal_one_by_one(generator):
         stopped = chosen[-1] in stop_token_ids(generator.model, generator.tokenizer)
         text = generator.tokenizer.decode(chosen[:-1] if stopped else chosen, skip_special_tokens=True)
         assert answer.text == text
-        assert answer.mean_log_probability == pytest.approx(sum(logs) / len(logs), rel=1e-3)
+        assert answer.mean_logprob == pytest.approx(sum(logs) / len(logs), rel=1e-3)
         assert answer.truncated == (not stopped)
 
 
@@ -187,7 +177,7 @@ def test_sampling_follows_its_seed_and_leaves_the_global_state(generator):
 
 
 def test_several_samples_need_a_seed(generator):
-    with pytest.raises(ValueError, match="greedy decoding gives one answer"):
+    with pytest.raises(ValueError, match="greedy decoding gives one completion"):
         generator.generate([PROMPT], 2)
 
 
@@ -210,4 +200,4 @@ def test_a_quantised_base_needs_bitsandbytes(base, monkeypatch):
     with pytest.raises(
         InputError, match=r"quantization is 8bit, but bitsandbytes is not installed; .*requirements-gpu"
     ):
-        load_model(base, "bfloat16", "sdpa", quantization="8bit")
+        load_model(base, ModelConfig(), quantization="8bit")

@@ -24,13 +24,14 @@ from twice_rec.evaluation.predict import (
     rationale_of,
 )
 from twice_rec.files import read_json, read_records, write_records
-from twice_rec.llm.prompt_builder import PromptWriter
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.recipe import PromptConfig
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Interaction, Item, Prediction, UserSequence
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 7)])
 SHOWN = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
-WRITER = PromptWriter(CATALOG, SHOWN, None, len)
+WRITER = PromptBuilder(CATALOG, SHOWN, None, PromptConfig())
 SEQUENCES = [
     UserSequence("u", tuple(map(Interaction, ("I1", "I2", "I3", "I4"))), 2, 2, 3),
     UserSequence("w", (Interaction("I1"), Interaction("I5")), 2, None, None),
@@ -109,7 +110,7 @@ def test_exported_scores_stand_in_the_files_order(data, tmp_path):
 @dataclass
 class Given:
     text: str
-    mean_log_probability: float = -1.0
+    mean_logprob: float = -1.0
 
 
 def item_text(item_id, title=None):
@@ -182,7 +183,7 @@ def test_where_the_item_comes_first_nothing_is_generated():
             assert all(answer.startswith("<item_nm>") for answer in answers)
             return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
-    writer = PromptWriter(CATALOG, SHOWN, None, len, item_first=True)
+    writer = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
     (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, settings(), 1)
     assert prediction.ranks == {"uniform": 3}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from typing import get_args
 
 import pytest
 
@@ -11,13 +10,15 @@ from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.errors import InputError
 from twice_rec.grpo import rewards
 from twice_rec.grpo.dataset import prompt_rows
-from twice_rec.llm.prompt_builder import PromptWriter
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.recipe import PromptConfig
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.curate import rejection
 from twice_rec.rationales.offline import OfflineAnnotator
 from twice_rec.rationales.reading import attributes
 from twice_rec.records import Example, Interaction, Item, Rationale
-from twice_rec.sft.dataset import Share, Task, training_rows
+from twice_rec.sft.dataset import training_rows
+from twice_rec.sft.recipe import TaskMixConfig
 
 PASTA = Item(
     "B1",
@@ -92,20 +93,20 @@ def test_review_text_and_long_reviews_are_cut():
 RATIONALES = [Rationale("u", "B2", "They like Alder.", "relevant", (1,), 0.9, "offline")]
 
 
-WRITER = PromptWriter(CATALOG, SHOWN, None, len)
+BUILDER = PromptBuilder(CATALOG, SHOWN, None, PromptConfig())
 
 
-def shares(**rows):
-    return {task: Share(rows.get(task)) for task in get_args(Task)}
+def mix(curriculum=False, **rows):
+    return TaskMixConfig(curriculum=curriculum, **{f"{task}_rows": count for task, count in rows.items()})
 
 
-def rows(curriculum=False, **limits):
-    return training_rows(WRITER, [EXAMPLE], RATIONALES, shares(**limits), curriculum, seed=0)
+def rows(**limits):
+    return training_rows(BUILDER, [EXAMPLE], RATIONALES, mix(**limits), seed=0)
 
 
 def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
     for row in rows():
-        answer = answer_format.parse(row.answer)
+        answer = answer_format.parse(row.completion)
         if row.task == "item_info":
             assert answer.is_complete(answer_format.ITEM_INFO)
             continue
@@ -127,8 +128,8 @@ def test_tasks_and_limits():
 
 
 def test_weights_repeat_rows_and_draw_the_fraction():
-    heavier = {**shares(), "item_info": Share(None, 2.4), "direct": Share(None, 0.0)}
-    drawn = [row.task for row in training_rows(WRITER, [EXAMPLE], RATIONALES, heavier, False, 0)]
+    heavier = TaskMixConfig(item_info_weight=2.4, direct_weight=0.0)
+    drawn = [row.task for row in training_rows(BUILDER, [EXAMPLE], RATIONALES, heavier, 0)]
     assert sorted(drawn) == ["item_info"] * (2 * 3 + round(0.4 * 3)) + ["rationale"]
 
 
@@ -137,24 +138,34 @@ def test_curriculum_keeps_the_tasks_apart():
 
 
 def test_item_first_turns_prompt_and_answer_around():
-    writer = PromptWriter(CATALOG, SHOWN, None, len, item_first=True)
-    rows = training_rows(writer, [EXAMPLE], RATIONALES, shares(item_info=0, direct=0), False, 0)
-    assert rows[0].answer == f"{prompts.item_answer(SAUCE)} <think> They like Alder. </think>"
+    builder = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
+    rows = training_rows(builder, [EXAMPLE], RATIONALES, mix(item_info=0, direct=0), 0)
+    assert rows[0].completion == f"{prompts.item_answer(SAUCE)} <think> They like Alder. </think>"
     assert rows[0].prompt[1]["content"].endswith(answer_format.describe(answer_format.ITEM_FIRST))
-    assert prompt_rows(writer, [EXAMPLE], 1.0, 0)[0]["prompt"] == rows[0].prompt
-    assert CATALOG.outcome(answer_format.parse(rows[0].answer), EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
+    assert prompt_rows(builder, [EXAMPLE], 1.0, 0)[0]["prompt"] == rows[0].prompt
+    assert CATALOG.outcome(answer_format.parse(rows[0].completion), EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
 
 
 def test_a_task_without_rows_is_an_error():
     with pytest.raises(InputError, match=r"task rationale has no rows; set rationale_rows to 0"):
-        training_rows(WRITER, [EXAMPLE], [], shares(), False, 0)
+        training_rows(BUILDER, [EXAMPLE], [], mix(), 0)
 
 
 def words(prompt):
     return sum(len(message["content"].split()) for message in prompt)
 
 
-class TestFitting:
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return " ".join(message["content"] for message in messages)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": text.split()}
+
+
+class TestPromptTruncation:
     shown = PromptFormat(
         None,
         ("title", "description"),
@@ -167,25 +178,25 @@ class TestFitting:
     whole = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=True)
 
     def write(self, limit):
-        writer = PromptWriter(CATALOG, self.shown, limit, words)
-        return writer, writer.recommend(EXAMPLE, with_rationale=True)
+        builder = PromptBuilder(CATALOG, self.shown, Words(), PromptConfig(max_prompt_tokens=limit))
+        return builder, builder.recommend(EXAMPLE, with_rationale=True)
 
     def shorter(self, **limits):
         return prompts.recommend(EXAMPLE, CATALOG, dataclasses.replace(self.shown, **limits), with_rationale=True)
 
     def test_a_prompt_that_fits_stays_as_it_is(self):
-        writer, prompt = self.write(words(self.whole))
+        builder, prompt = self.write(words(self.whole))
         assert prompt == self.whole
-        assert writer.fitted == {"whole": 1}
+        assert builder.truncated == {"whole": 1}
 
-    def test_the_oldest_purchases_go_first(self):
-        writer, prompt = self.write(words(self.whole) - 1)
+    def test_the_oldest_interactions_go_first(self):
+        builder, prompt = self.write(words(self.whole) - 1)
         assert prompt == self.shorter(history_items=2)
-        assert writer.fitted == {"purchases dropped": 1}
+        assert builder.truncated == {"interactions dropped": 1}
 
     def test_descriptions_go_next_and_candidates_and_instructions_never(self):
-        writer, prompt = self.write(words(self.shorter(history_items=1)) - 1)
-        assert writer.fitted == {"descriptions cut": 1}
+        builder, prompt = self.write(words(self.shorter(history_items=1)) - 1)
+        assert builder.truncated == {"descriptions cut": 1}
         bare = self.shorter(history_items=1, description_chars=0, details_chars=0)
         assert words(bare) <= words(prompt) < words(self.shorter(history_items=1))
         assert self.write(words(bare))[1] == bare
@@ -194,33 +205,35 @@ class TestFitting:
         assert answer_format.describe(answer_format.WITH_RATIONALE) in prompt[1]["content"]
 
     def test_a_prompt_that_cannot_fit_is_an_error(self):
-        with pytest.raises(InputError, match=r"prompt of user u has \d+ tokens .* max_prompt_tokens is 5: raise it"):
+        with pytest.raises(
+            InputError, match=r"prompt of user u has \d+ tokens .* but max_prompt_tokens is 5; raise it"
+        ):
             self.write(5)
 
 
 def test_rationale_of_other_data_is_refused():
     other = Rationale("u", "B3", "x", "relevant", (), 0.5, "offline")
     with pytest.raises(InputError, match=r"user u is about item B3, but .* target is B2.*rationales.sh"):
-        training_rows(WRITER, [EXAMPLE], [other], shares(item_info=0, direct=0), False, 0)
+        training_rows(BUILDER, [EXAMPLE], [other], mix(item_info=0, direct=0), 0)
     stranger = Rationale("w", "B2", "x", "relevant", (), 0.5, "offline")
     with pytest.raises(InputError, match="not among the examples"):
-        training_rows(WRITER, [EXAMPLE], [stranger], shares(item_info=0, direct=0), False, 0)
+        training_rows(BUILDER, [EXAMPLE], [stranger], mix(item_info=0, direct=0), 0)
 
 
 def test_task_2_is_drawn_first_among_the_users_of_task_3():
     examples = [dataclasses.replace(EXAMPLE, user_id=f"u{i}") for i in range(30)]
     argued = [Rationale(f"u{i}", "B2", "x", "relevant", (), 0.5, "offline") for i in range(10)]
-    drawn = training_rows(WRITER, examples, argued, shares(item_info=0, direct=8, rationale=8), False, 3)
+    drawn = training_rows(BUILDER, examples, argued, mix(item_info=0, direct=8, rationale=8), 3)
     users = {task: {row.user_id for row in drawn if row.task == task} for task in ("direct", "rationale")}
     assert users["direct"] == users["rationale"]
-    drawn = training_rows(WRITER, examples, argued, shares(item_info=0, direct=12, rationale=8), False, 3)
+    drawn = training_rows(BUILDER, examples, argued, mix(item_info=0, direct=12, rationale=8), 3)
     direct = [row.user_id for row in drawn if row.task == "direct"]
     assert len(direct) == len(set(direct)) == 12
     assert {row.user_id for row in drawn if row.task == "rationale"} < set(direct)
 
 
 def test_stage_3_asks_word_for_word_what_stage_2_taught():
-    (row,) = prompt_rows(WRITER, [EXAMPLE], 1.0, 0)
+    (row,) = prompt_rows(BUILDER, [EXAMPLE], 1.0, 0)
     taught = next(row for row in rows() if row.task == "rationale")
     assert row["prompt"] == taught.prompt
     assert (row["candidates"], row["target"], row["history"]) == (["B3", "B2"], "B2", ["B3", "B1", "B1"])
@@ -228,9 +241,9 @@ def test_stage_3_asks_word_for_word_what_stage_2_taught():
 
 def test_a_share_of_the_examples_is_prompted():
     examples = [Example(f"u{i}", HISTORY, ("B3", "B2"), "B2") for i in range(40)]
-    drawn = prompt_rows(WRITER, examples, 0.15, 1)
+    drawn = prompt_rows(BUILDER, examples, 0.15, 1)
     assert len(drawn) == 6
-    assert drawn == prompt_rows(WRITER, examples, 0.15, 1)
+    assert drawn == prompt_rows(BUILDER, examples, 0.15, 1)
 
 
 class TestOfflineAnnotator:

@@ -25,7 +25,8 @@ from twice_rec.evaluation.predict import AskSettings, ask
 from twice_rec.files import write_records
 from twice_rec.grpo import rewards
 from twice_rec.grpo.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
-from twice_rec.llm.prompt_builder import PromptWriter
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.recipe import PromptConfig
 from twice_rec.prompts import PromptFormat, rationale_answer
 from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
 
@@ -248,7 +249,7 @@ def test_the_policy_is_asked_only_where_a_recipe_names_rank():
 def test_rank_is_that_of_evaluation_by_likelihood():
     """The same generated text, the same ranking, in training and in evaluation; ties against the target."""
     shown = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
-    writer = PromptWriter(CATALOG, shown, None, len)
+    writer = PromptBuilder(CATALOG, shown, None, PromptConfig())
     policy, ranks = HashPolicy(), []
     for number in range(40):
         text = rationale_answer(f"Reason {number} <odd>", CATALOG["I1"])

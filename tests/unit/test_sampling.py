@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tiny_models import gemma3, llama, mistral, qwen3
-from twice_rec.llm import sampling
+from twice_rec.llm import generation
 
 LENGTHS, COPIES, NEW = (5, 19, 12), (2, 1, 3), 20  # shorter and longer than Gemma's window of 7
 STOP = {1, 5, 9, 44}
@@ -22,9 +22,9 @@ def prompts():
     return [torch.randint(3, 99, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def sample_answers(*arguments, **options):
+def completions_of(*arguments, **options):
     """All answers in one list."""
-    return [answer for answers in sampling.sample_answers(*arguments, **options) for answer in answers]
+    return [answer for answers in generation.sample_completions(*arguments, **options) for answer in answers]
 
 
 def repeated(prompts):
@@ -37,7 +37,7 @@ def plain_log_probabilities(model, prompt, answer, temperature):
 
 
 def test_greedy_tokens_are_those_of_generate(model, prompts):
-    ours = sample_answers(model, prompts, COPIES, {1}, NEW)
+    ours = completions_of(model, prompts, COPIES, {1}, NEW)
     for prompt, answer in zip(repeated(prompts), ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(
@@ -51,7 +51,7 @@ def test_other_attention_agrees(monkeypatch, attention):
     monkeypatch.setattr("twice_rec.llm.attention._CHUNK", 4)
     prompt = [list(range(3, 20)), list(range(40, 45))]
     models = [gemma3(kind).eval() for kind in ("sdpa", attention)]
-    one, other = (sample_answers(model, prompt, (1, 1), {1}, NEW) for model in models)
+    one, other = (completions_of(model, prompt, (1, 1), {1}, NEW) for model in models)
     assert [a.token_ids for a in one] == [a.token_ids for a in other]
     assert models[1].config._attn_implementation == attention, "the model is trained with its own attention"
 
@@ -62,25 +62,25 @@ def test_log_probabilities_are_those_of_a_plain_forward(model, prompts, wrapped)
     if wrapped:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
         model.eval()
-    answers = sample_answers(model, prompts, COPIES, STOP, NEW, 0.7, torch.Generator().manual_seed(3))
+    answers = completions_of(model, prompts, COPIES, STOP, NEW, 0.7, torch.Generator().manual_seed(3))
     assert len({tuple(answer.token_ids) for answer in answers}) > 3
     for prompt, answer in zip(repeated(prompts), answers, strict=True):
         expected = plain_log_probabilities(model, prompt, answer.token_ids, 0.7)
-        torch.testing.assert_close(torch.tensor(answer.log_probabilities), expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=2e-5, rtol=0)
 
 
 def test_answers_end_at_stop_tokens_and_only_there(model, prompts):
-    answers = sample_answers(model, prompts, (20, 20, 20), STOP, 8, 2.0, torch.Generator().manual_seed(0))
+    answers = completions_of(model, prompts, (20, 20, 20), STOP, 8, 2.0, torch.Generator().manual_seed(0))
     assert {answer.truncated for answer in answers} == {True, False}
     for answer in answers:
         assert not STOP & set(answer.token_ids[:-1])
         assert answer.truncated == (answer.token_ids[-1] not in STOP)
-        assert len(answer.token_ids) == len(answer.log_probabilities) == 8 or not answer.truncated
+        assert len(answer.token_ids) == len(answer.logprobs) == 8 or not answer.truncated
 
 
 def test_the_generator_alone_decides(model, prompts):
     def sample(seed):
-        return sample_answers(model, prompts, COPIES, STOP, NEW, 1.0, torch.Generator().manual_seed(seed))
+        return completions_of(model, prompts, COPIES, STOP, NEW, 1.0, torch.Generator().manual_seed(seed))
 
     before = torch.get_rng_state()
     first = sample(7)
@@ -91,7 +91,7 @@ def test_the_generator_alone_decides(model, prompts):
 
 
 def test_samples_are_distributed_as_the_model_says(model):
-    answers = sample_answers(model, [[3, 4, 5]], (20_000,), set(), 1, 1.3, torch.Generator().manual_seed(0))
+    answers = completions_of(model, [[3, 4, 5]], (20_000,), set(), 1, 1.3, torch.Generator().manual_seed(0))
     counts = torch.bincount(torch.tensor([answer.token_ids[0] for answer in answers]), minlength=99)
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.3, -1)
@@ -101,7 +101,7 @@ def test_samples_are_distributed_as_the_model_says(model):
 
 @torch.no_grad()
 def test_top_p_leaves_the_unlikely_out(model):
-    answers = sample_answers(model, [[3, 4, 5]], (20_000,), set(), 1, 1.3, torch.Generator().manual_seed(0), top_p=0.6)
+    answers = completions_of(model, [[3, 4, 5]], (20_000,), set(), 1, 1.3, torch.Generator().manual_seed(0), top_p=0.6)
     scores = torch.log_softmax(model(torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.3, -1)
     ordered, order = scores.exp().sort(descending=True)
     kept = order[: 1 + int((ordered.cumsum(0) < 0.6).sum())]
@@ -111,4 +111,4 @@ def test_top_p_leaves_the_unlikely_out(model):
     error = (counts[kept] / len(answers) - expected).abs()
     assert (error < 5 * (expected * (1 - expected) / len(answers)).sqrt() + 1e-4).all()
     for answer in answers[:10]:
-        assert answer.log_probabilities[0] == pytest.approx(float(scores[answer.token_ids[0]]), abs=2e-5)
+        assert answer.logprobs[0] == pytest.approx(float(scores[answer.token_ids[0]]), abs=2e-5)

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_mask
 from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.grpo.trainer import padded_scores
 from twice_rec.llm import attention
-from twice_rec.llm.shared_prefix import SharedRows, continuation_log_probabilities
+from twice_rec.llm.shared_prefix import SharedRows, continuation_logprobs
 
 MODELS = {
     "gemma3": gemma3(),
@@ -52,7 +52,7 @@ tokens = FEW_OR_MANY.flatmap(lambda last: st.lists(st.integers(3, last), min_siz
 @given(st.sampled_from(sorted(MODELS)), tokens, st.lists(tokens, min_size=1, max_size=5))
 def test_values_equal_the_plain_computation(name, prompt, continuations):
     with torch.no_grad():
-        found = continuation_log_probabilities(MODELS[name], prompt, continuations)
+        found = continuation_logprobs(MODELS[name], prompt, continuations)
         expected = plain(MODELS[name], prompt, continuations)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -69,23 +69,23 @@ def test_gradients_equal_the_plain_computation(name):
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients(plain)
-    for parameter, gradient in gradients(continuation_log_probabilities).items():
+    for parameter, gradient in gradients(continuation_logprobs).items():
         scale = expected[parameter].abs().max().clamp(min=1e-6)
         assert ((gradient - expected[parameter]).abs().max() / scale) < 1e-4, parameter
 
 
 def test_empty_prompts_and_continuations_are_refused():
     with pytest.raises(ValueError, match="at least one token"):
-        continuation_log_probabilities(MODELS["llama"], [], [[1]])
+        continuation_logprobs(MODELS["llama"], [], [[1]])
     with pytest.raises(ValueError, match="at least one token"):
-        continuation_log_probabilities(MODELS["llama"], [1], [[2], []])
+        continuation_logprobs(MODELS["llama"], [1], [[2], []])
 
 
 def test_attention_without_a_mask_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="use sdpa, chunked_sdpa, eager or"):
-        continuation_log_probabilities(model, [1], [[2]])
+        continuation_logprobs(model, [1], [[2]])
 
 
 TEMPERATURE = 0.8

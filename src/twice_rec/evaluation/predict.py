@@ -23,7 +23,7 @@ from twice_rec.cf.baselines import CFScorer
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path, read_records, to_row, write_json, write_records
-from twice_rec.llm.prompt_builder import PromptWriter
+from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.metrics import per_user, ranks_from_scores, summarise
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, item_answer, rationale_answer
@@ -205,12 +205,12 @@ class Generator(Protocol):
 
 
 class Answer(Protocol):
-    """One generated answer; `llm.generation.Generation` has it."""
+    """One generated answer; `llm.generation.TextCompletion` has it."""
 
     @property
     def text(self) -> str: ...  # noqa: D102
     @property
-    def mean_log_probability(self) -> float: ...  # noqa: D102
+    def mean_logprob(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def evaluate_language_model(
     folder: Path,
     generator: Generator,
     batches: Sequence[tuple[str, Sequence[Example]]],
-    writer: PromptWriter,
+    writer: PromptBuilder,
     settings: AskSettings,
 ) -> tuple[list[Path], dict[str, float]]:
     """Ask all questions and write `predictions.jsonl` and `metrics.json`; goes on behind what a killed run has written.
@@ -260,7 +260,7 @@ def ask(
     generator: Generator,
     examples: Sequence[Example],
     kind: str,
-    writer: PromptWriter,
+    writer: PromptBuilder,
     settings: AskSettings,
     sampling_seed: int,
 ) -> list[Prediction]:
@@ -317,7 +317,7 @@ def rank_by_votes(answers: Sequence[Answer], example: Example, catalog: ItemCata
     for answer in answers:
         parsed = parse(answer.text)
         if catalog.outcome(parsed, example.candidates, example.target) in (Outcome.HIT, Outcome.MISS):
-            votes[parsed.item_id or ""].append(answer.mean_log_probability)
+            votes[parsed.item_id or ""].append(answer.mean_logprob)
     mean = {item_id: sum(values) / len(values) if values else 0.0 for item_id, values in votes.items()}
     return sorted(example.candidates, key=lambda item_id: (-len(votes[item_id]), -mean[item_id]))  # sorting is stable
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from twice_rec.llm.prompt_builder import PromptWriter
+from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.records import Example
 
 
-def prompt_rows(writer: PromptWriter, examples: Sequence[Example], fraction: float, seed: int) -> list[dict[str, Any]]:
+def prompt_rows(
+    builder: PromptBuilder, examples: Sequence[Example], fraction: float, seed: int
+) -> list[dict[str, Any]]:
     """A seeded share of the examples, asked as in task 3.
 
     Returns:
@@ -21,7 +23,7 @@ def prompt_rows(writer: PromptWriter, examples: Sequence[Example], fraction: flo
     drawn = np.random.default_rng(seed).permutation(len(examples))[:count]
     return [
         {
-            "prompt": writer.recommend(example, with_rationale=True),
+            "prompt": builder.recommend(example, with_rationale=True),
             "candidates": list(example.candidates),
             "target": example.target,
             "history": [entry.item_id for entry in example.history],

@@ -34,7 +34,7 @@ class ConfidenceModel(Protocol):
 
 
 class Policy(Protocol):
-    """What the reward `rank` needs of the model in training; `llm.generation.Policy` has it."""
+    """What the reward `rank` needs of the model in training; `llm.generation.PolicyScorer` has it."""
 
     def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
         """Log-probability of each answer to one prompt, up to a constant they share."""

@@ -1,44 +1,199 @@
-"""Answers of a language model in this process, and the likelihood of given answers."""
+"""Completions of a model in this process, and the likelihood of given completions.
+
+`model.generate` computes a prompt once per completion and copies the whole cache to append one token. Here a prompt
+and its completions are one row of the batch, as in `shared_prefix`: the prompt is computed once, each step takes the
+next token of every completion, and the attention mask lets a completion see the prompt and itself.
+
+Shapes: B prompts, R of them unfinished, P tokens of the longest, G completions per prompt, T new tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from twice_rec.errors import InputError
-from twice_rec.llm.models import encode_chat, stop_token_ids
-from twice_rec.llm.sampling import Sample, sample_answers
-from twice_rec.llm.shared_prefix import continuation_log_probabilities
+from twice_rec.llm.recipe import TAKES_MASKS
+from twice_rec.llm.shared_prefix import as_attention_mask, continuation_logprobs, layer_windows
+from twice_rec.llm.tokens import encode_chat, stop_token_ids
 from twice_rec.prompts import Message
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """One sampled or greedy answer.
+class Completion:
+    """One completion as tokens."""
 
-    Args:
-        text: without special tokens.
-        mean_log_probability: over its tokens, the one that ended it included, at the sampling temperature.
-        truncated: it ran into the length limit instead of ending with a stop token.
-    """
+    token_ids: list[int]  # with the stop token that ended it
+    logprobs: list[float]  # of the tokens, at the sampling temperature, before top-p
+    truncated: bool  # it ran into the length limit instead of ending with a stop token
 
-    text: str
-    mean_log_probability: float
+
+@dataclass(frozen=True, slots=True)
+class TextCompletion:
+    """One completion as text."""
+
+    text: str  # without special tokens
+    mean_logprob: float  # over its tokens and the stop token, at the sampling temperature
     truncated: bool
 
 
-class TransformersGenerator:
-    """Generates and scores with transformers.
+@torch.no_grad()
+def sample_completions(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num_generations: Sequence[int],
+    stop: Collection[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    top_p: float = 1.0,
+) -> list[list[Completion]]:
+    """Sample completions of every prompt, and return them per prompt.
 
     Args:
-        model: on its device.
-        tokenizer: padding on the left.
-        max_new_tokens: longest answer.
+        model: a causal language model or a PEFT model around one, without dropout (`eval()`).
+        prompts: token ids, of any lengths.
+        num_generations: completions of each prompt, at least 1; every prompt is computed as if it had the most.
+        stop: the ids that end a completion.
+        temperature: divides the logits.
+        generator: draws the tokens, on the model's device; None decodes greedily.
+        top_p: draw only from the likeliest tokens that together have at least this probability.
     """
+    device, group = model.device, max(num_generations)
+    with _mask_taking_attention(model):
+        mask, cache, logits = _read_prompts(model, prompts)  # [B, P], cache of B prompts, [B, 1, V]
+        cache.layers = [_RoomyLayer(layer, group * max_new_tokens) for layer in cache.layers]
+        logits = logits.expand(-1, group, -1)  # [B, G, V]
+        rows = torch.arange(len(prompts), device=device)  # [R], the unfinished prompts
+        tokens = rows.new_zeros(len(prompts), group, max_new_tokens)  # [B, G, T]
+        logprobs = torch.zeros(tokens.shape, device=device)  # [B, G, T]
+        lengths = torch.full_like(tokens[..., 0], max_new_tokens)  # [B, G]
+        ended = torch.arange(group, device=device) >= torch.tensor(num_generations, device=device)[:, None]  # [B, G]
+        stop_ids = torch.tensor(sorted(stop), device=device)  # [stop tokens]
+        for step in range(max_new_tokens):
+            scores = torch.log_softmax(logits.float() / temperature, dim=-1)  # [R, G, V]
+            chosen = _choose(scores, generator, top_p)  # [R, G]
+            tokens[rows, :, step] = chosen
+            logprobs[rows, :, step] = scores.gather(2, chosen[..., None])[..., 0]
+            stopped = torch.isin(chosen, stop_ids)  # [R, G]
+            lengths[rows] = torch.where(stopped & ~ended[rows], step + 1, lengths[rows])
+            ended[rows] |= stopped
+            going = (~ended[rows].all(1)).nonzero()[:, 0]  # [R of the next step], positions in rows
+            if not len(going) or step + 1 == max_new_tokens:
+                break
+            if len(going) < len(rows):
+                rows, chosen = rows[going], chosen[going]
+                cache.batch_select_indices(going)
+            logits = _next_logits(model, chosen, mask[rows], step, cache)  # [R, G, V]
+    groups = []
+    for count, *columns in zip(num_generations, tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
+        parts = zip(*(column[:count] for column in columns), strict=True)
+        groups.append([Completion(ids[:n], values[:n], ids[n - 1] not in stop) for ids, values, n in parts])
+    return groups
+
+
+def _read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Return the mask [B, P] of the prompts, padded on the left, their cache, and the logits [B, 1, V] after them."""
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=model.device)  # [B, P]
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
+    cache = DynamicCache(config=model.config.get_text_config())
+    inputs = {"input_ids": padded, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+    return mask.bool(), cache, model(**inputs, use_cache=True, logits_to_keep=1).logits
+
+
+def _choose(scores: Tensor, generator: torch.Generator | None, top_p: float) -> Tensor:
+    """Return a token for each of the logprobs [R, G, V]: the likeliest, or one drawn from the nucleus."""
+    if generator is None:
+        return scores.argmax(dim=-1)  # [R, G]
+    weights = scores.exp()  # [R, G, V]
+    if top_p < 1.0:
+        ordered, order = weights.sort(dim=-1, descending=True)  # [R, G, V]
+        before = ordered.cumsum(-1) - ordered  # [R, G, V], probability of all likelier tokens
+        weights = weights.scatter(-1, order, ordered.where(before < top_p, 0.0))
+    return torch.multinomial(weights.flatten(0, 1), 1, generator=generator).view(scores.shape[:2])  # [R, G]
+
+
+def _next_logits(model: PreTrainedModel, chosen: Tensor, mask: Tensor, step: int, cache: DynamicCache) -> Tensor:
+    """Return the logits [R, G, V] after the tokens `chosen` [R, G], which step number `step` wrote.
+
+    Args:
+        mask: bool [R, P], False at the padding of a prompt.
+    """
+    device, group, longest = chosen.device, chosen.shape[1], mask.shape[1]
+    column = torch.arange((step + 1) * group, device=device)  # [C]; each step appends one token of every completion
+    own = column % group == torch.arange(group, device=device)[:, None]  # [G, C]
+    past = mask[:, None, None].expand(-1, 1, group, -1)  # [R, 1, G, P]
+    sees = torch.cat([past, own.expand(len(past), 1, -1, -1)], dim=-1)  # [R, 1, G, P + C]
+    age = torch.cat([longest + step - torch.arange(longest, device=device), step - column // group])  # [P + C]
+    config, masks = model.config.get_text_config(), dict[str, Tensor]()
+    held = {kind: cache.layers[index].held for index, kind in enumerate(getattr(config, "layer_types", None) or [""])}
+    for kind, window in layer_windows(config).items():
+        seen = sees if window is None else (sees & (age < window))
+        if kind in held:  # a sliding window's cache holds the last tokens only
+            masks[kind] = as_attention_mask(model, seen[..., seen.shape[-1] - held[kind] - group :])
+    positions = (mask.sum(1)[:, None] + step).expand(-1, group)  # [R, G]
+    inputs = {"input_ids": chosen, "attention_mask": masks.get("", masks), "position_ids": positions}
+    return model(**inputs, past_key_values=cache, use_cache=True).logits
+
+
+@contextmanager
+def _mask_taking_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use sdpa instead of kernels that take no mask of ours (flash, flex)."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    implementation = bare.config._attn_implementation
+    if implementation in TAKES_MASKS:
+        yield
+        return
+    bare.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        bare.set_attn_implementation(implementation)
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for more tokens, which are written into it instead of copying all it holds.
+
+    `filled` is the layer after the prompt; a sliding window's holds the window's last tokens only.
+    """
+
+    def __init__(self, filled: Any, room: int):
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self.held = filled.keys.shape[-2]
+        self._keys, self._values = (pad(states, (0, 0, 0, room)) for states in (filled.keys, filled.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [R, heads, G, D]; return views on everything."""
+        end = self.held + key_states.shape[-2]
+        self._keys[:, :, self.held : end] = key_states
+        self._values[:, :, self.held : end] = value_states
+        self.held = end
+        return self._keys[:, :, :end], self._values[:, :, :end]  # [R, heads, held, D]
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens held."""
+        return self.held
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._keys, self._values = self._keys[indices], self._values[indices]
+
+
+class TransformersGenerator:
+    """Generates and scores with transformers; sets the model to `eval()`."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int):
         self.model = model.eval()
@@ -50,67 +205,56 @@ class TransformersGenerator:
     def generate(
         self,
         prompts: Sequence[Sequence[Message]],
-        num_samples: int = 1,
+        num_generations: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int | None = None,
-    ) -> list[list[Generation]]:
-        """Answer every prompt `num_samples` times.
-
-        Args:
-            seed: of the sampling; None decodes greedily (and allows one sample only).
-
-        Returns:
-            For each prompt its answers.
-        """
-        if seed is None and num_samples != 1:
-            raise ValueError("greedy decoding gives one answer; pass a seed to sample several")
-        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
-        answers = sample_answers(
+    ) -> list[list[TextCompletion]]:
+        """Return completions of every prompt; without a seed, the greedy one."""
+        if seed is None and num_generations != 1:
+            raise ValueError("greedy decoding gives one completion; pass a seed to sample several")
+        groups = sample_completions(
             self.model,
             [encode_chat(self.tokenizer, prompt) for prompt in prompts],
-            [num_samples] * len(prompts),
+            [num_generations] * len(prompts),
             self._stop,
             self.max_new_tokens,
             temperature,
-            generator,
+            None if seed is None else torch.Generator(self.model.device).manual_seed(seed),
             top_p,
         )
-        return [[self._generation(sample) for sample in samples] for samples in answers]
+        return [[self._as_text(completion) for completion in group] for group in groups]
 
-    def _generation(self, sample: Sample) -> Generation:
-        text = self.tokenizer.decode(
-            sample.token_ids if sample.truncated else sample.token_ids[:-1], skip_special_tokens=True
-        )
-        return Generation(text, sum(sample.log_probabilities) / len(sample.log_probabilities), sample.truncated)
+    def _as_text(self, completion: Completion) -> TextCompletion:
+        ids = completion.token_ids if completion.truncated else completion.token_ids[:-1]
+        mean = sum(completion.logprobs) / len(completion.logprobs)
+        return TextCompletion(self.tokenizer.decode(ids, skip_special_tokens=True), mean, completion.truncated)
 
     @torch.inference_mode()
-    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
-        """Log-probability of each answer to one prompt, up to a constant that all of them share.
+    def score(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
+        """Return the logprob of each completion of one prompt, up to a constant that all of them share.
 
-        The answers are encoded whole, as in training; what their tokens have in common with the prompt is computed
-        once and adds the same to all of them, so it is left out.
+        They are encoded whole, as in training. The tokens that all begin with are computed once; they would add the
+        same to all logprobs, so they are left out.
         """
-        rows = [encode_chat(self.tokenizer, prompt, answer) for answer in answers]
+        rows = [encode_chat(self.tokenizer, prompt, completion) for completion in completions]
         shortest = min(map(len, rows))
         shared = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest - 1)
-        values = continuation_log_probabilities(self.model, rows[0][:shared], [row[shared:] for row in rows])
-        return [float(value.sum()) for value in values]
+        logprobs = continuation_logprobs(self.model, rows[0][:shared], [row[shared:] for row in rows])
+        return [float(of_row.sum()) for of_row in logprobs]
 
 
-class Policy:
-    """A model in training as the judge of given answers; its training mode is afterwards what it was.
+class PolicyScorer:
+    """Scores completions with a model in training, and leaves its training mode as it was.
 
-    Args:
-        model: the module that the adapter is injected into, or whose own weights are trained.
+    The model is the module that the adapter is injected into, or whose own weights are trained.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._model = model
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer = model, tokenizer
 
-    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> list[float]:
-        """See `TransformersGenerator.score`.
+    def score(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
+        """Do what `TransformersGenerator.score` does.
 
         Raises:
             InputError: under ZeRO-3, where no process has the whole model.
@@ -122,6 +266,6 @@ class Policy:
             )
         training = self._model.training
         try:
-            return TransformersGenerator(self._model, self._tokenizer, max_new_tokens=1).score(prompt, answers)
+            return TransformersGenerator(self._model, self._tokenizer, max_new_tokens=1).score(prompt, completions)
         finally:
             self._model.train(training)

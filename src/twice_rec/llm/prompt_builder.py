@@ -1,93 +1,95 @@
-"""Prompts within a limit of tokens. The same writer with the same limit serves stages 2, 3 and 4."""
+"""Prompts within a limit of tokens. The same builder with the same limit serves stages 2, 3 and 4."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
+from twice_rec.llm.recipe import PromptConfig
+from twice_rec.llm.tokens import encode_chat
 from twice_rec.prompts import Message, PromptFormat, recommend
 from twice_rec.records import Example
 
-TokenCounter = Callable[[Sequence[Message]], int]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-class PromptWriter:
-    """Writes the prompts of tasks 2 and 3; those over the limit lose the oldest purchases, then text of descriptions.
+class PromptBuilder:
+    """Builds the prompts of tasks 2 and 3, and truncates those over `max_prompt_tokens`.
 
-    Instructions and candidates always stand whole, and the most recent purchase stays.
+    A long prompt loses its oldest interactions first, then text of descriptions and details; the rest always stays.
+    `truncated` counts prompts: `whole`, `interactions dropped`, `descriptions cut`.
 
     Args:
-        shown: how much a prompt shows where the limit allows it.
-        limit: of a prompt's tokens, the chat template's included; None for none.
-        count_tokens: a prompt's tokens; not called without a limit.
-        item_first: ask for the item before the rationale.
+        shown: how much a prompt shows if the limit allows it.
+        tokenizer: counts the tokens of a prompt, the chat template's included; not used without a limit.
     """
 
     def __init__(
-        self,
-        catalog: ItemCatalog,
-        shown: PromptFormat,
-        limit: int | None,
-        count_tokens: TokenCounter,
-        item_first: bool = False,
+        self, catalog: ItemCatalog, shown: PromptFormat, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
     ):
         self.catalog = catalog
         self.shown = shown
-        self.item_first = item_first
-        self.fitted = Counter[str]()  # `whole`, `purchases dropped`, `descriptions cut` -> prompts
-        self._limit = limit
-        self._count = count_tokens
+        self.item_first = config.item_first
+        self.truncated = Counter[str]()
+        self._limit = config.max_prompt_tokens
+        self._tokenizer = tokenizer
 
     def recommend(self, example: Example, with_rationale: bool) -> list[Message]:
-        """The prompt for one user.
+        """Build the prompt of one user.
 
         Raises:
-            InputError: where it is too long even with one purchase and no descriptions.
+            InputError: if it is too long even with one interaction and no descriptions.
         """
-
-        def write(shown: PromptFormat) -> list[Message]:
-            return recommend(example, self.catalog, shown, with_rationale, self.item_first)
-
-        whole = write(self.shown)
-        if self._limit is None or self._count(whole) <= self._limit:
-            self.fitted["whole"] += 1
+        whole = self._write(example, with_rationale, self.shown)
+        if self._fits(whole):
+            self.truncated["whole"] += 1
             return whole
-        longest = min(len(example.history), self.shown.history_items or len(example.history))
-        kept, too_many = 0, longest  # the most purchases that fit, by halving
-        while too_many - kept > 1:
-            middle = (kept + too_many) // 2
-            if self._count(write(replace(self.shown, history_items=middle))) <= self._limit:
-                kept = middle
-            else:
-                too_many = middle
+        fewer = range(1, _shown_interactions(example, self.shown))
+        kept = bisect_left(  # the most interactions that fit
+            fewer, True, key=lambda n: not self._fits(self._write(example, with_rationale, _shortened(self.shown, n)))
+        )
         if kept:
-            self.fitted["purchases dropped"] += 1
-            return write(replace(self.shown, history_items=kept))
-        self.fitted["descriptions cut"] += 1
-        return self._with_less_text(example, write)
+            self.truncated["interactions dropped"] += 1
+            return self._write(example, with_rationale, _shortened(self.shown, kept))
+        self.truncated["descriptions cut"] += 1
+        return self._with_less_text(example, with_rationale)
 
-    def _with_less_text(self, example: Example, write: Callable[[PromptFormat], list[Message]]) -> list[Message]:
-        """One purchase, and descriptions and details cut to half their length until the prompt fits."""
+    def _write(self, example: Example, with_rationale: bool, shown: PromptFormat) -> list[Message]:
+        return recommend(example, self.catalog, shown, with_rationale, self.item_first)
+
+    def _fits(self, prompt: list[Message]) -> bool:
+        return self._limit is None or len(encode_chat(self._tokenizer, prompt)) <= self._limit
+
+    def _with_less_text(self, example: Example, with_rationale: bool) -> list[Message]:
+        """Keep one interaction, and halve the limit of descriptions and details until the prompt fits."""
         items = [self.catalog[item_id] for item_id in (*example.candidates, example.history[-1].item_id)]
         chars = max(len(text) for item in items for text in (item.description, item.details))
-        shortest = replace(self.shown, history_items=1)
-        while True:
-            prompt = write(shortest)
-            tokens = self._count(prompt)
-            if self._limit is None or tokens <= self._limit:
-                return prompt
+        prompt = self._write(example, with_rationale, _shortened(self.shown, 1))
+        while not self._fits(prompt):
             if chars == 0:
                 raise InputError(
-                    f"the prompt of user {example.user_id} has {tokens} tokens with one purchase and no descriptions; "
-                    f"max_prompt_tokens is {self._limit}: raise it, or show fewer candidates (num_candidates) or "
-                    "fields (prompt_candidate_fields) in prepare.yaml"
+                    f"the prompt of user {example.user_id} has {len(encode_chat(self._tokenizer, prompt))} tokens with "
+                    f"one interaction and no descriptions, but max_prompt_tokens is {self._limit}; raise it, or show "
+                    "fewer candidates (num_candidates) or fields (prompt_candidate_fields) in prepare.yaml"
                 )
             chars //= 2
-            shortest = replace(
-                shortest,
-                description_chars=min(chars, shortest.description_chars or chars),
-                details_chars=min(chars, shortest.details_chars or chars),
-            )
+            prompt = self._write(example, with_rationale, _shortened(self.shown, 1, chars))
+        return prompt
+
+
+def _shown_interactions(example: Example, shown: PromptFormat) -> int:
+    """Return how many interactions the whole prompt shows."""
+    return min(len(example.history), shown.history_items or len(example.history))
+
+
+def _shortened(shown: PromptFormat, interactions: int, chars: int | None = None) -> PromptFormat:
+    """Return the format with fewer interactions, and with `chars` as another limit of descriptions and details."""
+    if chars is None:
+        return replace(shown, history_items=interactions)
+    description, details = (min(chars, limit or chars) for limit in (shown.description_chars, shown.details_chars))
+    return replace(shown, history_items=interactions, description_chars=description, details_chars=details)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from twice_rec.recipe import Settings, key, rule
 
@@ -16,9 +16,7 @@ class ModelConfig(Settings):
 
     model_revision: str | None = key(None, "branch, tag or commit of model_name_or_path on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "type of the weights")
-    attn_implementation: str = key(
-        "sdpa", f"kind of attention: {', '.join(SHARES_PREFIXES)}, or another of transformers"
-    )
+    attn_implementation: str = key("sdpa", f"attention: {', '.join(SHARES_PREFIXES)}, or another of transformers")
 
 
 class AdapterConfig(Settings):
@@ -37,16 +35,15 @@ class PromptConfig(Settings):
     """How prompts are built; the same values belong in sft, grpo and evaluate."""
 
     max_prompt_tokens: int | None = key(
-        None,
-        "longest prompt in tokens; longer ones lose the oldest interactions, then text of descriptions; null for no "
-        "limit",
-        ge=1,
+        None, "longest prompt in tokens; longer ones lose old interactions, then descriptions; null for no limit", ge=1
     )
     item_first: bool = key(False, "task 3 names the item before its rationale")
 
 
 class SharedPrefixConfig(Settings):
     """Whether what several rows begin with is computed once."""
+
+    PREFIX_ATTENTION: ClassVar[tuple[str, ...]] = SHARES_PREFIXES  # kinds of attention that can; recipes may narrow it
 
     share_prefixes: bool = key(
         False,

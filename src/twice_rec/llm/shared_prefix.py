@@ -1,15 +1,17 @@
-"""Many continuations of one prompt, each of their beginnings computed once: log-probabilities, and training batches.
+"""Several continuations of one prompt in one row, each common beginning computed once.
 
-A prompt and its continuations stand in one row as a tree: behind a beginning that several have in common come their
-different ends, one after another. Positions count from the prompt's first token along each branch, and the attention
-mask lets a token see its own branch only, so every token gets exactly the value it would have in a row of its own.
+A prompt and its continuations are laid out as a tree: after a beginning that several share come their different ends,
+one after another. Positions count from the prompt's first token along each branch, and the attention mask lets a token
+see its own branch only. So every token gets exactly the value it would have in a row of its own.
+
+Shapes: G rows, L columns, N tokens of all continuations, M of them different (a shared beginning counts once).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -18,23 +20,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from twice_rec.config import TAKES_MASKS
+from twice_rec.llm.recipe import TAKES_MASKS
 
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its continuations
 Mask = Tensor | BlockMask
 MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """G prompts with their continuations, a prompt a row, padded on the right to the longest row's length L.
+    """Prompts with their continuations: one row per prompt, padded on the right.
 
     Args:
         input_ids: int64 [G, L].
         position_ids: int64 [G, L], along each branch.
-        ends: int64 [G, L], the first column behind the last branch through a token; from there on it is not seen.
-        row, column: int64 [M], where the logits that predict the M different tokens of the continuations stand.
-        targets: int64 [M], those tokens.
-        places: int64 [N], for each token of the continuations, one continuation after another, which of the M it is.
+        ends: int64 [G, L], the first column after the last branch through a token; from there on no token sees it.
+        row, column: int64 [M], the place of the logits that predict each token of `targets`.
+        targets: int64 [M], the different tokens of the continuations.
+        places: int64 [N], for each token of the continuations, one after another, its index in `targets`.
     """
 
     input_ids: Tensor
@@ -46,10 +49,8 @@ class SharedRows:
     places: Tensor
 
     @classmethod
-    def of(
-        cls, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device | str
-    ) -> SharedRows:
-        """Rows of (prompt, its continuations), token ids; prompts hold at least one, continuations may be empty."""
+    def of(cls, groups: Sequence[Group], device: torch.device | str) -> SharedRows:
+        """Lay out token ids; a prompt has at least one, a continuation may be empty."""
         trees = [_tree(prompt, continuations) for prompt, continuations in groups]
         length, ids, positions, ends = max(len(tree.tokens) for tree in trees), [], [], []
         rows, columns, targets, places = [], [], [], []
@@ -66,30 +67,28 @@ class SharedRows:
         return cls(*(torch.tensor(values, dtype=torch.long, device=device) for values in layout))
 
     def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What a model's forward takes."""
+        """Return what a model's forward takes."""
         masks = attention_masks(model, self.ends, self.position_ids)
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": masks}
 
 
 class _Tree(NamedTuple):
-    """One row: for each of its tokens position and end, and behind the prompt the column of the token before it in its
-    branch; for each continuation the columns of its tokens.
-    """
+    """One row; the first three are per column."""
 
     tokens: list[int]
     positions: list[int]
     ends: list[int]
-    before: list[int]
-    paths: list[list[int]]
+    before: list[int]  # per token after the prompt, the column of the token before it in its branch
+    paths: list[list[int]]  # per continuation, the columns of its tokens
 
 
 def _tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tree:
-    """In alphabetical order, continuations with a common beginning are neighbours."""
+    """Take the continuations in sorted order, so that those with a common beginning are neighbours."""
     tokens, positions, ends, before = list(prompt), list(range(len(prompt))), [0] * len(prompt), list[int]()
     paths, previous, path = dict[tuple[int, ...], list[int]](), (), list[int]()
     for continuation in sorted(set(map(tuple, continuations))):
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, continuation, strict=False)))
-        for column in path[common:]:
+        for column in path[common:]:  # the branch of the one before ends here
             ends[column] = len(tokens)
         new = range(len(tokens), len(tokens) + len(continuation) - common)
         path = [*path[:common], *new]
@@ -103,41 +102,38 @@ def _tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tre
     return _Tree(tokens, positions, ends, before, [paths[tuple(continuation)] for continuation in continuations])
 
 
-def continuation_log_probabilities(
+def continuation_logprobs(
     model: PreTrainedModel, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Log-probability of every token of every continuation, given the prompt and the tokens before it.
+    """Return the logprob of every token of every continuation, given the prompt and the tokens before it.
 
     Args:
-        model: a causal language model with full or sliding-window attention, of `config.TAKES_MASKS` or
-            flex_attention.
-        prompt: token ids, at least one.
-        continuations: K sequences of token ids, each at least one long.
+        model: with full or sliding-window attention, of a kind in `recipe.SHARES_PREFIXES`.
+        prompt, continuations: token ids, at least one each.
 
     Returns:
-        K float32 tensors, one value a token, on the model's device; with gradients where the caller allows them.
+        One float32 tensor per continuation, with gradients if the caller allows them.
     """
     if not prompt or not all(continuations):
         raise ValueError("the prompt and every continuation need at least one token")
     rows = SharedRows.of([(prompt, continuations)], model.device)
-    logits = model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0]
-    values = torch.log_softmax(logits.float(), dim=-1).gather(1, rows.targets[:, None]).squeeze(1)
-    return list(values[rows.places].split([len(continuation) for continuation in continuations]))
+    logits = model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0]  # [M, V]
+    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, rows.targets[:, None]).squeeze(1)  # [M]
+    return list(logprobs[rows.places].split([len(continuation) for continuation in continuations]))
 
 
 def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tensor | None]:
-    """Log-probability and entropy of every token of the continuations, with gradients.
+    """Return logprob and entropy of every token of the continuations, with gradients.
 
-    TRL's fused head computes them from the hidden states in tiles, forward and backward, so that [N, V] logits never
-    stand whole; a hook hands it the M positions that matter, the end of a prompt once for each different first token.
-    All happens within one forward of the wrapped model, as data-parallel and ZeRO wrappers need it.
+    TRL's fused head computes them in tiles from the hidden states, so [N, V] logits never exist as a whole. A hook
+    hands it only the M positions that predict a token. All happens within one forward of the wrapped model, as
+    data-parallel and ZeRO wrappers need it.
 
     Args:
-        model: with the head that TRL's trainers add (`trl.trainer.utils.add_fused_lm_head`, which holds the
-            temperature), bare or wrapped by PEFT, accelerate or both.
+        model: with TRL's head (`trl.trainer.utils.add_fused_lm_head`, which holds the temperature), bare or wrapped.
 
     Returns:
-        float32 [N] each, in the order of `rows.places`; the entropies are None where the head has none.
+        float32 [N] each, in the order of `rows.places`; the entropies are None if the head computes none.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -145,52 +141,45 @@ def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tens
     bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
 
     def keep_what_predicts(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[rows.row, rows.column][None]
+        output.last_hidden_state = output.last_hidden_state[rows.row, rows.column][None]  # [1, M, hidden size]
         return output
 
     with bare.base_model.register_forward_hook(keep_what_predicts):
-        scores = model(**rows.inputs(bare), shift_labels=rows.targets[None], fused_lm_head=True)
-    values = (scores.log_probs, scores.entropy)
-    return tuple(None if of_all is None else of_all[0, rows.places] for of_all in values)
+        scores = model(**rows.inputs(bare), shift_labels=rows.targets[None], fused_lm_head=True)  # two of [1, M]
+    entropies = None if scores.entropy is None else scores.entropy[0, rows.places]  # [N]
+    return scores.log_probs[0, rows.places], entropies  # [N] each
 
 
 def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
-    """The mask of each kind of layer: a token sees those before it whose branches have not ended.
+    """Return one mask, [G, 1, L, L] or a block mask; or one per kind of layer if the model's configuration has kinds.
+
+    A token sees those before it whose branches have not ended, and whose positions are in the layer's sliding window.
 
     Args:
-        ends: int64 [B, L], the column at which the branches through a token end.
-        positions: int64 [B, L], for sliding windows.
-
-    Returns:
-        One mask, [B, 1, L, L] or a block mask, or one a kind of layer where the model's configuration tells them apart.
+        ends, positions: int64 [G, L], see `SharedRows`.
     """
     windows = layer_windows(model.config.get_text_config())
-    masks = {kind: _as_mask(model, mask_mod(ends, positions, window), ends) for kind, window in windows.items()}
-    return masks[""] if "" in masks else Masks(masks)
+    masks = {kind: _mask(model, _mask_mod(ends, positions, window), ends) for kind, window in windows.items()}
+    return masks[""] if "" in masks else _Masks(masks)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """Kind of layer -> its sliding window, None for full attention; the one kind `""` where the model has no kinds.
+    """Return kind of layer -> its sliding window, None for full attention; the only kind is `""` if it has no kinds.
 
     Raises:
-        ValueError: for kinds that no mask here fits.
+        ValueError: if no mask here fits a kind.
     """
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
     kinds = set(getattr(config, "layer_types", None) or [])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
+    if unknown := kinds - windows.keys():
         raise ValueError(f"no mask for layers of the kind {', '.join(sorted(unknown))}")
     if not kinds:
-        return {"": getattr(config, "sliding_window", None)}
-    windows: dict[str, int | None] = {"full_attention": None}
-    return windows | ({"sliding_attention": config.sliding_window} if "sliding_attention" in kinds else {})
+        return {"": windows["sliding_attention"]}
+    return {kind: windows[kind] for kind in windows if kind in kinds or kind == "full_attention"}
 
 
-def mask_mod(ends: Tensor, positions: Tensor, window: int | None = None) -> MaskMod:
-    """The rule of a mask as FlexAttention wants it: (row, head, query, key) -> whether the query sees the key.
-
-    Args:
-        ends, positions: int64 [B, L], see `attention_masks`.
-        window: of a sliding-window layer, in positions.
-    """
+def _mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
+    """Return a mask's rule in the form of FlexAttention: (row, head, query, key) -> whether the query sees the key."""
 
     def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         seen = (key <= query) & (query < ends[row, key])
@@ -199,15 +188,14 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None = None) -> Mask
     return sees
 
 
-class Masks(dict):
+class _Masks(dict):
     """Kind of layer -> mask."""
 
-    def sum(self) -> Tensor:
-        """Number of tokens, which TRL's log takes from the sum of a plain attention mask."""
+    def sum(self) -> Tensor:  # TRL's log takes the number of tokens from the sum of a plain attention mask
         return torch.tensor(next(iter(self.values())).shape[-1])
 
 
-def _as_mask(model: PreTrainedModel, sees: MaskMod, like: Tensor) -> Mask:
+def _mask(model: PreTrainedModel, sees: MaskMod, like: Tensor) -> Mask:
     implementation, (rows, length), device = model.config._attn_implementation, like.shape, like.device
     if implementation == "flex_attention":
         return create_block_mask(sees, rows, None, length, length, device, _compile=device.type == "cuda")
@@ -215,38 +203,14 @@ def _as_mask(model: PreTrainedModel, sees: MaskMod, like: Tensor) -> Mask:
         raise ValueError(
             f"attention {implementation!r} takes no mask of its own; use {', '.join(TAKES_MASKS)} or flex_attention"
         )
-    row, order = torch.arange(rows, device=device), torch.arange(length, device=device)
-    return as_attention_mask(model, sees(row[:, None, None], None, order[:, None], order)[:, None])
+    row, order = torch.arange(rows, device=device), torch.arange(length, device=device)  # [G], [L]
+    mask = sees(row[:, None, None], None, order[:, None], order)  # [G, L, L]
+    return as_attention_mask(model, mask[:, None])
 
 
 def as_attention_mask(model: PreTrainedModel, sees: Tensor) -> Tensor:
-    """A mask [B, 1, queries, keys], true where a query sees a key, as attention of `config.TAKES_MASKS` takes it."""
+    """Return a mask [G, 1, queries, keys], true if a query sees a key, as attention in `TAKES_MASKS` takes it."""
     if model.config._attn_implementation != "eager":
         return sees
-    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)  # [G, 1, queries, keys]
     return bias.masked_fill(~sees, torch.finfo(model.dtype).min)
-
-
-class SharedPrefixCollator:
-    """Puts groups of rows that share a beginning into one row of a batch; the loss is that of the rows one by one.
-
-    Args:
-        model: with attention of `config.TAKES_MASKS`.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
-
-    def __call__(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Groups as `llm.encoding.share_prefixes` makes them -> `input_ids`, `labels`, `position_ids`, masks."""
-        ends, positions = list[int](), list[int]()
-        for group in groups:
-            start, *lengths = group["lengths"]
-            _, *behind = accumulate(group["lengths"], initial=len(ends))
-            positions += [*range(start), *(p for n in lengths for p in range(start, start + n))]
-            ends += [behind[-1]] * start
-            ends += [end for n, end in zip(lengths, behind[1:], strict=True) for _ in range(n)]
-        masks = attention_masks(self._model, *(torch.tensor([values]) for values in (ends, positions)))
-        flat = {name: [token for group in groups for token in group[name]] for name in ("input_ids", "labels")}
-        rows = {**flat, "position_ids": positions}
-        return {**{name: torch.tensor([values]) for name, values in rows.items()}, "attention_mask": masks}

@@ -13,32 +13,26 @@ class TaskMixConfig(Settings):
     """How much of each task is trained on."""
 
     item_info_rows: int | None = key(None, "rows of task 1 (title -> item); null for all, 0 for none", ge=0)
-    direct_rows: int | None = key(
-        None, "rows of task 2 (history and candidates -> item); null for all, 0 for none", ge=0
-    )
-    rationale_rows: int | None = key(
-        None, "rows of task 3 (history and candidates -> rationale, item); null for all, 0 for none", ge=0
-    )
+    direct_rows: int | None = key(None, "rows of task 2 (history, candidates -> item); null for all, 0 for none", ge=0)
+    rationale_rows: int | None = key(None, "rows of task 3 (-> rationale and item); null for all, 0 for none", ge=0)
     item_info_weight: float = key(1.0, "how often each row of task 1 occurs in an epoch; fractions are drawn", ge=0)
     direct_weight: float = key(1.0, "how often each row of task 2 occurs in an epoch; fractions are drawn", ge=0)
     rationale_weight: float = key(1.0, "how often each row of task 3 occurs in an epoch; fractions are drawn", ge=0)
     curriculum: bool = key(False, "train on the tasks one after another, 1, 2, 3, instead of mixed")
 
     def rows_of(self, task: str) -> int | None:
-        """Rows that are drawn of a task."""
+        """Return how many rows of a task are drawn; None for all."""
         return getattr(self, f"{task}_rows")
 
     def weight_of(self, task: str) -> float:
-        """How often each of them occurs in an epoch."""
+        """Return how often each of them occurs in an epoch."""
         return getattr(self, f"{task}_weight")
 
     @rule
     def something_is_left(self) -> str | None:
-        rows = [getattr(self, f"{task}_rows") for task in TASKS]
-        weights = [getattr(self, f"{task}_weight") for task in TASKS]
-        if not any(count != 0 for count in rows) or not any(weights):
-            return "item_info_rows, direct_rows and rationale_rows, or their weights, are all 0; nothing is left"
-        return None
+        if any(self.rows_of(task) != 0 and self.weight_of(task) for task in TASKS):
+            return None
+        return "every task has 0 rows (item_info_rows, ...) or weight 0 (item_info_weight, ...); nothing is left"
 
 
 class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, SharedPrefixConfig, TaskMixConfig):
@@ -52,10 +46,7 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, SharedP
         "none", "quantisation of the frozen base under an adapter, by bitsandbytes on a GPU (release: 8bit)"
     )
     sample_every: int | None = key(
-        None,
-        "write sample completions to samples.jsonl every so many steps; null for never",
-        changes_result=False,
-        ge=1,
+        None, "steps between sample completions in samples.jsonl; null for none", changes_result=False, ge=1
     )
     sample_prompts: int = key(4, "number of prompts that get sample completions", changes_result=False, ge=1)
 

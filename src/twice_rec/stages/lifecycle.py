@@ -18,8 +18,6 @@ from twice_rec.config import GrpoRecipe, Recipe
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
-from twice_rec.llm.prompt_builder import PromptWriter
-from twice_rec.prompts import Message
 from twice_rec.run import Work
 
 logger = logging.getLogger(__name__)
@@ -105,16 +103,6 @@ def grpo_start(recipe: GrpoRecipe) -> Path:
     if recipe.model_name_or_path is not None:
         return Path(recipe.model_name_or_path)
     return need(recipe.run_path / "sft" / "merged", "sft.sh")
-
-
-def prompt_writer(data: PreparedData, recipe: Any, tokenizer: Any) -> PromptWriter:
-    """The writer of a model's prompts, the same in stages 2, 3 and 4."""
-    from twice_rec.llm.models import encode_chat
-
-    def count_tokens(prompt: Sequence[Message]) -> int:
-        return len(encode_chat(tokenizer, prompt))
-
-    return PromptWriter(data.catalog, data.prompt_format, recipe.max_prompt_tokens, count_tokens, recipe.item_first)
 
 
 def torch_device(name: str) -> str:

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twice_rec.config import GrpoRecipe
 from twice_rec.errors import InputError
-from twice_rec.llm.models import encode_chat, stop_token_ids
-from twice_rec.llm.sampling import Sample, sample_answers
+from twice_rec.llm.generation import Completion, sample_completions
+from twice_rec.llm.tokens import encode_chat, stop_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Rollouts(ABC):
         """Join a trainer, before it trains; InputError where the two do not fit."""
 
     @abstractmethod
-    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Sample]]: ...
+    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Completion]]: ...
 
     def __call__(self, prompts: Sequence[Sequence[Mapping[str, str]]], trainer: Any) -> dict[str, list[Any]]:
         """TRL's hook: one answer for each entry of `prompts`, in order."""
@@ -89,7 +89,7 @@ class Rollouts(ABC):
         return {
             "prompt_ids": [prompt for prompt, _ in answers],
             "completion_ids": [sample.token_ids for _, sample in answers],
-            "logprobs": [sample.log_probabilities for _, sample in answers],
+            "logprobs": [sample.logprobs for _, sample in answers],
             "policy_version": [version] * len(answers),
             "truncated": [sample.truncated for _, sample in answers],
         }
@@ -113,7 +113,7 @@ class Rollouts(ABC):
 
 
 class InProcessRollouts(Rollouts):
-    """The trainer's model answers itself, by `sampling.sample_answers`."""
+    """The trainer's model answers itself, by `generation.sample_completions`."""
 
     def attach(self, trainer: Any) -> None:
         """Raises InputError where the recipe asks for a sampling that is not done here."""
@@ -127,13 +127,13 @@ class InProcessRollouts(Rollouts):
                     "use --rollout vllm_server"
                 )
 
-    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Sample]]:
+    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Completion]]:
         from trl.models.utils import unwrap_model_for_generation
 
         arguments, device = trainer.args, trainer.accelerator.device
         generator = torch.Generator(device)
         generator.manual_seed(self._seed_of(version, call, trainer.accelerator.process_index))
-        answers: list[list[Sample]] = []
+        answers: list[list[Completion]] = []
         with unwrap_model_for_generation(
             trainer.model_wrapped,
             trainer.accelerator,
@@ -145,7 +145,7 @@ class InProcessRollouts(Rollouts):
             stop = stop_token_ids(model, self._tokenizer)
             with _merged(model):
                 for batch in _batches(groups, arguments.per_device_train_batch_size):
-                    answers += sample_answers(
+                    answers += sample_completions(
                         model,
                         [group.prompt_ids for group in batch],
                         [len(group.positions) for group in batch],

@@ -22,8 +22,8 @@ from twice_rec.config import GrpoRecipe
 from twice_rec.errors import InputError
 from twice_rec.grpo.rollout.base import Group, Rollouts, record
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
-from twice_rec.llm.models import encode_chat, stop_token_ids
-from twice_rec.llm.sampling import Sample
+from twice_rec.llm.generation import Completion
+from twice_rec.llm.tokens import encode_chat, stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class ServerRollouts(Rollouts):
         prompt = encode_chat(self._tokenizer, [{"role": "user", "content": "?"}])
         only = {**self._sampling, "max_tokens": 1, "top_k": 1}
         (sample,) = self._insist(server, lambda: server.complete(self._policy.name, prompt, 1, self._stop, only))
-        if sample.log_probabilities[0] < -0.01:
+        if sample.logprobs[0] < -0.01:
             raise InputError(
                 f"the rollout server at {server.address} returns log-probabilities from before temperature and top-k; "
                 "start it with --logprobs-mode processed_logprobs, as grpo_step1.sh does"
@@ -219,13 +219,13 @@ class ServerRollouts(Rollouts):
             shutil.rmtree(old.folder, ignore_errors=True)
         self._sync_seconds = time.perf_counter() - started
 
-    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Sample]]:
+    def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Completion]]:
         policy = self._policy
         assert policy is not None
         if policy.version != version:
             raise RuntimeError(f"the servers have policy version {policy.version}, the trainer is at {version}")
 
-        def ask(group: Group) -> list[Sample]:
+        def ask(group: Group) -> list[Completion]:
             server = self._servers[group.number % len(self._servers)]
             seed = {"seed": self._seed_of(version, call, group.number)} if self._recipe.rollout_seeds else {}
             copies = len(group.positions)

@@ -16,7 +16,7 @@ from typing import Any
 
 from twice_rec.errors import InputError
 from twice_rec.files import hash_file
-from twice_rec.llm.sampling import Sample
+from twice_rec.llm.generation import Completion
 
 QUICK_SECONDS = 30.0  # for requests that compute nothing
 
@@ -130,7 +130,7 @@ class PolicyServer:
 
     def complete(
         self, policy: str, prompt: Sequence[int], copies: int, stop: Collection[int], sampling: Mapping[str, Any]
-    ) -> list[Sample]:
+    ) -> list[Completion]:
         """Sample answers to one prompt.
 
         Args:
@@ -160,7 +160,7 @@ class PolicyServer:
             )
         return [self._sample(choice, stop, sampling["max_tokens"]) for choice in _in_order(response, copies)]
 
-    def _sample(self, choice: Mapping[str, Any], stop: Collection[int], max_tokens: int) -> Sample:
+    def _sample(self, choice: Mapping[str, Any], stop: Collection[int], max_tokens: int) -> Completion:
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerDown(f"{self.address} ended an answer with {choice['finish_reason']!r}")
         ids, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
@@ -176,7 +176,7 @@ class PolicyServer:
                 f"which is not one of the stop tokens {sorted(stop)}; start it with --generation-config vllm, as "
                 "grpo_step1.sh does"
             )
-        return Sample(ids, values, truncated)
+        return Completion(ids, values, truncated)
 
     def _call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> str:
         data = None if body is None else json.dumps(body).encode()

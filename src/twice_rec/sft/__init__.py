@@ -1,0 +1,1 @@
+"""Stage 2: multi-task SFT of the base model."""
