@@ -28,10 +28,10 @@ from pathlib import Path
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import PromptFormat, annotation_instructions
-from twice_rec.rationales.cache import AnswerCache
-from twice_rec.rationales.client import ClientSettings, Sampling
+from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.generate import Questions, collect
+from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item
 
 ROOT = Path(__file__).parents[1]
@@ -105,21 +105,19 @@ def questions() -> tuple[ItemCatalog, Questions]:
     shown = PromptFormat(None, FIELDS, ("review_title", "rating"), FIELDS, 300, 300, 300)
     exemplars = load_exemplars(ROOT / "recipes/exemplars/grocery.json")
     instructions = annotation_instructions(shown, exemplars, 150, False)
-    return catalog, Questions(catalog, shown, instructions, Sampling("m", 1.0, 600, True, {}), 2)
+    return catalog, Questions(catalog, shown, instructions, SamplingConfig(model="m"))
 
 
 def ours(port: int, count: int, seed: int) -> float:
     """Seconds for `count` rows through the whole client."""
     catalog, asked = questions()
-    settings = ClientSettings(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key_env=None, stream=False, concurrency=CONCURRENCY,
-        timeout_seconds=30, max_attempts=3, max_failures_in_a_row=5, backoff_seconds=1, backoff_max_seconds=5,
-        requests_per_minute=None, tokens_per_minute=None, price_per_million_input=0, price_per_million_output=0,
-        max_cost=None,
+    config = ClientConfig(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key_env=None, concurrency=CONCURRENCY, timeout_seconds=30.0,
+        max_attempts=3, max_failures_in_a_row=5, backoff_max_seconds=5.0,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, AnswerCache(Path(folder) / "answers.jsonl") as cache:
+    with tempfile.TemporaryDirectory() as folder, CompletionCache(Path(folder) / "completions.jsonl") as cache:
         start = time.perf_counter()
-        failures, figures = collect(examples(catalog, count, seed), asked, settings, cache, None)
+        failures, figures = asyncio.run(collect(examples(catalog, count, seed), asked, config, cache))
         seconds = time.perf_counter() - start
     assert not failures
     assert figures["requests_answered"] == figures["requests_sent"] == count

@@ -133,18 +133,18 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
 
     @rule
     def a_model_is_named(self) -> str | None:
-        if self.annotator in ("openai", "batch") and self.model is None:
+        if self.asks_a_model and self.model is None:
             return f"annotator {self.annotator} needs model, found null"
         return None
 
     @rule
     def exemplars_are_named(self) -> str | None:
-        if self.annotator in ("openai", "batch") and self.exemplars is None:
+        if self.asks_a_model and self.exemplars is None:
             return f"annotator {self.annotator} needs exemplars, found null"
         return None
 
     @rule
     def a_model_checks_itself(self) -> str | None:
-        if self.self_check and self.annotator not in ("openai", "batch"):
+        if self.self_check and not self.asks_a_model:
             return f"self_check is true, but annotator {self.annotator} has no model that could check; set it to false"
         return None

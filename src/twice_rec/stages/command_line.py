@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from twice_rec import recipe_reader
 from twice_rec.config import Recipe, describe_keys
 from twice_rec.errors import InputError
+from twice_rec.recipe import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ _FULL_OR_LOCKED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 
 def run_stage(
     name: str,
-    recipe_class: type[Recipe],
+    recipe_class: type[Any],
     load: Callable[[str, Sequence[str]], Any],
     body: Callable[[Any], None],
     arguments: Sequence[str] | None = None,
@@ -42,7 +44,8 @@ def run_stage(
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
-        sys.stdout.write(f"usage: --config RECIPE [--key value ...]\n\n{describe_keys(recipe_class)}\n")
+        describe: Any = recipe_reader.describe_keys if issubclass(recipe_class, Settings) else describe_keys
+        sys.stdout.write(f"usage: --config RECIPE [--key value ...]\n\n{describe(recipe_class)}\n")
         return 0
     _log_to_terminal()
 

@@ -17,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
-from twice_rec.config import RationalesRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
 from twice_rec.rationales import annotators, curate, report
 from twice_rec.rationales.exemplars import load_exemplars
+from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.rationales.released import ReleasedRationales
+from twice_rec.recipe_reader import load_recipe
 from twice_rec.run import Work
 from twice_rec.stages.command_line import run_stage
-from twice_rec.stages.lifecycle import about, need, say_finished
+from twice_rec.stages.lifecycle import need, say_finished
 
 logger = logging.getLogger("rationales")
 
@@ -36,7 +37,7 @@ def rationales(recipe: RationalesRecipe) -> None:
     """Annotate, curate, report."""
     run, names = recipe.run_path, (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "candidates.train.jsonl")
     files = [need(run / "data" / name, "prepare.sh") for name in names]
-    if recipe.exemplars and recipe.annotator in ("openai", "batch"):
+    if recipe.exemplars and recipe.asks_a_model:
         load_exemplars(Path(recipe.exemplars))  # wrong ones are an error before anything is begun
         files.append(Path(recipe.exemplars))
     other = report.load_report(Path(recipe.compare_with)) if recipe.compare_with else None
@@ -58,20 +59,15 @@ def rationales(recipe: RationalesRecipe) -> None:
         return
     with annotators.open_annotator(recipe, data.catalog, data.prompt_format, asked, released) as annotator:
         found = curate.curate(
-            (examples[position] for position in np.sort(drawn).tolist()),
-            annotator.annotate,
-            annotator.review,
-            annotators.rules_of(recipe),
-            data.catalog,
-            work.path,
-            annotators.label_of(recipe),
+            (examples[position] for position in np.sort(drawn).tolist()), annotator, recipe, data.catalog, work.path
         )
     reports = report.save_report(found, other, work.path)
     logger.info("%s", report.to_markdown(found, other))
     logger.info("%s of %s rationales accepted; %s", f"{found.accepted:,}", f"{found.rows:,}", work.path)
     figures = {"accepted": found.accepted, "rejected": found.rows - found.accepted, "reasons": found.reasons}
     outputs = [work.path / curate.ACCEPTED, work.path / curate.REJECTED, *reports]
-    work.finish(outputs, {**figures, **annotator.figures}, about(recipe))
+    about = {"command": sys.argv, "recipe": recipe.everything()}
+    work.finish(outputs, {**figures, **annotator.figures}, about)
 
 
 def _released(recipe: RationalesRecipe, data: PreparedData) -> ReleasedRationales | None:
