@@ -65,35 +65,36 @@ def parse_annotation(text: str, num_shown: int) -> Annotation:
         Malformed: if the answer is not complete.
     """
     found = _single_object(text, tuple(ANNOTATION_FIELDS))
-    verdict = found["verdict"].strip().lower() if isinstance(found["verdict"], str) else None
-    if verdict not in VERDICTS:
-        raise Malformed(f"verdict must be one of {', '.join(VERDICTS)}, not {_short(found['verdict'])}")
-    if not isinstance(found["rationale"], str):
-        raise Malformed(f"rationale must be text, not {_short(found['rationale'])}")
-    rationale = _plain(found["rationale"])
+    verdict, rationale, confidence = found["verdict"], found["rationale"], found["confidence"]
+    word = verdict.strip().lower() if isinstance(verdict, str) else None
+    _require(word in VERDICTS, f"verdict must be one of {', '.join(VERDICTS)}", verdict)
+    _require(isinstance(rationale, str), "rationale must be text", rationale)
+    rationale = _plain(rationale)
     if not rationale:
         raise Malformed("rationale is empty")
-    confidence = found["confidence"]
-    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 <= confidence <= 1:
-        raise Malformed(f"confidence must be a number from 0 to 1, not {_short(confidence)}")
+    is_share = not isinstance(confidence, bool) and isinstance(confidence, (int, float)) and 0 <= confidence <= 1
+    _require(is_share, "confidence must be a number from 0 to 1", confidence)
     evidence = _evidence(found["evidence"], num_shown)
-    if verdict == "relevant" and not evidence:
+    if word == "relevant" and not evidence:
         raise Malformed("a relevant verdict needs the number of at least one purchase in evidence")
-    return Annotation(rationale, verdict, evidence, float(confidence))
+    return Annotation(rationale, word, evidence, float(confidence))  # type: ignore[arg-type]
 
 
 def parse_check(text: str) -> tuple[str, ...]:
     """Return the points of the rubric that do not hold, in the rubric's order; raises Malformed like the other."""
     found = _single_object(text, tuple(RUBRIC))
     for name in RUBRIC:
-        if not isinstance(found[name], bool):
-            raise Malformed(f"{name} must be true or false, not {_short(found[name])}")
+        _require(isinstance(found[name], bool), f"{name} must be true or false", found[name])
     return tuple(name for name in RUBRIC if not found[name])
 
 
+def _require(holds: bool, what: str, found: Any) -> None:
+    if not holds:
+        raise Malformed(f"{what}, not {_short(found)}")
+
+
 def _evidence(value: Any, num_shown: int) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise Malformed(f"evidence must be a list of purchase numbers, not {_short(value)}")
+    _require(isinstance(value, list), "evidence must be a list of purchase numbers", value)
     for entry in value:
         if type(entry) is not int or not 1 <= entry <= num_shown:
             raise Malformed(f"evidence holds {_short(entry)}, but the purchases are numbered 1 to {num_shown}")
@@ -102,17 +103,14 @@ def _evidence(value: Any, num_shown: int) -> tuple[int, ...]:
 
 def _single_object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """Return the object with these keys; the same one written several times counts as one."""
-    complete, partial = [], None
-    for found in _objects(text):
-        if all(key in found for key in keys):
-            complete.append(found)
-        else:
-            partial = partial or found
-    if not complete and partial is not None:
+    objects = list(_objects(text))
+    complete = [found for found in objects if all(key in found for key in keys)]
+    if not objects:
+        raise Malformed("there is no complete JSON object in it")
+    if not complete:
+        partial = next(filter(None, objects), {})
         missing = next(key for key in keys if key not in partial)
         raise Malformed(f"the JSON object has no key {missing}")
-    if not complete:
-        raise Malformed("there is no complete JSON object in it")
     if any(other != complete[0] for other in complete[1:]):
         raise Malformed("it holds several JSON objects that differ")
     return complete[0]

@@ -18,7 +18,7 @@ from twice_rec.errors import InputError
 from twice_rec.files import atomic_path, read_jsonl
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.completions import NotACompletion, Request, read_completion
-from twice_rec.rationales.faults import may_be_sent_again
+from twice_rec.rationales.faults import AGAIN
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def read_results(folder: Path, cache: CompletionCache, max_attempts: int) -> dic
         else:
             said = row.get("error") or (response.get("body") or {}).get("error") or "no response"
             reasons[key] = f"HTTP {status}: {said}"[:300] if status else f"batch: {said}"[:300]
-            if isinstance(status, int) and 400 <= status < 500 and not may_be_sent_again(status):
+            if isinstance(status, int) and 400 <= status < 500 and status not in AGAIN:
                 refused.add(key)
         failed[key] += 1
     for reason, count in Counter(reasons[key] for key in reasons if key not in cache).most_common(3):

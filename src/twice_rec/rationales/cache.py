@@ -7,7 +7,6 @@ file is opened again. Memory holds two integers per completion; the texts stay i
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import logging
@@ -91,12 +90,11 @@ class CompletionCache:
             if not line.endswith(b"\n"):
                 self._file.truncate(self._end)
                 break
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            try:
                 row = json.loads(line)
                 self._count(row["key"], Completion(**row["answer"]), self._end)
-                self._end += len(line)
-                continue
-            logger.warning("%s, line %d: not a completion; left out", self.path, number)
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s, line %d: not a completion; left out", self.path, number)
             self._end += len(line)
 
     def _count(self, key: str, completion: Completion, offset: int) -> None:

@@ -26,6 +26,7 @@ from twice_rec.rationales.recipe import ClientConfig
 logger = logging.getLogger(__name__)
 
 _JSON_HEADERS = {"content-type": "application/json"}
+_USUAL_ADDRESS = "the address of an OpenAI-compatible API usually ends in /v1"
 
 
 class _Pace:
@@ -68,7 +69,7 @@ class ChatClient:
         self._reserved = 0.0  # what the requests under way may cost
         self._tokens_per_char = 1 / 3  # until completions tell
         self._chars_seen = self._tokens_seen = 0
-        self._failures_in_a_row = 0
+        self.failures_in_a_row = 0  # above 0, the server may be at fault, and not the requests
         self._under_way: dict[str, asyncio.Future[None]] = {}
         self._random = random.Random()  # noqa: S311 - jitter
         self._openai = self._connect()
@@ -111,11 +112,6 @@ class ChatClient:
         """Close the connections."""
         await self._openai.close()
 
-    @property
-    def in_doubt(self) -> bool:
-        """Whether the latest requests got no completion, so that the server may be at fault and not they."""
-        return self._failures_in_a_row > 0
-
     async def preflight(self, model: str) -> None:
         """Check server, key and model, before the first request or when in doubt. It costs nothing.
 
@@ -129,25 +125,21 @@ class ChatClient:
                 names = [str(entry["id"]) for entry in json.loads(listed)["data"]]
                 break
             except (ValueError, TypeError, KeyError):
-                raise Stopped(
-                    f"{where}: {self._redacted(listed)[:80]!r} is not a list of models; the address of an "
-                    "OpenAI-compatible API usually ends in /v1"
-                ) from None
+                found = repr(self._redacted(listed)[:80])
+                raise Stopped(f"{where}: {found} is not a list of models; {_USUAL_ADDRESS}") from None
             except Fault as fault:
-                if fault.again and attempt < self.config.max_attempts and "HTTP" in fault.message:
+                if fault.again and attempt < self.config.max_attempts and fault.status:
                     await asyncio.sleep(self._wait(fault, attempt))
                     continue
-                raise Stopped(f"{where}: {fault.message}{self._remedy(fault)}") from None
+                raise Stopped(f"{where}: {fault.message}; {self._remedy(fault)}") from None
         if model not in names:
             known = ", ".join(sorted(names)[:20]) + (", ..." if len(names) > 20 else "")
             raise Stopped(f"model {model!r} is not served at {self.config.base_url}; it has {known or 'no models'}")
 
     def _remedy(self, fault: Fault) -> str:
-        if "HTTP 401" in fault.message or "HTTP 403" in fault.message:
-            return f"; check the environment variable {self.config.api_key_env}"
-        if "HTTP 404" in fault.message:
-            return "; the address of an OpenAI-compatible API usually ends in /v1"
-        return "; is the server running, and is this its address?"
+        if fault.status in (401, 403):
+            return f"check the environment variable {self.config.api_key_env}"
+        return _USUAL_ADDRESS if fault.status == 404 else "is the server running, and is this its address?"
 
     async def ask(self, request: Request) -> Completion:
         """Return the completion of a request.
@@ -183,20 +175,20 @@ class ChatClient:
                 if fault.stops:
                     raise self._stop(f"{self.config.base_url}: {fault.message}") from None
                 # Under a shared rate limit, a request may be turned away while others get through.
-                attempt += not (fault.rate_limited and self.answered > answered_before)
+                attempt += not (fault.status == 429 and self.answered > answered_before)
                 if not fault.again or attempt >= self.config.max_attempts:
                     raise self._give_up(request, fault, attempt) from None
                 await asyncio.sleep(self._wait(fault, attempt))
         self.cache.put(request.key, completion)
         self.answered += 1
-        self._failures_in_a_row = 0
+        self.failures_in_a_row = 0
         return completion
 
     def _give_up(self, request: Request, fault: Fault, attempts: int) -> Exception:
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= self.config.max_failures_in_a_row:
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= self.config.max_failures_in_a_row:
             return self._stop(
-                f"{self._failures_in_a_row} requests in a row got no completion; the last: {fault.message}"
+                f"{self.failures_in_a_row} requests in a row got no completion; the last: {fault.message}"
             )
         return NoCompletion(request, fault.message if not fault.again else f"{fault.message}, {attempts} times")
 
@@ -211,7 +203,7 @@ class ChatClient:
         jittered = min(doubled, self.config.backoff_max_seconds) * self._random.uniform(0.5, 1.0)
         if fault.wait is None:
             return jittered
-        if fault.rate_limited:
+        if fault.status == 429:
             self._resume_at = max(self._resume_at, time.monotonic() + fault.wait)
         if fault.wait > 60:
             logger.warning("the server asks to wait %.0f seconds", fault.wait)
@@ -234,7 +226,6 @@ class ChatClient:
             send = self._streamed if self.config.stream else self._whole
             completion = self._counted(request, await self._guarded(send(request)))
             used = completion.prompt_tokens + completion.completion_tokens
-            self._learn(request, completion)
             return completion
         finally:
             self._reserved -= worst
@@ -253,17 +244,16 @@ class ChatClient:
         return worst
 
     def _counted(self, request: Request, completion: Completion) -> Completion:
-        """Return the completion with token counts, estimated from the lengths if the server sent none."""
-        if completion.prompt_tokens:
-            return completion
-        prompt, written = (chars * self._tokens_per_char for chars in (request.prompt_chars, len(completion.text)))
-        return replace(completion, prompt_tokens=math.ceil(prompt), completion_tokens=math.ceil(written))
-
-    def _learn(self, request: Request, completion: Completion) -> None:
+        """Return the completion with token counts; if the server sent none, they are estimated from the lengths."""
+        if not completion.prompt_tokens:
+            lengths = (request.prompt_chars, len(completion.text))
+            prompt, written = (math.ceil(chars * self._tokens_per_char) for chars in lengths)
+            completion = replace(completion, prompt_tokens=prompt, completion_tokens=written)
         self._chars_seen += request.prompt_chars
         self._tokens_seen += completion.prompt_tokens
         if self._tokens_seen and self._chars_seen:
             self._tokens_per_char = self._tokens_seen / self._chars_seen
+        return completion
 
     async def _whole(self, request: Request) -> Completion:
         # Not `chat.completions.create`: it walks through the type declarations of every message, which costs a

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from twice_rec.errors import InputError
 from twice_rec.rationales.completions import Request
 
+AGAIN = (408, 409, 429)  # besides 5xx, the HTTP statuses after which a request may succeed later
 _STOPPING = {
     401: "the server does not accept the API key",
     402: "the account has no credit left",
@@ -48,19 +49,14 @@ class Fault(Exception):
         stops: the run ends.
         again: another attempt may succeed.
         wait: seconds that the server asks to wait; None if it does not say.
-        rate_limited: the server turned the request away because there were too many.
+        status: HTTP status of the response; None if there was none.
     """
 
     message: str
     stops: bool = False
     again: bool = True
     wait: float | None = None
-    rate_limited: bool = False
-
-
-def may_be_sent_again(status: int) -> bool:
-    """Return whether a request that ended with this HTTP status may succeed later."""
-    return status in (408, 409, 429) or status >= 500
+    status: int | None = None
 
 
 def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapping[str, str]) -> Fault:
@@ -72,10 +68,10 @@ def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapp
     """
     message = f"HTTP {status}: {said}"
     if status == 429 and quota_is_exhausted:
-        return Fault(f"{message} (the quota is exhausted)", stops=True, again=False)
+        return Fault(f"{message} (the quota is exhausted)", stops=True, again=False, status=status)
     if status in _STOPPING:
-        return Fault(f"{message} ({_STOPPING[status]})", stops=True, again=False)
-    return Fault(message, again=may_be_sent_again(status), wait=retry_after(headers), rate_limited=status == 429)
+        return Fault(f"{message} ({_STOPPING[status]})", stops=True, again=False, status=status)
+    return Fault(message, again=status in AGAIN or status >= 500, wait=retry_after(headers), status=status)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

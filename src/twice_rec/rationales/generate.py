@@ -218,7 +218,7 @@ async def collect(
     try:
         await client.preflight(model)
         await asyncio.gather(*(work() for _ in range(config.concurrency)))
-        if client.in_doubt and not client.stopped:
+        if client.failures_in_a_row and not client.stopped:
             await client.preflight(model)
     finally:
         bar.close()

@@ -38,23 +38,20 @@ def words_of(text: str) -> list[str]:
 
 def leaks_of(text: str, target: Item) -> tuple[str, ...]:
     """Return which of `LEAKS` a text has: title, brand or id of the target, or that its purchase has happened."""
-    words = words_of(text)
-    brand = words_of(brand_of(target))
+    words, brand = words_of(text), words_of(_brand_of(target))
+    places = range(len(words) - len(brand) + 1)
     found = {
         "title": names_title(words, target.title),
-        "brand": bool(brand) and contains(words, brand),
+        "brand": bool(brand) and any(words[i : i + len(brand)] == brand for i in places),
         "id": bool(target.item_id) and target.item_id.lower() in text.lower(),
         "purchase": speaks_of_purchase(text, target),
     }
     return tuple(name for name in LEAKS if found[name])
 
 
-def brand_of(item: Item) -> str:
-    """Return the item's brand, or else the brand or manufacturer in its details; empty if there is none."""
-    if item.brand:
-        return item.brand
+def _brand_of(item: Item) -> str:
     found = _BRAND.search(item.details)
-    return found.group(1) if found else ""
+    return item.brand or (found.group(1) if found else "")
 
 
 def names_title(words: Sequence[str], title: str, at_least: int = _TITLE_WORDS) -> bool:
@@ -76,18 +73,11 @@ def speaks_of_purchase(text: str, target: Item) -> bool:
 
     It has a phrase for the next purchase, or a word of buying together with two words in a row of the target's title.
     """
-    for sentence in _SENTENCE_END.split(text.lower()):
-        if _BOUGHT_NEXT.search(sentence):
-            return True
-        if _BOUGHT.search(sentence) and names_title(words_of(sentence), target.title, 2):
-            return True
-    return False
-
-
-def contains(words: Sequence[str], phrase: Sequence[str]) -> bool:
-    """Return whether the words of the phrase are among the words, in a row."""
-    size = len(phrase)
-    return any(list(words[i : i + size]) == list(phrase) for i in range(len(words) - size + 1))
+    return any(
+        _BOUGHT_NEXT.search(sentence)
+        or (_BOUGHT.search(sentence) and names_title(words_of(sentence), target.title, at_least=2))
+        for sentence in _SENTENCE_END.split(text.lower())
+    )
 
 
 def _telling(words: Sequence[str]) -> list[str]:

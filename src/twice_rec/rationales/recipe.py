@@ -132,16 +132,9 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
         return None
 
     @rule
-    def a_model_is_named(self) -> str | None:
-        if self.asks_a_model and self.model is None:
-            return f"annotator {self.annotator} needs model, found null"
-        return None
-
-    @rule
-    def exemplars_are_named(self) -> str | None:
-        if self.asks_a_model and self.exemplars is None:
-            return f"annotator {self.annotator} needs exemplars, found null"
-        return None
+    def model_and_exemplars_are_named(self) -> str | None:
+        missing = [name for name in ("model", "exemplars") if self.asks_a_model and getattr(self, name) is None]
+        return f"annotator {self.annotator} needs {' and '.join(missing)}, found null" if missing else None
 
     @rule
     def a_model_checks_itself(self) -> str | None:
