@@ -1,10 +1,10 @@
-"""Requests a second of stage 1's client against a chat server that takes 200 ms for each answer, 64 at a time.
+"""Requests per second of stage 1's client against a chat server that takes 200 ms per completion, 64 at a time.
 
     python benchmarks/rationale_client.py [--quick]
     python benchmarks/rationale_client.py --memory [--quick]
 
 Everything a run does is timed: prompts, hashes, HTTP, the flushed cache, parsing. The bound is 64 / 0.2 s = 320
-requests a second; ours over it is the ratio. Beside it, without cache and parsing, the openai client's usual
+requests per second; ours over it is the ratio. Beside it, without cache and parsing, the openai client's usual
 `chat.completions.create`. The server runs in a process of its own. With --memory: the peak resident memory of the
 client for 1,000 and for 50,000 requests, each in a fresh process, the server answering at once.
 """
@@ -30,7 +30,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import PromptFormat, annotation_instructions
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.exemplars import load_exemplars
-from twice_rec.rationales.generate import Questions, collect
+from twice_rec.rationales.generate import Collected, Questions, collect
 from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item
 
@@ -117,9 +117,10 @@ def ours(port: int, count: int, seed: int) -> float:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, CompletionCache(Path(folder) / "completions.jsonl") as cache:
         start = time.perf_counter()
-        failures, figures = asyncio.run(collect(examples(catalog, count, seed), asked, config, cache))
+        collected = Collected(asked, cache)
+        figures = asyncio.run(collect(examples(catalog, count, seed), collected, config))
         seconds = time.perf_counter() - start
-    assert not failures
+    assert not collected.failures
     assert figures["requests_answered"] == figures["requests_sent"] == count
     return seconds
 

@@ -201,7 +201,7 @@ def test_dry_run_and_what_is_missing(tmp_path):
     prices = ClientConfig(price_per_million_input=1e6, price_per_million_output=2e6)
     examples = [replace(EXAMPLE, user_id=f"u{i}", target=f"B{1 + i % 2}") for i in range(4)]
     with CompletionCache(tmp_path / "c.jsonl") as cache:
-        collected = Collected(questions(), cache, {})
+        collected = Collected(questions(), cache)
         text = estimate(examples, collected, prices)
         request = next(questions().annotate(examples[0]))
         assert "calls to make: 4\n" in text
@@ -218,7 +218,7 @@ def test_dry_run_and_what_is_missing(tmp_path):
         assert list(collected.missing(examples)) == [other, other]
         assert "completions stored already: 1, which cost 20.00" in estimate(examples, collected, prices)
         # With self-checks, annotated examples need one.
-        checked = Collected(questions(worth_reviewing=lambda example, rationale: True), cache, {})
+        checked = Collected(questions(worth_reviewing=lambda example, rationale: True), cache)
         assert len(list(checked.missing(examples))) == 4
         with pytest.raises(NotAnnotated, match="no answer: HTTP 400"):
             Collected(questions(), cache, {other.key: "HTTP 400"}).annotate(examples[1])

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import PromptFormat, annotation_instructions
@@ -46,43 +47,37 @@ def open_annotator(
     elif released is not None:
         yield Annotator(recipe.annotator, released.annotate)
     else:
-        with _language_model(recipe, catalog, shown) as (questions, cache):
+        with _collected(recipe, catalog, shown) as collected:
             if recipe.annotator == "batch":
-                collected, figures = _from_files(recipe, questions, cache, examples), {"answers_stored": len(cache)}
+                figures = _exchange_files(recipe, collected, examples)
             else:
-                failures, figures = asyncio.run(generate.collect(examples, questions, recipe, cache, len(examples)))
-                collected = Collected(questions, cache, failures)
+                figures = asyncio.run(generate.collect(examples, collected, recipe, len(examples)))
             label = f"{recipe.model}, {'looking forward' if recipe.forward_looking else 'looking back'}"
-            review = collected.review if recipe.self_check else None
-            yield Annotator(label, collected.annotate, review, figures)
+            yield Annotator(label, collected.annotate, collected.review if recipe.self_check else None, figures)
 
 
 def estimate(recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptFormat, examples: Sequence[Example]) -> str:
     """Return what the recipe would ask of a model, in words, and what that would cost."""
     if not recipe.asks_a_model:
         return f"annotator {recipe.annotator} asks no model; it costs nothing"
-    with _language_model(recipe, catalog, shown) as (questions, cache):
-        return generate.estimate(examples, Collected(questions, cache, {}), recipe)
+    with _collected(recipe, catalog, shown) as collected:
+        return generate.estimate(examples, collected, recipe)
 
 
 @contextlib.contextmanager
-def _language_model(
-    recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptFormat
-) -> Iterator[tuple[Questions, CompletionCache]]:
+def _collected(recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptFormat) -> Iterator[Collected]:
+    """Open the completions that are stored for this run_dir, with the recipe's questions."""
     exemplars = load_exemplars(Path(str(recipe.exemplars)))
     instructions = annotation_instructions(shown, exemplars, recipe.target_words, recipe.forward_looking)
     # Only what passes every other check is reviewed: a review costs as much as an annotation.
     worth_reviewing = Checks(recipe, catalog).passes if recipe.self_check else None
     with CompletionCache(recipe.run_path / COMPLETIONS) as cache:
-        yield Questions(catalog, shown, instructions, recipe, worth_reviewing), cache
+        yield Collected(Questions(catalog, shown, instructions, recipe, worth_reviewing), cache)
 
 
-def _from_files(
-    recipe: RationalesRecipe, questions: Questions, cache: CompletionCache, examples: Sequence[Example]
-) -> Collected:
+def _exchange_files(recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example]) -> dict[str, Any]:
     folder = recipe.run_path / BATCHES
-    collected = Collected(questions, cache, batch.read_results(folder, cache, recipe.max_attempts))
-    waiting = batch.outstanding(folder) or batch.write_requests(folder, collected.missing(examples))
-    if waiting:
+    collected.failures.update(batch.read_results(folder, collected.cache, recipe.max_attempts))
+    if waiting := batch.outstanding(folder) or batch.write_requests(folder, collected.missing(examples)):
         raise Stopped(batch.instructions(waiting, str(recipe.model)))
-    return collected
+    return {"answers_stored": len(collected.cache)}

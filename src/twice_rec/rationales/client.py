@@ -80,9 +80,8 @@ class ChatClient:
         import openai
 
         # One connection per request under way, all of them kept: the package keeps 100 and opens 1,000 at most.
-        limits = httpx2.Limits(
-            max_connections=self.config.concurrency, max_keepalive_connections=self.config.concurrency
-        )
+        most = self.config.concurrency
+        limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
         return openai.AsyncOpenAI(
             api_key=self._api_key or "none",
             base_url=self.config.base_url,

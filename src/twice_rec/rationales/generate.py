@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from twice_rec import prompts
@@ -128,16 +128,6 @@ def from_cache(dialogue: Dialogue[T], cache: CompletionCache) -> T:
         return end.value
 
 
-async def from_server(dialogue: Dialogue[T], client: ChatClient) -> T:
-    """Run a dialogue against the server; raises NoCompletion if a request gets none."""
-    try:
-        request = next(dialogue)
-        while True:
-            request = dialogue.send(await client.ask(request))
-    except StopIteration as end:
-        return end.value
-
-
 @dataclass(frozen=True, slots=True)
 class Collected:
     """What the stored completions give: rationales and their reviews.
@@ -148,7 +138,7 @@ class Collected:
 
     questions: Questions
     cache: CompletionCache
-    failures: Mapping[str, str]
+    failures: dict[str, str] = field(default_factory=dict)
 
     def annotate(self, example: Example) -> Rationale:
         """Return the rationale; raises NotAnnotated if there is none."""
@@ -167,49 +157,50 @@ class Collected:
         except NoCompletion as nothing:
             raise NotAnnotated(f"no answer: {self.failures.get(nothing.request.key, str(nothing))}") from None
 
+    def next_request(self, example: Example) -> Request | None:
+        """Return the first request about an example that has no completion; None if it has all it needs."""
+        try:
+            from_cache(self.questions.everything(example), self.cache)
+        except NoCompletion as missing:
+            return missing.request
+        except NotAnnotated:
+            pass
+        return None
+
     def missing(self, examples: Iterable[Example]) -> Iterator[Request]:
-        """Yield the next request of every example that still needs one, but for requests that have failed for good."""
+        """Yield the next request of every example that needs one, but for requests that have failed for good."""
         for example in examples:
-            try:
-                from_cache(self.questions.everything(example), self.cache)
-            except NotAnnotated:
-                continue
-            except NoCompletion as nothing:
-                if nothing.request.key not in self.failures:
-                    yield nothing.request
+            request = self.next_request(example)
+            if request is not None and request.key not in self.failures:
+                yield request
 
 
 async def collect(
-    examples: Iterable[Example],
-    questions: Questions,
-    config: ClientConfig,
-    cache: CompletionCache,
-    total: int | None = None,
-) -> tuple[dict[str, str], dict[str, Any]]:
+    examples: Iterable[Example], collected: Collected, config: ClientConfig, total: int | None = None
+) -> dict[str, Any]:
     """Ask the server about every example, `concurrency` at a time, until the cache has all completions.
 
     Args:
+        collected: gets the failures.
         total: number of examples, for the progress bar.
 
     Returns:
-        (request key -> why it has no completion; figures of this run).
+        Figures of this run, for the manifest.
 
     Raises:
         Stopped: if the run cannot go on; what is under way is let finish and stored first.
     """
-    client, model = ChatClient(config, cache), str(questions.config.model)
-    failures: dict[str, str] = {}
+    client, model = ChatClient(config, collected.cache), str(collected.questions.config.model)
     bar = progress(desc="rationales", unit="row", total=total)
     waiting = iter(examples)  # shared by all workers
 
     async def work() -> None:
         for example in waiting:
             try:
-                await from_server(questions.everything(example), client)
-            except NotAnnotated:
-                pass
+                while (request := collected.next_request(example)) is not None:
+                    await client.ask(request)
             except NoCompletion as nothing:
-                failures[nothing.request.key] = str(nothing)
+                collected.failures[nothing.request.key] = str(nothing)
             except Stopped:
                 return
             bar.update()
@@ -226,7 +217,7 @@ async def collect(
         logger.info("%s", "; ".join(f"{name} {value}" for name, value in client.figures().items()))
     if client.stopped:
         raise client.stopped
-    return failures, client.figures()
+    return client.figures()
 
 
 def estimate(examples: Sequence[Example], collected: Collected, config: ClientConfig) -> str:

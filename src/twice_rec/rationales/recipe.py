@@ -93,7 +93,7 @@ class ClientConfig(Settings):
         return None
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """The cost in the currency of the prices."""
+        """Return the cost in the currency of the prices."""
         return (prompt_tokens * self.price_per_million_input + completion_tokens * self.price_per_million_output) / 1e6
 
 
