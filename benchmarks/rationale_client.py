@@ -1,10 +1,10 @@
-"""Requests a second of stage 1's client against a chat server that takes 200 ms for each answer, 64 at a time.
+"""Requests per second of stage 1's client against a chat server that takes 200 ms per completion, 64 at a time.
 
     python benchmarks/rationale_client.py [--quick]
     python benchmarks/rationale_client.py --memory [--quick]
 
 Everything a run does is timed: prompts, hashes, HTTP, the flushed cache, parsing. The bound is 64 / 0.2 s = 320
-requests a second; ours over it is the ratio. Beside it, without cache and parsing, the openai client's usual
+requests per second; ours over it is the ratio. Beside it, without cache and parsing, the openai client's usual
 `chat.completions.create`. The server runs in a process of its own. With --memory: the peak resident memory of the
 client for 1,000 and for 50,000 requests, each in a fresh process, the server answering at once.
 """
@@ -28,10 +28,10 @@ from pathlib import Path
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import PromptFormat, annotation_instructions
-from twice_rec.rationales.cache import AnswerCache
-from twice_rec.rationales.client import ClientSettings, Sampling
+from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.exemplars import load_exemplars
-from twice_rec.rationales.generate import Questions, collect
+from twice_rec.rationales.generate import Collected, Questions, collect
+from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item
 
 ROOT = Path(__file__).parents[1]
@@ -105,23 +105,22 @@ def questions() -> tuple[ItemCatalog, Questions]:
     shown = PromptFormat(None, FIELDS, ("review_title", "rating"), FIELDS, 300, 300, 300)
     exemplars = load_exemplars(ROOT / "recipes/exemplars/grocery.json")
     instructions = annotation_instructions(shown, exemplars, 150, False)
-    return catalog, Questions(catalog, shown, instructions, Sampling("m", 1.0, 600, True, {}), 2)
+    return catalog, Questions(catalog, shown, instructions, SamplingConfig(model="m"))
 
 
 def ours(port: int, count: int, seed: int) -> float:
     """Seconds for `count` rows through the whole client."""
     catalog, asked = questions()
-    settings = ClientSettings(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key_env=None, stream=False, concurrency=CONCURRENCY,
-        timeout_seconds=30, max_attempts=3, max_failures_in_a_row=5, backoff_seconds=1, backoff_max_seconds=5,
-        requests_per_minute=None, tokens_per_minute=None, price_per_million_input=0, price_per_million_output=0,
-        max_cost=None,
+    config = ClientConfig(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key_env=None, concurrency=CONCURRENCY, timeout_seconds=30.0,
+        max_attempts=3, max_failures_in_a_row=5, backoff_max_seconds=5.0,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, AnswerCache(Path(folder) / "answers.jsonl") as cache:
+    with tempfile.TemporaryDirectory() as folder, CompletionCache(Path(folder) / "completions.jsonl") as cache:
         start = time.perf_counter()
-        failures, figures = collect(examples(catalog, count, seed), asked, settings, cache, None)
+        collected = Collected(asked, cache)
+        figures = asyncio.run(collect(examples(catalog, count, seed), collected, config))
         seconds = time.perf_counter() - start
-    assert not failures
+    assert not collected.failures
     assert figures["requests_answered"] == figures["requests_sent"] == count
     return seconds
 

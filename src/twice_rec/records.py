@@ -11,6 +11,8 @@ from typing import Literal
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Verdict = Literal["relevant", "weak", "irrelevant"]
+VERDICTS: tuple[Verdict, ...] = ("relevant", "weak", "irrelevant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Rationale:
     user_id: str
     target: str
     text: str
-    verdict: Literal["relevant", "weak", "irrelevant"]
+    verdict: Verdict
     evidence: tuple[int, ...]
     confidence: float
     annotator: str

@@ -121,7 +121,7 @@ def test_a_server_that_dies_for_good_stops_the_run_which_goes_on_later(new_run, 
     assert run.stage() == 2
     thread.join()
     said = capfd.readouterr().err
-    assert "requests in a row got no answer" in said or "is the server running" in said
+    assert "requests in a row got no completion" in said or "is the server running" in said
     assert "Traceback" not in said
     assert not (run.path / "rationales" / "accepted.jsonl").exists()
     stored = run.stored()

@@ -8,14 +8,8 @@ from hypothesis import strategies as st
 
 from twice_rec import answer_format
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
-from twice_rec.rationales.answers import (
-    CHECK_SCHEMA,
-    VERDICTS,
-    Malformed,
-    annotation_schema,
-    parse_annotation,
-    parse_check,
-)
+from twice_rec.rationales.answers import CHECK_SCHEMA, Malformed, annotation_schema, parse_annotation, parse_check
+from twice_rec.records import VERDICTS
 
 GOOD = {"rationale": "They liked the tea.", "verdict": "relevant", "evidence": [2, 1, 2], "confidence": 0.5}
 

@@ -9,12 +9,13 @@ import pytest
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
 from twice_rec.files import read_records
-from twice_rec.rationales.curate import Judged, NotAnnotated, Rules, TitleCheck, curate
+from twice_rec.rationales.curate import Annotator, Checks, NotAnnotated, curate
 from twice_rec.rationales.duplicates import NearDuplicates
 from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.leaks import leaks_of, names_title, words_of
+from twice_rec.rationales.recipe import CurationConfig
 from twice_rec.rationales.released import ReleasedRationales
-from twice_rec.rationales.report import load_report, save_report, to_markdown
+from twice_rec.rationales.report import Judged, load_report, save_report, to_markdown
 from twice_rec.records import Example, Interaction, Item, Rationale
 
 TEA = Item("B00TEA", "Quiet Leaf Organic Chamomile Tea, 100 count", brand="Quiet Leaf", categories=("Grocery", "Tea"))
@@ -22,6 +23,7 @@ HONEY = Item("B0HONEY", "Beeway Raw Clover Honey, 24 oz", details='"Brand": "Bee
 JERKY = Item("B0JERKY", "Firebrand Extra Hot Beef Jerky", categories=("Grocery", "Jerky"))
 MUG = Item("B000MUG", "Blue Mug")
 CATALOG = ItemCatalog([TEA, HONEY, JERKY, MUG])
+CONFIG = CurationConfig(min_words=3, max_words=50)
 HISTORY = (Interaction("B00TEA", rating=5.0), Interaction("B000MUG"))
 EXAMPLE = Example("u", HISTORY, ("B0HONEY", "B0JERKY"), "B0HONEY")
 
@@ -53,8 +55,8 @@ class TestLeaks:
         assert not names_title([], "100 oz")
 
 
-class TestTitleCheck:
-    find = staticmethod(lambda text: TitleCheck(CATALOG).other_product(text, EXAMPLE))
+class TestOtherProducts:
+    find = staticmethod(lambda text: Checks(CONFIG, CATALOG).other_product(text, EXAMPLE))
 
     def test_another_product_is_found(self):
         assert self.find("So the firebrand EXTRA hot beef jerky is next.") == "firebrand extra hot beef jerky"
@@ -97,14 +99,11 @@ class TestNearDuplicates:
         assert self.find([[], []]) == {1: 0}
 
 
-RULES = Rules(("relevant",), 3, 50, 0.8)
-
-
 def examples(count):
     return [replace(EXAMPLE, user_id=f"u{i}") for i in range(count)]
 
 
-def annotator(texts):
+def annotator(texts, label="x", review=None):
     """Annotates user u<i> with texts[i]: a text, a Rationale's changes, or an exception."""
 
     def annotate(example):
@@ -115,7 +114,7 @@ def annotator(texts):
         values = {"text": "sweet things for tea", "verdict": "relevant", "evidence": (0,), "confidence": 0.5, **changes}
         return Rationale(example.user_id, example.target, annotator="test", **values)
 
-    return annotate
+    return Annotator(label, annotate, review)
 
 
 def test_files_reasons_and_report(tmp_path):
@@ -132,7 +131,7 @@ def test_files_reasons_and_report(tmp_path):
         {"text": "word " * 51},
     ]
     review = lambda example, rationale: "self-check: not causal" if "check" in rationale.text else None
-    report = curate(examples(10), annotator(texts), review, RULES, CATALOG, tmp_path, "a set")
+    report = curate(examples(10), annotator(texts, review=review), CONFIG, CATALOG, tmp_path)
     accepted = list(read_records(tmp_path / "accepted.jsonl", Rationale))
     assert [(row.user_id, row.text) for row in accepted] == [("u0", texts[0]), ("u7", texts[7])]
     rejected = {row.user_id: row for row in read_records(tmp_path / "rejected.jsonl", Judged)}
@@ -161,14 +160,13 @@ def test_files_reasons_and_report(tmp_path):
 
 
 def test_without_a_limit_duplicates_stay(tmp_path):
-    report = curate(
-        examples(3), annotator(["a b c d"] * 3), None, replace(RULES, max_similarity=None), CATALOG, tmp_path, "x"
-    )
+    config = CurationConfig(min_words=3, max_words=50, max_similarity=None)
+    report = curate(examples(3), annotator(["a b c d"] * 3), config, CATALOG, tmp_path)
     assert report.accepted == 3
 
 
 def test_nothing_accepted_is_no_error(tmp_path):
-    report = curate(examples(2), annotator([NotAnnotated("cut off"), "no"]), None, RULES, CATALOG, tmp_path, "x")
+    report = curate(examples(2), annotator([NotAnnotated("cut off"), "no"]), CONFIG, CATALOG, tmp_path)
     assert report.accepted == 0
     assert report.words == {}
     assert "cut off" in to_markdown(report)
@@ -177,13 +175,14 @@ def test_nothing_accepted_is_no_error(tmp_path):
 def test_a_report_stands_beside_another(tmp_path):
     for name, text in (("back", "raw clover honey was bought for tea"), ("forward", "tea calls for sweetness")):
         (tmp_path / name).mkdir()
-        report = curate(examples(1), annotator([text]), None, RULES, CATALOG, tmp_path / name, name)
+        report = curate(examples(1), annotator([text], name), CONFIG, CATALOG, tmp_path / name)
         other = load_report(tmp_path / "back") if name == "forward" else None
         save_report(report, other, tmp_path / name)
         assert load_report(tmp_path / name).leaks == report.leaks
     table = (tmp_path / "forward" / "report.md").read_text()
-    assert "|  | back | forward | change |" in table
-    assert "| names the target's title | 1.000 | 0.000 | -1.000 |" in table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert ["", "back", "forward", "change"] in rows
+    assert ["names the target's title", "1.000", "0.000", "-1.000"] in rows
     (tmp_path / "back" / "report.json").write_text("{}")
     with pytest.raises(InputError, match="expected the keys"):
         load_report(tmp_path / "back")

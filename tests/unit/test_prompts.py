@@ -13,9 +13,10 @@ from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
 from twice_rec.prompts import PromptFormat
-from twice_rec.rationales.curate import rejection
+from twice_rec.rationales.curate import Checks
 from twice_rec.rationales.offline import OfflineAnnotator
 from twice_rec.rationales.reading import attributes
+from twice_rec.rationales.recipe import CurationConfig
 from twice_rec.records import Example, Interaction, Item, Rationale
 from twice_rec.sft.dataset import training_rows
 from twice_rec.sft.recipe import TaskMixConfig
@@ -285,4 +286,5 @@ class TestOfflineAnnotator:
 def test_curation(changes, reason):
     values = {"user_id": "u", "target": "B2", "text": "one two three", "verdict": "relevant", "evidence": (0, 2)}
     rationale = Rationale(**{**values, "confidence": 0.5, "annotator": "offline", **changes})
-    assert rejection(rationale, 3, ["relevant"], 3, 10) == reason
+    checks = Checks(CurationConfig(min_words=3, max_words=10), CATALOG)
+    assert checks.reason(Example("u", HISTORY, ("B2",), "B2"), rationale) == reason

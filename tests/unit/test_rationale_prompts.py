@@ -8,10 +8,12 @@ import pytest
 from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import Exemplar, PromptFormat
-from twice_rec.rationales.cache import Answer, AnswerCache
-from twice_rec.rationales.client import ClientSettings, Request, Sampling
+from twice_rec.rationales.cache import CompletionCache
+from twice_rec.rationales.completions import Completion, Request
 from twice_rec.rationales.curate import NotAnnotated
-from twice_rec.rationales.generate import Collected, Questions, Unanswered, estimate, from_cache, unanswered
+from twice_rec.rationales.faults import NoCompletion
+from twice_rec.rationales.generate import Collected, Questions, estimate, from_cache
+from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item, Rationale
 
 TEA = Item("B1", "Quiet Chamomile", "Mild.", brand="Quiet", categories=("Food", "Tea"))
@@ -21,12 +23,12 @@ SHOWN = PromptFormat(2, ("title", "item_id"), ("rating",), ("title", "item_id", 
 HISTORY = (Interaction("B2", rating=1.0), Interaction("B1", rating=5.0), Interaction("B1"))
 EXAMPLE = Example("u", HISTORY, ("B1", "B2"), "B2")
 EXEMPLAR = Exemplar(((Interaction("", rating=2.0), TEA),), HONEY, "looking back", "looking ahead", "weak", (1,), 0.5)
-SAMPLING = Sampling("m", 0.7, 100, True, {})
+SAMPLING = SamplingConfig(model="m", temperature=0.7, max_tokens=100)
 GOOD = {"rationale": "Tea calls for honey.", "verdict": "relevant", "evidence": [1], "confidence": 0.8}
 
 
 def questions(**changes):
-    return replace(Questions(CATALOG, SHOWN, annotation(), SAMPLING, 2), **changes)
+    return replace(Questions(CATALOG, SHOWN, annotation(), SAMPLING), **changes)
 
 
 def annotation(forward_looking=False):
@@ -34,18 +36,18 @@ def annotation(forward_looking=False):
 
 
 def said(text, finish="stop", refusal=""):
-    return Answer(text, finish, refusal, 10, 5)
+    return Completion(text, finish, refusal, 10, 5)
 
 
-def play(dialogue, *answers):
-    """Send the answers one by one; returns (requests, result)."""
+def play(dialogue, *completions):
+    """Send the completions one by one; returns (requests, result)."""
     asked = [next(dialogue)]
-    for answer in answers:
+    for completion in completions:
         try:
-            asked.append(dialogue.send(answer))
+            asked.append(dialogue.send(completion))
         except StopIteration as end:
             return asked, end.value
-    raise AssertionError("the dialogue wants more answers")
+    raise AssertionError("the dialogue wants more completions")
 
 
 def messages(request):
@@ -110,7 +112,7 @@ def test_malformed_answers_are_asked_again_with_the_fault_named():
 
 
 @pytest.mark.parametrize(
-    ("answers", "reason"),
+    ("completions", "reason"),
     [
         ([said("no")] * 3, "malformed answer: there is no complete JSON object in it"),
         ([said("")] * 3, "malformed answer"),
@@ -120,9 +122,9 @@ def test_malformed_answers_are_asked_again_with_the_fault_named():
         ([said("no"), said("", refusal="No.")], "refused by the model: No."),
     ],
 )
-def test_answers_that_cannot_be_used_give_a_reason(answers, reason):
+def test_completions_that_cannot_be_used_give_a_reason(completions, reason):
     with pytest.raises(NotAnnotated, match=reason):
-        play(questions().annotate(EXAMPLE), *answers)
+        play(questions().annotate(EXAMPLE), *completions)
 
 
 def test_a_long_cut_off_answer_is_not_sent_back_whole():
@@ -139,62 +141,68 @@ def test_an_answer_that_is_complete_though_cut_off_counts():
 def test_review():
     rationale = Rationale("u", "B2", "x", "relevant", (1,), 1.0, "m")
     held = dict.fromkeys(prompts.RUBRIC, True)
-    review = lambda *answers: play(questions().review(EXAMPLE, rationale), *answers)[1]
+    review = lambda *completions: play(questions().review(EXAMPLE, rationale), *completions)[1]
     assert review(said(json.dumps(held))) is None
     assert review(said(json.dumps({**held, "causal": False}))) == "self-check: not causal"
     assert review(*[said("yes")] * 3).startswith("self-check without result: malformed answer")
 
 
-def test_requests_differ_where_answers_may():
+def test_the_key_of_a_request_never_changes():
+    """Users have paid for the completions that are stored under these keys."""
+    request = Request.of([{"role": "user", "content": "hi"}], SAMPLING, {"type": "object"}, "x")
+    assert request.key == "6f0d1f776ab1e297209e47a8ca1476b8dd7d7f9a4bcd229d92b567d622f1a3f4"
+
+
+def test_requests_differ_if_completions_may():
     of = lambda sampling: Request.of([{"role": "user", "content": "hi"}], sampling, {}, "x")
     changes = [{"model": "n"}, {"temperature": 0.0}, {"max_tokens": 9}, {"structured_outputs": False}]
-    others = [of(replace(SAMPLING, **change)).key for change in [*changes, {"extra_body": {"a": 1}}]]
+    others = [of(SAMPLING.model_copy(update=change)).key for change in [*changes, {"extra_body": {"a": 1}}]]
     assert len({of(SAMPLING).key, *others}) == 6
     assert of(SAMPLING) == of(SAMPLING)
-    assert "response_format" not in json.loads(of(replace(SAMPLING, structured_outputs=False)).body)
+    assert "response_format" not in json.loads(of(SAMPLING.model_copy(update={"structured_outputs": False})).body)
 
 
 class TestCache:
-    def test_answers_outlive_the_process_and_a_torn_line(self, tmp_path):
+    def test_completions_outlive_the_process_and_a_torn_line(self, tmp_path):
         path = tmp_path / "a" / "cache.jsonl"
         keys = [f"{i}" * 64 for i in range(1, 4)]
-        with AnswerCache(path) as cache:
+        with CompletionCache(path) as cache:
             cache.put(keys[0], said("one \ud83d ünïcode"))
             cache.put(keys[1], said("two"))
             cache.put(keys[1], said("not stored again"))
         whole = path.read_bytes()
         for cut in range(1, 60):
             path.write_bytes(whole[:-cut])
-            with AnswerCache(path) as cache:
+            with CompletionCache(path) as cache:
                 assert cache.get(keys[0]).text == "one \ud83d ünïcode"
                 assert cache.get(keys[1]) is None
                 assert (len(cache), cache.prompt_tokens, cache.completion_tokens) == (1, 10, 5)
                 cache.put(keys[2], said("three"))
-            with AnswerCache(path) as cache:
+            with CompletionCache(path) as cache:
                 assert cache.get(keys[2]).text == "three"
                 assert cache.get(keys[0]).text == "one \ud83d ünïcode"
 
     def test_damaged_lines_are_left_out_and_said(self, tmp_path, caplog):
         path = tmp_path / "cache.jsonl"
-        with AnswerCache(path) as cache:
+        with CompletionCache(path) as cache:
             cache.put("1" * 64, said("one"))
         path.write_bytes(b'{"broken\n' + path.read_bytes())
-        with AnswerCache(path) as cache:
+        with CompletionCache(path) as cache:
             assert cache.get("1" * 64).text == "one"
-        assert "line 1: not an answer; left out" in caplog.text
+        assert "line 1: not a completion; left out" in caplog.text
 
     def test_two_at_once_are_refused(self, tmp_path):
         path = tmp_path / "cache.jsonl"
-        with AnswerCache(path), pytest.raises(Exception, match="another process is collecting answers into it"):
-            AnswerCache(path)
+        with CompletionCache(path), pytest.raises(Exception, match="another process is collecting completions into it"):
+            CompletionCache(path)
 
 
-def test_dry_run_and_what_is_unanswered(tmp_path):
-    settings = ClientSettings("u", None, False, 1, 1, 1, 1, 1, 1, None, None, 1_000_000.0, 2_000_000.0, None)
+def test_dry_run_and_what_is_missing(tmp_path):
+    prices = ClientConfig(price_per_million_input=1e6, price_per_million_output=2e6)
     examples = [replace(EXAMPLE, user_id=f"u{i}", target=f"B{1 + i % 2}") for i in range(4)]
-    with AnswerCache(tmp_path / "c.jsonl") as cache:
-        collected = Collected(questions(), cache, {})
-        text = estimate(examples, collected, None, settings)
+    with CompletionCache(tmp_path / "c.jsonl") as cache:
+        collected = Collected(questions(), cache)
+        text = estimate(examples, collected, prices)
         request = next(questions().annotate(examples[0]))
         assert "calls to make: 4\n" in text
         assert "at most 400 out" in text
@@ -203,13 +211,15 @@ def test_dry_run_and_what_is_unanswered(tmp_path):
         assert len(cache) == 0
         cache.put(request.key, said(json.dumps(GOOD)))
         assert from_cache(questions().annotate(examples[0]), cache).user_id == "u0"
-        with pytest.raises(Unanswered):
+        with pytest.raises(NoCompletion, match="never asked"):
             from_cache(questions().annotate(examples[1]), cache)
         # Users with the same history and target ask the same.
-        assert [example.user_id for example, _ in unanswered(examples, collected, None)] == ["u1", "u3"]
-        assert "answers stored already: 1, which cost 20.00" in estimate(examples, collected, None, settings)
-        # With self-checks, answered rows need one.
-        assert len(list(unanswered(examples, collected, lambda example, rationale: True))) == 4
+        other = next(questions().annotate(examples[1]))
+        assert list(collected.missing(examples)) == [other, other]
+        assert "completions stored already: 1, which cost 20.00" in estimate(examples, collected, prices)
+        # With self-checks, annotated examples need one.
+        checked = Collected(questions(worth_reviewing=lambda example, rationale: True), cache)
+        assert len(list(checked.missing(examples))) == 4
         with pytest.raises(NotAnnotated, match="no answer: HTTP 400"):
-            key = next(questions().annotate(examples[1])).key
-            Collected(questions(), cache, {key: "HTTP 400"}).annotate(examples[1])
+            Collected(questions(), cache, {other.key: "HTTP 400"}).annotate(examples[1])
+        assert list(Collected(questions(), cache, {other.key: "HTTP 400"}).missing(examples)) == []

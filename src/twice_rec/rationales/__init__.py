@@ -1,1 +1,1 @@
-"""Stage 1's library: who writes rationales, and which of them are kept."""
+"""Stage 1: who writes rationales, and which of them are kept."""

@@ -1,50 +1,33 @@
-"""The append-only file of everything a language model has answered and been paid for.
+"""The append-only file of every completion that a language model has written and been paid for.
 
-One JSON line an answer, written and flushed before the answer is used, keyed by the SHA-256 of the request. A process
-that is killed loses at most the answers under way; a line it left half-written is cut off when the file is opened
-again. In memory there is one integer pair an answer; texts stay in the file.
+One JSON line per completion, under the key of its request. A line is written and flushed before the completion is used:
+a process that is killed loses at most the completions under way, and a line it left half-written is cut off when the
+file is opened again. Memory holds two integers per completion; the texts stay in the file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from twice_rec.errors import InputError
+from twice_rec.rationales.completions import Completion
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One completion.
-
-    Args:
-        finish: why it ended, as the server says: `stop`, `length`, `content_filter`, ...
-        refusal: the model's refusal, empty if it did not refuse.
-        prompt_tokens, completion_tokens: as the server counted them.
-    """
-
-    text: str
-    finish: str
-    refusal: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class AnswerCache:
-    """Answers by request key.
+class CompletionCache:
+    """Completions by request key.
 
     Args:
         path: the file; it is made with its folder if there is none.
 
     Raises:
-        InputError: where another process has it open.
+        InputError: if another process has it open.
     """
 
     def __init__(self, path: Path):
@@ -56,14 +39,14 @@ class AnswerCache:
         except OSError:
             self._file.close()
             raise InputError(
-                f"{path}: another process is collecting answers into it; let it finish or end it"
+                f"{path}: another process is collecting completions into it; let it finish or end it"
             ) from None
         self._offsets: dict[int, int] = {}  # first 64 bits of the key -> where its line begins
         self.prompt_tokens = self.completion_tokens = 0
         self._end = 0
         self._scan()
 
-    def __enter__(self) -> AnswerCache:
+    def __enter__(self) -> CompletionCache:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,28 +58,28 @@ class AnswerCache:
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None
 
-    def get(self, key: str) -> Answer | None:
-        """The stored answer; None if there is none."""
+    def get(self, key: str) -> Completion | None:
+        """Return the stored completion, or None if there is none."""
         offset = self._offsets.get(_short(key))
         if offset is None:
             return None
         self._file.seek(offset)
         row = json.loads(self._file.readline())
-        return Answer(**row["answer"]) if row["key"] == key else None
+        return Completion(**row["answer"]) if row["key"] == key else None
 
-    def put(self, key: str, answer: Answer) -> None:
-        """Append an answer; what is stored already stays."""
+    def put(self, key: str, completion: Completion) -> None:
+        """Append a completion; one that is stored already stays."""
         if _short(key) in self._offsets:
             return
-        line = json.dumps({"key": key, "answer": asdict(answer)}).encode() + b"\n"
+        line = json.dumps({"key": key, "answer": asdict(completion)}).encode() + b"\n"
         self._file.seek(self._end)
         self._file.write(line)
         self._file.flush()
-        self._count(key, answer, self._end)
+        self._count(key, completion, self._end)
         self._end += len(line)
 
     def close(self) -> None:
-        """Write through to the disk and let go of the file."""
+        """Write everything to the disk and release the file."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -107,18 +90,17 @@ class AnswerCache:
             if not line.endswith(b"\n"):
                 self._file.truncate(self._end)
                 break
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            try:
                 row = json.loads(line)
-                self._count(row["key"], Answer(**row["answer"]), self._end)
-                self._end += len(line)
-                continue
-            logger.warning("%s, line %d: not an answer; left out", self.path, number)
+                self._count(row["key"], Completion(**row["answer"]), self._end)
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s, line %d: not a completion; left out", self.path, number)
             self._end += len(line)
 
-    def _count(self, key: str, answer: Answer, offset: int) -> None:
+    def _count(self, key: str, completion: Completion, offset: int) -> None:
         self._offsets[_short(key)] = offset
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
+        self.prompt_tokens += completion.prompt_tokens
+        self.completion_tokens += completion.completion_tokens
 
 
 def _short(key: str) -> int:

@@ -1,99 +1,85 @@
 """Self-annotated curation: the annotator's own verdict decides, then the limits of the recipe.
 
-Rows are read once, in order; each gets a reason to be dropped or none. Near-duplicates are found last, among the rows
-nothing else drops, and the earlier of two stays. Memory holds a fixed-size signature a row, never the texts.
+Examples are read once, in order; each gets a reason to be rejected or none. Near-duplicates are found last, among the
+rationales that nothing else rejects, and the earlier of two stays. Memory holds a signature of fixed size per
+rationale, never the texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.files import read_records, write_records
 from twice_rec.rationales.duplicates import NearDuplicates
 from twice_rec.rationales.leaks import words_of
-from twice_rec.rationales.report import Report, Tally
+from twice_rec.rationales.recipe import CurationConfig
+from twice_rec.rationales.report import Judged, Report, Tally
 from twice_rec.records import Example, Rationale
 
 ACCEPTED, REJECTED = "accepted.jsonl", "rejected.jsonl"
 _JUDGED = ".judged.jsonl"
-
-Annotate = Callable[[Example], Rationale]
-Review = Callable[[Example, Rationale], str | None]
+_SHORTEST_TITLE = 3  # words; shorter titles are everyday phrases, and are not looked for in texts
 
 
 class NotAnnotated(Exception):
-    """There is no rationale for a row; the message says why, its kind before the first colon."""
+    """There is no rationale for an example; the message says why, its kind before the first colon."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """What passes; see the keys of `config.RationalesRecipe`."""
-
-    accepted_verdicts: tuple[str, ...]
-    min_words: int
-    max_words: int
-    max_similarity: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A row with its outcome. `reason` is empty for an accepted one, `text` where there is no rationale at all."""
-
-    user_id: str
-    target: str
-    reason: str = ""
-    text: str = ""
-    verdict: str = ""
-    evidence: tuple[int, ...] = ()
-    confidence: float | None = None
-    annotator: str = ""
-
-
-def rejection(
-    rationale: Rationale, history_length: int, accepted_verdicts: Sequence[str], min_words: int, max_words: int
-) -> str | None:
-    """Why a rationale is dropped, in words; None if it is kept.
+class Annotator:
+    """Who writes the rationales of one run.
 
     Args:
-        history_length: of its example; evidence must point into it.
-    """
-    if rationale.verdict not in accepted_verdicts:
-        return f"verdict {rationale.verdict}"
-    if outside := [index for index in rationale.evidence if not 0 <= index < history_length]:
-        return f"evidence outside the history: {outside[0]}"
-    words = len(rationale.text.split())
-    if not min_words <= words <= max_words:
-        return "too short" if words < min_words else "too long"
-    return None
-
-
-class TitleCheck:
-    """Finds rationales that argue for another product: they name one that is neither the target nor in the history.
-
-    A product counts as named where its whole title stands in the text, and only titles of three words or more are
-    looked for: shorter ones are everyday phrases.
+        label: what reports call its rationales.
+        annotate: gives the rationale of an example, or raises NotAnnotated.
+        review: the self-check of what passes every other check; gives a reason to reject it, or None.
+        figures: requests, tokens and cost, for the manifest.
     """
 
-    _SHORTEST = 3
+    label: str
+    annotate: Callable[[Example], Rationale]
+    review: Callable[[Example, Rationale], str | None] | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
-    def __init__(self, catalog: ItemCatalog):
-        self._titles: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+class Checks:
+    """The checks of a rationale that need neither a model nor other rationales."""
+
+    def __init__(self, config: CurationConfig, catalog: ItemCatalog):
+        self._config, self._catalog = config, catalog
+        self._titles: dict[tuple[str, ...], list[tuple[str, ...]]] = {}  # first words -> titles
         for item in catalog:
             words = tuple(words_of(item.title))
-            if len(words) >= self._SHORTEST:
-                self._titles.setdefault(words[: self._SHORTEST], []).append(words)
-        self._catalog = catalog
+            if len(words) >= _SHORTEST_TITLE:
+                self._titles.setdefault(words[:_SHORTEST_TITLE], []).append(words)
+
+    def passes(self, example: Example, rationale: Rationale) -> bool:
+        """Return whether a rationale passes all checks."""
+        return self.reason(example, rationale) is None
+
+    def reason(self, example: Example, rationale: Rationale) -> str | None:
+        """Return why a rationale is rejected, the cheap checks first; None if it passes all."""
+        if rationale.verdict not in self._config.accepted_verdicts:
+            return f"verdict {rationale.verdict}"
+        if outside := [index for index in rationale.evidence if not 0 <= index < len(example.history)]:
+            return f"evidence outside the history: {outside[0]}"
+        words = len(rationale.text.split())
+        if not self._config.min_words <= words <= self._config.max_words:
+            return "too short" if words < self._config.min_words else "too long"
+        other = self.other_product(rationale.text, example)
+        return f"argues for another product: {other}" if other else None
 
     def other_product(self, text: str, example: Example) -> str | None:
-        """The words of another product's title in the text; None if there is none."""
+        """Return the words of a title in the text whose product is neither the target nor in the history, or None."""
         words = words_of(text)
-        bought = [self._catalog[item_id].title for item_id in (example.target, *(e.item_id for e in example.history))]
-        expected = [" ".join(words_of(title)) for title in bought]
-        for start in range(len(words) - self._SHORTEST + 1):
-            for title in self._titles.get(tuple(words[start : start + self._SHORTEST]), ()):
+        known = (example.target, *(interaction.item_id for interaction in example.history))
+        expected = [" ".join(words_of(self._catalog[item_id].title)) for item_id in known]
+        for start in range(len(words) - _SHORTEST_TITLE + 1):
+            for title in self._titles.get(tuple(words[start : start + _SHORTEST_TITLE]), ()):
                 named = " ".join(title)
                 if tuple(words[start : start + len(title)]) == title and not any(named in own for own in expected):
                     return named
@@ -101,90 +87,58 @@ class TitleCheck:
 
 
 def curate(
-    rows: Iterable[Example],
-    annotate: Annotate,
-    review: Review | None,
-    rules: Rules,
-    catalog: ItemCatalog,
-    folder: Path,
-    label: str,
+    examples: Iterable[Example], annotator: Annotator, config: CurationConfig, catalog: ItemCatalog, folder: Path
 ) -> Report:
-    """Write `accepted.jsonl` and `rejected.jsonl` to the folder, in the rows' order.
+    """Write `accepted.jsonl` and `rejected.jsonl` to the folder, in the order of the examples."""
+    checks, duplicates, tally = Checks(config, catalog), NearDuplicates(), Tally(catalog, annotator.label)
 
-    Args:
-        annotate: gives a row's rationale, or raises NotAnnotated.
-        review: a second look at what passes everything else; gives a reason to drop it, or None.
-        label: what the report calls these rationales.
-    """
-    titles, duplicates, tally = TitleCheck(catalog), NearDuplicates(), Tally(catalog, label)
-    judged = folder / _JUDGED
-
-    def judge(example: Example) -> Judged:
-        try:
-            rationale = annotate(example)
-        except NotAnnotated as nothing:
-            return Judged(example.user_id, example.target, str(nothing))
-        reason = first_reason(example, rationale, rules, titles, review)
-        return Judged(
-            example.user_id,
-            example.target,
-            reason or "",
-            rationale.text,
-            rationale.verdict,
-            rationale.evidence,
-            rationale.confidence,
-            rationale.annotator,
-        )
-
-    def first_pass() -> Iterator[Judged]:
-        for example in rows:
-            row = judge(example)
+    def judged() -> Iterator[Judged]:
+        for example in examples:
+            row = _judge(example, annotator, checks)
             if not row.reason:
                 duplicates.add(row.text)
             if row.text:
                 tally.count_evidence(row.evidence, len(example.history))
             yield row
 
-    write_records(judged, first_pass())
-    repeated = duplicates.find(rules.max_similarity) if rules.max_similarity is not None else {}
-
-    def second_pass(accepted: bool) -> Iterator[Judged]:
-        passed, users = 0, []
-        for row in read_records(judged, Judged):
-            if not row.reason:
-                users.append(row.user_id)
-                if passed in repeated:
-                    row = replace(row, reason=f"near-duplicate: of user {users[repeated[passed]]}")
-                passed += 1
-            if (not row.reason) == accepted:
-                yield row
-
-    write_records(folder / ACCEPTED, (_rationale(tally.count(row)) for row in second_pass(accepted=True)))
-    write_records(folder / REJECTED, (tally.count(row) for row in second_pass(accepted=False)))
-    judged.unlink()
+    path = folder / _JUDGED
+    write_records(path, judged())
+    repeated = duplicates.find(config.max_similarity) if config.max_similarity is not None else {}
+    accepted = (row for row in _without_duplicates(path, repeated) if not row.reason)
+    rejected = (row for row in _without_duplicates(path, repeated) if row.reason)
+    write_records(folder / ACCEPTED, (_rationale(tally.count(row)) for row in accepted))
+    write_records(folder / REJECTED, (tally.count(row) for row in rejected))
+    path.unlink()
     return tally.report()
 
 
-def first_reason(
-    example: Example, rationale: Rationale, rules: Rules, titles: TitleCheck, review: Review | None
-) -> str | None:
-    """Why a row is dropped, the cheap checks first; None if nothing but its likeness to others can drop it."""
-    length = len(example.history)
-    if reason := rejection(rationale, length, rules.accepted_verdicts, rules.min_words, rules.max_words):
-        return reason
-    if other := titles.other_product(rationale.text, example):
-        return f"argues for another product: {other}"
-    return review(example, rationale) if review else None
+def _judge(example: Example, annotator: Annotator, checks: Checks) -> Judged:
+    try:
+        rationale = annotator.annotate(example)
+    except NotAnnotated as nothing:
+        return Judged(example.user_id, example.target, str(nothing))
+    reason = checks.reason(example, rationale)
+    if reason is None and annotator.review is not None:
+        reason = annotator.review(example, rationale)
+    return Judged(reason=reason or "", **asdict(rationale))
+
+
+def _without_duplicates(judged: Path, repeated: Mapping[int, int]) -> Iterator[Judged]:
+    """Yield all rows; the near-duplicates among those that passed so far get their reason.
+
+    Args:
+        repeated: number of a rationale, counted among those that passed -> number of the earlier one it is like.
+    """
+    users: list[str] = []  # of the rows that passed
+    for row in read_records(judged, Judged):
+        if not row.reason:
+            if len(users) in repeated:
+                row = replace(row, reason=f"near-duplicate: of user {users[repeated[len(users)]]}")
+            users.append(row.user_id)
+        yield row
 
 
 def _rationale(row: Judged) -> Rationale:
-    assert row.confidence is not None
-    return Rationale(
-        row.user_id,
-        row.target,
-        row.text,
-        row.verdict,  # type: ignore[arg-type]
-        row.evidence,
-        row.confidence,
-        row.annotator,
-    )
+    values = asdict(row)
+    del values["reason"]
+    return Rationale(**values)

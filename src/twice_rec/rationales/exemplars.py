@@ -1,30 +1,27 @@
-"""The worked annotations that a prompt shows, read from a file the recipe names."""
+"""The worked annotations that a prompt shows, read from a file that the recipe names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from twice_rec.errors import InputError
 from twice_rec.files import read_json
 from twice_rec.prompts import Exemplar
-from twice_rec.rationales.answers import VERDICTS
 from twice_rec.rationales.leaks import leaks_of
-from twice_rec.records import Interaction, Item
+from twice_rec.records import VERDICTS, Interaction, Item
 
-_PRODUCT_KEYS = {"title", "brand", "category", "price", "description", "details"}
-_PURCHASE_KEYS = _PRODUCT_KEYS | {"rating", "review_title", "review_text"}
-_KEYS = ("history", "next", "rationale", "forward_rationale", "verdict", "evidence", "confidence")
-_NUMBERS = {"rating", "confidence"}
+_ITEM_KEYS = {"title", "brand", "category", "price", "description", "details"}
+_INTERACTION_KEYS = _ITEM_KEYS | {"rating", "review_title", "review_text"}
+_KEYS = {"history", "next", "rationale", "forward_rationale", "verdict", "evidence", "confidence"}
 
 
 def load_exemplars(path: Path) -> tuple[Exemplar, ...]:
-    """Read and check a file of exemplars; see recipes/exemplars/grocery.json for the form.
+    """Read and check a file of exemplars; recipes/exemplars/grocery.json shows the format.
 
     Raises:
-        InputError: naming file, exemplar and key, for whatever would teach the annotator something wrong: a verdict
-            that is none, evidence that does not exist, a forward-looking text that names its product.
+        InputError: if something in it would teach the annotator something wrong: an unknown verdict, evidence that does
+            not exist, a forward-looking text that names its product. The message names file, exemplar and key.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
@@ -33,22 +30,20 @@ def load_exemplars(path: Path) -> tuple[Exemplar, ...]:
 
 
 def _exemplar(row: Any, where: str) -> Exemplar:
-    _expect_keys(row, set(_KEYS), set(_KEYS), where)
-    if not isinstance(row["history"], list) or not row["history"]:
-        raise InputError(f"{where}, history: expected a list of past purchases, oldest first")
-    for number, purchase in enumerate(row["history"], start=1):
-        _expect_keys(purchase, {"title"}, _PURCHASE_KEYS, f"{where}, history {number}")
-    _expect_keys(row["next"], {"title"}, _PRODUCT_KEYS, f"{where}, next")
+    _expect_keys(row, _KEYS, _KEYS, where)
+    history, evidence, confidence = row["history"], row["evidence"], row["confidence"]
+    is_list = isinstance(history, list) and len(history) > 0
+    _expect(is_list, f"{where}, history", "a list of past purchases, oldest first", history)
+    for number, interaction in enumerate(history, start=1):
+        _expect_keys(interaction, {"title"}, _INTERACTION_KEYS, f"{where}, history {number}")
+    _expect_keys(row["next"], {"title"}, _ITEM_KEYS, f"{where}, next")
     for name in ("rationale", "forward_rationale"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise InputError(f"{where}, {name}: expected text, found {row[name]!r}")
-    if row["verdict"] not in VERDICTS:
-        raise InputError(f"{where}, verdict: expected one of {', '.join(VERDICTS)}, found {row['verdict']!r}")
-    evidence, length = row["evidence"], len(row["history"])
-    if not isinstance(evidence, list) or any(type(n) is not int or not 1 <= n <= length for n in evidence):
-        raise InputError(f"{where}, evidence: expected numbers of past purchases, 1 to {length}, found {evidence!r}")
-    if not isinstance(row["confidence"], (int, float)) or not 0 <= row["confidence"] <= 1:
-        raise InputError(f"{where}, confidence: expected a number from 0 to 1, found {row['confidence']!r}")
+        _expect(isinstance(row[name], str) and row[name].strip(), f"{where}, {name}", "text", row[name])
+    _expect(row["verdict"] in VERDICTS, f"{where}, verdict", f"one of {', '.join(VERDICTS)}", row["verdict"])
+    exists = isinstance(evidence, list) and all(type(n) is int and 1 <= n <= len(history) for n in evidence)
+    _expect(exists, f"{where}, evidence", f"numbers of past purchases, 1 to {len(history)}", evidence)
+    is_share = isinstance(confidence, (int, float)) and 0 <= confidence <= 1
+    _expect(is_share, f"{where}, confidence", "a number from 0 to 1", confidence)
     target = _item(row["next"])
     if leaked := leaks_of(row["forward_rationale"], target):
         raise InputError(
@@ -56,40 +51,36 @@ def _exemplar(row: Any, where: str) -> Exemplar:
             f"{', '.join(leaked)}"
         )
     return Exemplar(
-        tuple((_interaction(purchase), _item(purchase)) for purchase in row["history"]),
-        target,
-        row["rationale"],
-        row["forward_rationale"],
-        row["verdict"],
-        tuple(evidence),
-        float(row["confidence"]),
+        history=tuple((_interaction(interaction), _item(interaction)) for interaction in history),
+        target=target,
+        evidence=tuple(evidence),
+        confidence=float(confidence),
+        **{name: row[name] for name in ("rationale", "forward_rationale", "verdict")},
     )
 
 
+def _expect(holds: object, where: str, what: str, found: object) -> None:
+    if not holds:
+        raise InputError(f"{where}: expected {what}, found {found!r}")
+
+
 def _expect_keys(row: Any, required: set[str], known: set[str], where: str) -> None:
+    """Check the keys of an object, and the types of those that describe an interaction."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-    if missing := sorted(required - row.keys()):
-        raise InputError(f"{where}: no key {missing[0]}; expected {', '.join(sorted(known))}")
-    if unknown := sorted(row.keys() - known):
-        raise InputError(f"{where}: unknown key {unknown[0]}; expected {', '.join(sorted(known))}")
-    for name in sorted(row.keys() & _PURCHASE_KEYS):
-        expected: Sequence[type] = (int, float) if name in _NUMBERS else (str,)
-        if type(row[name]) not in expected:
-            raise InputError(f"{where}, {name}: expected {'a number' if name in _NUMBERS else 'text'}")
+    for problem, names in (("no key", required - row.keys()), ("unknown key", row.keys() - known)):
+        if names:
+            raise InputError(f"{where}: {problem} {min(names)}; expected {', '.join(sorted(known))}")
+    for name in sorted(row.keys() & _INTERACTION_KEYS):
+        types, what = ((int, float), "a number") if name == "rating" else ((str,), "text")
+        _expect(type(row[name]) in types, f"{where}, {name}", what, row[name])
 
 
 def _item(row: dict[str, Any]) -> Item:
     category = (row["category"],) if row.get("category") else ()
-    texts = {name: row.get(name, "") for name in ("description", "details", "brand", "price")}
-    return Item(item_id="", title=row["title"], categories=category, **texts)
+    return Item("", categories=category, **{name: row.get(name, "") for name in _ITEM_KEYS - {"category"}})
 
 
 def _interaction(row: dict[str, Any]) -> Interaction:
-    rating = row.get("rating")
-    return Interaction(
-        "",
-        rating=None if rating is None else float(rating),
-        review_title=row.get("review_title", ""),
-        review_text=row.get("review_text", ""),
-    )
+    rating = float(row["rating"]) if "rating" in row else None
+    return Interaction("", 0, rating, row.get("review_title", ""), row.get("review_text", ""))

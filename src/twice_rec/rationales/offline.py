@@ -1,9 +1,9 @@
-"""An annotator that writes rationales by rule, for machines without a language model. Marks its rows `offline`.
+"""An annotator that writes rationales by rule, for machines without a language model. It marks its rows `offline`.
 
-It reads what a text model would be shown: the items' texts and the user's ratings and reviews. It never sees the
-synthetic world's hidden cohorts or probabilities. Its texts argue from the history in the steps of `reading.py`, each
-of which a small model can take: what each review says, what was bought last, what that calls for. They do not name the
-target.
+It reads what a text model would be shown: the items' texts and the user's ratings and reviews. It never sees the hidden
+cohorts or probabilities of the synthetic domain. Its texts argue from the history in the steps of `reading.py`, each
+small enough for a small model: what each review says, what the last interaction was, what that calls for. They do not
+name the target.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.rationales.reading import attributes, called_for, last_note, opinion, review_notes
 from twice_rec.records import Example, Interaction, Rationale
 
-ANNOTATOR = "offline"
-
-_LIKED, _DISLIKED = 4.0, 2.0  # ratings from which on a purchase counts for or against its attributes
+_LIKED, _DISLIKED = (
+    4.0,
+    2.0,
+)  # an interaction speaks for its attributes from the one rating up, against from the other down
 _NOTHING = "Nothing in the history calls for this."
 
 
@@ -26,7 +27,7 @@ class OfflineAnnotator:
 
     Args:
         catalog: all items.
-        history_items: how many of the most recent purchases prompts show; None for all.
+        history_items: how many of the most recent interactions prompts show; None for all.
     """
 
     def __init__(self, catalog: ItemCatalog, history_items: int | None = None):
@@ -35,7 +36,7 @@ class OfflineAnnotator:
         self._categories = list(dict.fromkeys(item.categories[-1] for item in catalog if item.categories))
 
     def annotate(self, example: Example) -> Rationale:
-        """What the history shows, what it calls for next, and the verdict.
+        """Return what the history shows, what it calls for next, and the verdict.
 
         Relevant: at least two reasons speak for the target and none against. Irrelevant: none for it, or more against
         than for. Weak: anything between.
@@ -43,13 +44,11 @@ class OfflineAnnotator:
         target = self._catalog[example.target]
         liked, disliked = self._tastes(example.history)
         wanted = attributes(target)
-        last = self._catalog[example.history[-1].item_id]
-        calls_for = called_for(last, self._categories)
+        calls_for = called_for(self._catalog[example.history[-1].item_id], self._categories)
         answered = [name for name in target.categories[-1:] if name in calls_for]
         for_it = [name for name in wanted if liked[name] > 0]
         against = [name for name in wanted if disliked[name] > liked[name]]
         reasons = len(for_it) + len(answered)
-        verdict = "relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant"
         evidence = [
             index
             for index, entry in enumerate(example.history)
@@ -61,14 +60,14 @@ class OfflineAnnotator:
             user_id=example.user_id,
             target=example.target,
             text=self._write(example.history, calls_for) if reasons else _NOTHING,
-            verdict=verdict,
+            verdict="relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant",
             evidence=tuple(evidence),
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
-            annotator=ANNOTATOR,
+            annotator="offline",
         )
 
     def _tastes(self, history: Sequence[Interaction]) -> tuple[Counter[str], Counter[str]]:
-        """How often each attribute was bought and liked, and bought and disliked. Unrated purchases count as liked."""
+        """Count how often each attribute was liked and how often disliked. Interactions without rating are liked."""
         liked, disliked = Counter[str](), Counter[str]()
         for entry in history:
             rating = _LIKED if entry.rating is None else entry.rating

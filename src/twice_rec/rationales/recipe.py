@@ -93,7 +93,7 @@ class ClientConfig(Settings):
         return None
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """The cost in the currency of the prices."""
+        """Return the cost in the currency of the prices."""
         return (prompt_tokens * self.price_per_million_input + completion_tokens * self.price_per_million_output) / 1e6
 
 
@@ -132,19 +132,12 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
         return None
 
     @rule
-    def a_model_is_named(self) -> str | None:
-        if self.annotator in ("openai", "batch") and self.model is None:
-            return f"annotator {self.annotator} needs model, found null"
-        return None
-
-    @rule
-    def exemplars_are_named(self) -> str | None:
-        if self.annotator in ("openai", "batch") and self.exemplars is None:
-            return f"annotator {self.annotator} needs exemplars, found null"
-        return None
+    def model_and_exemplars_are_named(self) -> str | None:
+        missing = [name for name in ("model", "exemplars") if self.asks_a_model and getattr(self, name) is None]
+        return f"annotator {self.annotator} needs {' and '.join(missing)}, found null" if missing else None
 
     @rule
     def a_model_checks_itself(self) -> str | None:
-        if self.self_check and self.annotator not in ("openai", "batch"):
+        if self.self_check and not self.asks_a_model:
             return f"self_check is true, but annotator {self.annotator} has no model that could check; set it to false"
         return None

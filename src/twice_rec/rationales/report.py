@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
 from twice_rec.files import read_json, write_json, write_text
+from twice_rec.markdown import markdown_table
 from twice_rec.rationales.leaks import LEAKS, leaks_of
 
 _LEAK_MEANINGS = {
@@ -22,41 +22,34 @@ _LEAK_MEANINGS = {
 }
 
 
-class Outcome(Protocol):
-    """A row after curation; `curate.Judged` is one."""
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An example after curation: its rationale, and why that is rejected.
 
-    @property
-    def target(self) -> str:
-        """Id of the target item."""
-        ...
+    Args:
+        reason: empty if the rationale is accepted.
+        text: empty if there is no rationale; then the fields after it are empty too.
+    """
 
-    @property
-    def reason(self) -> str:
-        """Empty for an accepted row."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """Empty where there is no rationale."""
-        ...
-
-    @property
-    def verdict(self) -> str:
-        """Empty where there is no rationale."""
-        ...
-
-
-Row = TypeVar("Row", bound=Outcome)
+    user_id: str
+    target: str
+    reason: str = ""
+    text: str = ""
+    verdict: str = ""
+    evidence: tuple[int, ...] = ()
+    confidence: float | None = None
+    annotator: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Figures of one set of rationales. Shares are fractions of 1; pairs are [rows, accepted rows].
+    """Figures of one set of rationales. Shares are fractions of 1; pairs are (rows, accepted rows).
 
     Args:
-        reasons: why rows were dropped -> rows.
+        rows: annotated examples, with a rationale or without.
+        reasons: why rows were rejected -> rows.
         words: of accepted rationales: mean, min, p10, median, p90, max.
-        evidence: of all rationales: mean number of past purchases cited, their mean share of the history, the share
+        evidence: of all rationales: mean number of past interactions cited, their mean share of the history, the share
             of rationales citing none, and of those citing the most recent one.
         leaks: share of accepted rationales that give something away of the target; `leaks_all` is over all rationales.
     """
@@ -82,18 +75,18 @@ class Tally:
         self._reasons, self._words = Counter[str](), Counter[int]()
         self._verdicts: dict[str, list[int]] = {}
         self._categories: dict[str, list[int]] = {}
-        self._leaks = {True: Counter[str](), False: Counter[str]()}
+        self._leaks = {True: Counter[str](), False: Counter[str]()}  # accepted? -> leak -> rationales
         self._texts = {True: 0, False: 0}
         self._rows = Counter[bool]()
-        self._evidence = [0, 0, 0.0, 0, 0]  # rationales, purchases cited, shares of histories, none cited, last cited
+        self._evidence = [0, 0, 0.0, 0, 0]  # rationales, citations, shares of histories, none cited, last cited
 
     def count_evidence(self, evidence: Sequence[int], history_length: int) -> None:
         """Count the evidence of one rationale, given as positions in the history."""
         one = (1, len(evidence), len(evidence) / history_length, not evidence, history_length - 1 in evidence)
         self._evidence = [total + value for total, value in zip(self._evidence, one, strict=True)]
 
-    def count(self, row: Row) -> Row:
-        """Count one row after curation, and hand it on."""
+    def count(self, row: Judged) -> Judged:
+        """Count one row, and return it."""
         accepted = not row.reason
         target = self._catalog[row.target]
         self._rows[accepted] += 1
@@ -113,18 +106,17 @@ class Tally:
         return row
 
     def report(self) -> Report:
-        """The figures of everything counted."""
+        """Return the figures of everything counted."""
         accepted, everything = self._leaks[True], self._leaks[True] + self._leaks[False]
         rationales, cited, shares, none, last = self._evidence
+        categories = sorted(self._categories.items(), key=lambda category: -category[1][0])
         return Report(
             label=self._label,
             rows=self._rows.total(),
             accepted=self._rows[True],
             reasons=dict(self._reasons.most_common()),
-            verdicts={name: (pair[0], pair[1]) for name, pair in sorted(self._verdicts.items())},
-            categories={
-                name: (pair[0], pair[1]) for name, pair in sorted(self._categories.items(), key=lambda c: -c[1][0])
-            },
+            verdicts={name: (rows, passed) for name, (rows, passed) in sorted(self._verdicts.items())},
+            categories={name: (rows, passed) for name, (rows, passed) in categories},
             words=_lengths(self._words),
             evidence={
                 "purchases_cited": _share(cited, rationales),
@@ -138,7 +130,7 @@ class Tally:
 
 
 def save_report(report: Report, other: Report | None, folder: Path) -> list[Path]:
-    """Write `report.json` and `report.md`, the second beside the figures of `other` where it is given."""
+    """Write `report.json` and `report.md`; with `other`, the second shows its figures too. Return both paths."""
     paths = [folder / "report.json", folder / "report.md"]
     write_json(paths[0], asdict(report))
     write_text(paths[1], to_markdown(report, other))
@@ -146,7 +138,11 @@ def save_report(report: Report, other: Report | None, folder: Path) -> list[Path
 
 
 def load_report(folder: Path) -> Report:
-    """Read `report.json` of a folder of rationales; InputError where there is none of this version."""
+    """Read `report.json` of a folder of rationales.
+
+    Raises:
+        InputError: if there is none, or one of another version.
+    """
     row = read_json(folder / "report.json")
     names = {field.name for field in fields(Report)}
     if not isinstance(row, dict) or row.keys() != names:
@@ -157,58 +153,50 @@ def load_report(folder: Path) -> Report:
 
 
 def to_markdown(report: Report, other: Report | None = None) -> str:
-    """The tables; with `other`, a second column of its figures and the change from it to this set."""
+    """Return the tables; with `other`, its figures come first, and a last column has the change from them."""
     both = [report] if other is None else [other, report]
     lines = [f"# Rationales: {report.label}", ""]
     if other is not None:
         lines += [f"Beside: {other.label}", ""]
-    head = ["", *(r.label for r in both), *(["change"] if other else [])]
 
-    def table(title: str, rows: Mapping[str, Sequence[float]], whole: bool = False) -> None:
-        lines.extend([f"## {title}", "", _line(head), _line(["---"] + ["---:"] * (len(head) - 1))])
-        for name, values in rows.items():
-            shown = [f"{value:,.0f}" if whole else f"{value:.3f}" for value in values]
-            change = [f"{values[1] - values[0]:+,.{0 if whole else 3}f}"] if other else []
-            lines.append(_line([name, *shown, *change]))
-        lines.append("")
+    def table(title: str, rows: Mapping[str, Sequence[float]], decimals: int = 3) -> None:
+        cells = [
+            [name, *(f"{value:,.{decimals}f}" for value in values)]
+            + ([f"{values[1] - values[0]:+,.{decimals}f}"] if other else [])
+            for name, values in rows.items()
+        ]
+        header = ["", *(r.label for r in both), *(["change"] if other else [])]
+        lines.extend([f"## {title}", "", markdown_table(header, cells), ""])
 
     def column(name: str, keys: Sequence[str]) -> dict[str, list[float]]:
         return {key: [getattr(r, name).get(key, 0) for r in both] for key in keys}
 
-    table("Rows", {n: [getattr(r, n) for r in both] for n in ("rows", "accepted")}, whole=True)
+    table("Rows", {name: [getattr(r, name) for r in both] for name in ("rows", "accepted")}, decimals=0)
     table("Share accepted", {"all": [_share(r.accepted, r.rows) for r in both]})
-    table("Why rows were dropped", column("reasons", _keys(both, "reasons")), whole=True)
-    for title, name in (
-        ("Share accepted by verdict", "verdicts"),
-        ("Share accepted by category, the ten largest", "categories"),
-    ):
-        keys = _keys(both, name)[:10]
-        rows = {f"{k} ({_rows_of(report, name, k):,} rows)": _shares(both, name, k) for k in keys}
-        table(title, rows)
+    table("Why rows were dropped", column("reasons", _keys(both, "reasons")), decimals=0)
+    table("Share accepted by verdict", _shares(both, "verdicts"))
+    table("Share accepted by category, the ten largest", _shares(both, "categories"))
     table("Words of accepted rationales", column("words", list(report.words)))
     table("Evidence", column("evidence", list(report.evidence)))
-    leaks = {_LEAK_MEANINGS[key]: [r.leaks[key] for r in both] for key in _LEAK_MEANINGS}
-    table("Leaks: share of accepted rationales that give the target away", leaks)
-    leaks = {_LEAK_MEANINGS[key]: [r.leaks_all[key] for r in both] for key in _LEAK_MEANINGS}
-    table("Leaks: share of all rationales", leaks)
+    for title, name in (
+        ("Leaks: share of accepted rationales that give the target away", "leaks"),
+        ("Leaks: share of all rationales", "leaks_all"),
+    ):
+        table(title, {meaning: [getattr(r, name)[key] for r in both] for key, meaning in _LEAK_MEANINGS.items()})
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _rows_of(report: Report, name: str, key: str) -> int:
-    return getattr(report, name).get(key, (0, 0))[0]
-
-
-def _shares(reports: Sequence[Report], name: str, key: str) -> list[float]:
-    pairs = (getattr(report, name).get(key, (0, 0)) for report in reports)
-    return [_share(accepted, rows) for rows, accepted in pairs]
+def _shares(reports: Sequence[Report], name: str) -> dict[str, list[float]]:
+    """Return the shares accepted of the first ten keys of a field of pairs; rows are counted in the last report."""
+    rows = {}
+    for key in _keys(reports, name)[:10]:
+        pairs = [getattr(report, name).get(key, (0, 0)) for report in reports]
+        rows[f"{key} ({pairs[-1][0]:,} rows)"] = [_share(accepted, of) for of, accepted in pairs]
+    return rows
 
 
 def _keys(reports: Sequence[Report], name: str) -> list[str]:
     return list(dict.fromkeys(key for report in reversed(reports) for key in getattr(report, name)))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _share(part: float, whole: float) -> float:
@@ -216,7 +204,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _lengths(words: Counter[int]) -> dict[str, float]:
-    lengths = sorted(words.elements())  # small integers, shared: eight bytes a row
+    lengths = sorted(words.elements())  # small integers, shared: eight bytes each
     if not lengths:
         return {}
     at = lambda q: lengths[min(len(lengths) - 1, int(q * len(lengths)))]

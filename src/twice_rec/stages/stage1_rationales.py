@@ -48,20 +48,12 @@ def rationales(recipe: RationalesRecipe) -> None:
         run.begin()
         asked, in_file_order, released = _drawn(recipe, data)
         with annotators.open_annotator(recipe, data.catalog, data.prompt_format, asked, released) as annotator:
-            found = curate.curate(
-                in_file_order,
-                annotator.annotate,
-                annotator.review,
-                recipe,
-                data.catalog,
-                run.path,
-                annotators.label_of(recipe),
-            )
+            found = curate.curate(in_file_order, annotator, recipe, data.catalog, run.path)
         reports = report.save_report(found, other, run.path)
         logger.info("%s", report.to_markdown(found, other))
         logger.info("%s of %s rationales accepted; %s", f"{found.accepted:,}", f"{found.rows:,}", run.path)
         figures = {"accepted": found.accepted, "rejected": found.rows - found.accepted, "reasons": found.reasons}
-        run.finish([run.path / curate.ACCEPTED, run.path / curate.REJECTED, *reports], figures | annotator.figures)
+        run.finish([run.path / curate.ACCEPTED, run.path / curate.REJECTED, *reports], {**figures, **annotator.figures})
 
 
 def _drawn(recipe: RationalesRecipe, data: PreparedData) -> tuple[list, list, ReleasedRationales | None]:

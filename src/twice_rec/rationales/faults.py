@@ -1,0 +1,90 @@
+"""What can go wrong with a request, and what happens then.
+
+| fault | reaction |
+|---|---|
+| 429 | every request waits at least Retry-After, then this one is sent again |
+| 5xx, 408, 409, timeout, connection refused or cut, body that is no completion | sent again after a growing wait |
+| exhausted quota (429 `insufficient_quota`, 402), 401, 403, 404 | the run stops |
+| other 4xx | this request gets no completion; that is not stored, so that another run sends it again |
+| refusal, completion that is cut off or malformed | no fault: it is paid for and stored; `generate` judges it |
+"""
+
+from __future__ import annotations
+
+import email.utils
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from twice_rec.errors import InputError
+from twice_rec.rationales.completions import Request
+
+AGAIN = (408, 409, 429)  # besides 5xx, the HTTP statuses after which a request may succeed later
+_STOPPING = {
+    401: "the server does not accept the API key",
+    402: "the account has no credit left",
+    403: "the API key may not do this",
+    404: "the server does not know this path or model",
+}
+
+
+class Stopped(InputError):
+    """The run cannot go on, or must not; every completion so far is stored."""
+
+
+class NoCompletion(Exception):
+    """There is no completion of this request; the message says why."""
+
+    def __init__(self, request: Request, why: str):
+        super().__init__(why)
+        self.request = request
+
+
+@dataclass(eq=False)
+class Fault(Exception):
+    """One attempt failed.
+
+    Args:
+        message: what happened; the part before the first colon names the kind.
+        stops: the run ends.
+        again: another attempt may succeed.
+        wait: seconds that the server asks to wait; None if it does not say.
+        status: HTTP status of the response; None if there was none.
+    """
+
+    message: str
+    stops: bool = False
+    again: bool = True
+    wait: float | None = None
+    status: int | None = None
+
+
+def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapping[str, str]) -> Fault:
+    """Return the fault of a response with an HTTP error status.
+
+    Args:
+        said: the server's message.
+        quota_is_exhausted: the server says so.
+    """
+    message = f"HTTP {status}: {said}"
+    if status == 429 and quota_is_exhausted:
+        return Fault(f"{message} (the quota is exhausted)", stops=True, again=False, status=status)
+    if status in _STOPPING:
+        return Fault(f"{message} ({_STOPPING[status]})", stops=True, again=False, status=status)
+    return Fault(message, again=status in AGAIN or status >= 500, wait=retry_after(headers), status=status)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds in `retry-after-ms` or `Retry-After` (a number or a date); None if there are none."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        if 0 <= seconds < float("inf"):
+            return seconds
+    try:
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, date.timestamp() - time.time())
