@@ -1,48 +1,55 @@
-"""What stage 5 makes of everything under eval/: summaries with intervals, comparisons, and one HTML page."""
+"""The report: everything under eval/ summed up with intervals, compared, and written as a page, tables and JSON."""
 
 from __future__ import annotations
 
 import html
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.errors import InputError
-from twice_rec.evaluation.predict import PREDICTIONS
-from twice_rec.evaluation.tables import columns_of, in_order
-from twice_rec.files import MANIFEST, read_json, read_records
-from twice_rec.metrics import METRICS, Difference, bootstrap_intervals, paired_bootstrap, per_user
-from twice_rec.records import Prediction
+from twice_rec.evaluation.predictions import PREDICTIONS
+from twice_rec.evaluation.tables import columns_of, in_order, lists_of, show
+from twice_rec.files import MANIFEST, hash_file, read_json, read_records, write_json, write_text
+from twice_rec.markdown import markdown_table
+from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
+from twice_rec.records import RANKED_LISTS, Prediction
+from twice_rec.run import environment
+
+if TYPE_CHECKING:
+    from twice_rec.evaluation.recipe import ReportRecipe
+
+logger = logging.getLogger(__name__)
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+Section = tuple[str, str, Table]  # heading, a sentence, table
+INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count against the target; every user counts."
 
 
 @dataclass(frozen=True)
 class Variant:
-    """All predictions of one variant.
+    """All predictions of one variant."""
 
-    Args:
-        users: those it was evaluated on -> their row, in the files' order.
-        values: metric key -> float64 [users], averaged over the variant's trainings.
-        runs: how many trainings these are.
-    """
-
-    users: Mapping[str, int]
-    values: Mapping[str, NDArray[np.float64]]
-    runs: int
+    users: Mapping[str, int]  # those it was evaluated on -> their row, in the files' order
+    values: Mapping[str, NDArray[np.float64]]  # metric key -> [users], averaged over the variant's trainings
+    runs: int  # how many trainings these are
 
     def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
-        """float64 [len(users)] of one metric."""
+        """Return one metric of some users: float64 [len(users)]."""
         return self.values[key][[self.users[user] for user in users]]
 
 
 def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
-    """Every finished evaluation of some runs, in table order; of the same name, they are trainings of one variant.
+    """Read every finished evaluation of some runs, in table order; those of one name are trainings of one variant.
 
     Raises:
-        InputError: where a run has none, or where two of a name were asked different questions.
+        InputError: if a run has none, or if two of one name were asked different questions.
     """
     folders: dict[str, list[Path]] = {}
     for run_dir in run_dirs:
@@ -80,7 +87,7 @@ def _read(folders: Sequence[Path]) -> Variant:
 
 
 def _check_same_data(one: Path, other: Path) -> None:
-    """Both evaluations read the same items, purchases and candidate lists."""
+    """Check that both evaluations read the same items, interactions and candidate lists."""
     inputs = [read_json(folder / MANIFEST)["inputs"] for folder in (one, other)]
     for name in inputs[0].keys() & inputs[1].keys():
         if name.startswith("data/") and inputs[0][name] != inputs[1][name]:
@@ -92,16 +99,16 @@ def _check_same_data(one: Path, other: Path) -> None:
 def summarise_variants(
     variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int
 ) -> dict[str, dict[str, Any]]:
-    """Means, 95 % intervals, number of users and of trainings of each variant.
+    """Return means, 95 % intervals, number of users and number of trainings of each variant.
 
     Args:
-        users: evaluate on these only; None for each variant's own.
+        users: take these only; None takes each variant's own.
     """
     summary = {}
     for name, variant in variants.items():
         of = list(users) if users is not None else list(variant.users)
-        columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)
-        intervals = bootstrap_intervals(columns, bootstrap_samples)
+        columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)  # [users, metrics]
+        intervals = bootstrap_intervals(columns, bootstrap_samples)  # [metrics, 2]
         summary[name] = {
             "metrics": dict(zip(variant.values, columns.mean(axis=0).tolist(), strict=True)),
             "ci95": dict(zip(variant.values, intervals.tolist(), strict=True)),
@@ -112,16 +119,16 @@ def summarise_variants(
 
 
 def common_users(variants: Mapping[str, Variant]) -> list[str]:
-    """The users that every variant was evaluated on, in the order of the first variant's."""
+    """Return the users that every variant was evaluated on, in the order of the first variant's."""
     first, *others = variants.values()
     return [user for user in first.users if all(user in variant.users for variant in others)]
 
 
 def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int) -> dict[str, Any]:
-    """Paired comparison of two variants on the users both have.
+    """Compare two variants on the users both have, user by user.
 
     Raises:
-        InputError: for an unknown metric, naming those there are.
+        InputError: for a metric that one was not evaluated on, or if they share no user.
     """
     for name in (a, b):
         if metric not in variants[name].values:
@@ -129,44 +136,130 @@ def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootst
     users = common_users({a: variants[a], b: variants[b]})
     if not users:
         raise InputError(f"{a} and {b} have no user in common")
-    found: Difference = paired_bootstrap(
-        variants[a].column(metric, users), variants[b].column(metric, users), bootstrap_samples
-    )
-    return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
+    left, right = (variants[name].column(metric, users) for name in (a, b))
+    return {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "n": len(users),
+        **asdict(paired_bootstrap(left, right, bootstrap_samples)),
+    }
 
 
-def interval_table(summary: Mapping[str, Mapping[str, Any]], kind: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of one list kind's table: every metric with its interval."""
-    keys = [
-        key for key in columns_of({name: row["metrics"] for name, row in summary.items()}) if key.startswith(f"{kind}/")
+def interval_table(summary: Mapping[str, Mapping[str, Any]], kind: str) -> Table:
+    """Return one list's table: each metric of each variant with its interval."""
+    columns = columns_of({name: row["metrics"] for name, row in summary.items()})
+    keys = [key for key in columns if key.startswith(f"{kind}/")]
+
+    def cell(row: Mapping[str, Any], key: str) -> str:
+        if key not in row["metrics"]:
+            return "-"
+        low, high = row["ci95"][key]
+        return f"{row['metrics'][key]:.4f} [{low:.4f}, {high:.4f}]"
+
+    rows = [
+        [name, f"{row['n']:,}", str(row["runs"]), *(cell(row, key) for key in keys)]
+        for name, row in summary.items()
+        if any(key in row["metrics"] for key in keys)
     ]
-    rows = []
-    for name, row in summary.items():
-        if any(key in row["metrics"] for key in keys):
-            cells = [
-                f"{row['metrics'][key]:.4f} [{row['ci95'][key][0]:.4f}, {row['ci95'][key][1]:.4f}]"
-                if key in row["metrics"]
-                else "-"
-                for key in keys
-            ]
-            rows.append([name, f"{row['n']:,}", str(row["runs"]), *cells])
     return ["variant", "users", "runs", *keys], rows
 
 
-def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the paired comparisons."""
-    rows = [
-        [
-            f"{c['a']} - {c['b']}",
-            c["metric"],
-            f"{c['n']:,}",
-            f"{c['difference']:+.4f}",
-            f"[{c['ci95'][0]:+.4f}, {c['ci95'][1]:+.4f}]",
-            f"{c['p']:.3f}",
-        ]
-        for c in comparisons
-    ]
+def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of paired comparisons."""
+    rows = []
+    for c in comparisons:
+        low, high = c["ci95"]
+        interval = f"[{low:+.4f}, {high:+.4f}]"
+        difference = f"{c['difference']:+.4f}"
+        rows.append([f"{c['a']} - {c['b']}", c["metric"], f"{c['n']:,}", difference, interval, f"{c['p']:.3f}"])
     return ["comparison", "metric", "users", "difference", "95 % interval", "p"], rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What stage 5 tells of a run.
+
+    Two views are given: every variant on all its users, and all variants on the users they share, since language models
+    may answer for fewer users.
+
+    Args:
+        title: of the page.
+        summary: each variant on all its users; see `summarise_variants`.
+        users: those that every variant was evaluated on.
+        common: each variant on these users.
+        comparisons: see `compare`.
+        shared_table: `common` as a table, of the list that is compared; without rows if no user is shared.
+    """
+
+    title: str
+    summary: dict[str, dict[str, Any]]
+    users: list[str]
+    common: dict[str, dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    shared_table: Table
+
+    @classmethod
+    def of(cls, variants: Mapping[str, Variant], recipe: ReportRecipe) -> Report:
+        """Sum up the variants and compare the recipe's pairs; one that is not evaluated is left out with a warning."""
+        summary = summarise_variants(variants, None, recipe.bootstrap_samples)
+        users = common_users(variants)
+        common = summarise_variants(variants, users, recipe.bootstrap_samples) if users else {}
+        comparisons = []
+        for a, b in recipe.comparisons:
+            if missing := [name for name in (a, b) if name not in variants]:
+                logger.warning("%s - %s left out: %s is not evaluated; %s are", a, b, missing[0], ", ".join(variants))
+                continue
+            comparisons.append(compare(variants, a, b, recipe.comparison_metric, recipe.bootstrap_samples))
+        shared = interval_table(common, recipe.comparison_metric.partition("/")[0])
+        return cls(f"TWiCE-Rec on {recipe.domain}", summary, users, common, comparisons, shared)
+
+    def sections(self) -> list[Section]:
+        """Return the parts of the page."""
+        lists = lists_of({name: row["metrics"] for name, row in self.summary.items()})
+        says = "Every variant on all users it was evaluated on."
+        sections = [
+            (f"Lists: {kind}", f"{RANKED_LISTS[kind]} {says}", interval_table(self.summary, kind)) for kind in lists
+        ]
+        if self.shared_table[1]:
+            says = f"The {len(self.users):,} users that all variants share."
+            sections.insert(0, ("The same users for all", says, self.shared_table))
+        if self.comparisons:
+            sections.insert(1, ("Comparisons", "Paired over users.", comparison_table(self.comparisons)))
+        return sections
+
+    def save(self, folder: Path, domain: str, run_dirs: Sequence[Path]) -> None:
+        """Write index.html, tables.md and results.json, which says what it was made of."""
+        about, manifests = environment(), [p for run in run_dirs for p in sorted((run / "eval").glob(f"*/{MANIFEST}"))]
+        made_of = {str(path): hash_file(path) for path in manifests}
+        results = {
+            "variants": self.summary,
+            "common_users": {"n": len(self.users), "variants": self.common},
+            "comparisons": self.comparisons,
+            "manifest": {"domain": domain, "evaluations": made_of, **about},
+        }
+        write_json(folder / "results.json", results)
+        sections = self.sections()
+        facts = {
+            "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "run": ", ".join(map(str, run_dirs)),
+            "commit": str(about["commit"]),
+            "python": about["python"],
+            "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        }
+        write_text(folder / "index.html", html_page(self.title, INTRO, sections, facts))
+        text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
+        write_text(folder / "tables.md", f"# {self.title}\n\n{INTRO}\n\n{text}\n")
+
+    def show(self) -> None:
+        """Print the shared users' table, without intervals, and the comparisons."""
+        header, rows = self.shared_table
+        if rows:
+            compact = [[row[0], row[1], *(cell.partition(" ")[0] for cell in row[3:])] for row in rows]
+            table = markdown_table(["variant", "users", *header[3:]], compact)
+            show(f"The {len(self.users):,} users that all variants share:\n\n{table}")
+        if self.comparisons:
+            show(markdown_table(*comparison_table(self.comparisons)))
 
 
 _STYLE = """
@@ -179,18 +272,8 @@ dt { float: left; clear: left; width: 9rem; color: #666 } dd { margin-left: 9.5r
 """
 
 
-def html_page(
-    title: str,
-    intro: str,
-    sections: Sequence[tuple[str, str, tuple[list[str], list[list[str]]]]],
-    facts: Mapping[str, str],
-) -> str:
-    """One self-contained page.
-
-    Args:
-        sections: (heading, a sentence, (header, rows)).
-        facts: how it was made, name -> value.
-    """
+def html_page(title: str, intro: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
+    """Return one self-contained page; `facts` says how it was made, name -> value."""
     parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"]
     for heading, sentence, (header, rows) in sections:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)

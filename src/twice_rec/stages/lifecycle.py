@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.cf.baselines import CFScorer
+from twice_rec.cf.ranking import CFQuestions
 from twice_rec.config import GrpoRecipe, Recipe
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.predict import CFQuestions, evaluate_scorers
+from twice_rec.evaluation.cf_ranking import evaluate_scorers
 from twice_rec.llm.prompt_builder import PromptWriter
 from twice_rec.prompts import Message
 from twice_rec.run import Work

@@ -15,18 +15,19 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from twice_rec.cf.baselines import CFScorer, fit_baseline
-from twice_rec.cf.confidence import SasRecScorer, calibrated_scorer, item_only_share
-from twice_rec.cf.sasrec import SasRecSettings
-from twice_rec.cf.sasrec_training import Training, TrainSettings
+from twice_rec.cf.baselines import CFScorer
+from twice_rec.cf.ranking import CHOSEN_ON, CFQuestions, fit_baseline
+from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
+from twice_rec.cf.sasrec import SASRecScorer
+from twice_rec.cf.sasrec_training import SASRecTrainer
 from twice_rec.config import SasrecRecipe, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.predict import CFQuestions, export_scores
+from twice_rec.evaluation.cf_ranking import export_scores
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.files import write_jsonl
 from twice_rec.run import Work
@@ -34,7 +35,6 @@ from twice_rec.stages.command_line import run_stage
 from twice_rec.stages.lifecycle import about, evaluate_variant, need, say_finished, torch_device, wandb_run
 
 logger = logging.getLogger("sasrec")
-CHOSEN_ON = "full/ndcg@10"
 
 
 def sasrec(recipe: SasrecRecipe) -> None:
@@ -56,12 +56,11 @@ def sasrec(recipe: SasrecRecipe) -> None:
         figures = [_train(recipe, data, folder, recipe.seed + i) for i, folder in enumerate(folders)]
         work.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures}, about(recipe))
 
-    def trained() -> list[SasRecScorer]:
-        return [SasRecScorer.load(model, data.catalog, torch_device(recipe.device)) for model in models]
+    def trained() -> list[SASRecScorer]:
+        return [SASRecScorer.load(model, data.catalog, torch_device(recipe.device)) for model in models]
 
     def baseline(name: str) -> list[CFScorer]:
-        valid, items = CFQuestions.of(data, "valid", ["full"]), len(data.catalog)
-        return [fit_baseline(name, data.training_histories(), items, recipe.seed, lambda m: valid.mean(m, CHOSEN_ON))]
+        return [fit_baseline(name, data, recipe.seed)]
 
     evaluate_variant(recipe, "sasrec", recipe.variant, data, recipe.lists, trained, [*files, *models])
     for name in recipe.baselines:
@@ -76,23 +75,18 @@ def sasrec(recipe: SasrecRecipe) -> None:
 def _train(recipe: SasrecRecipe, data: PreparedData, folder: Path, seed: int) -> dict[str, float]:
     """One training run; returns what it measured."""
     valid = CFQuestions.of(data, "valid", ["uniform", "full"])
-    own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    shape = SasRecSettings(
-        num_items=len(data.catalog), **{f.name: own[f.name] for f in fields(SasRecSettings) if f.name in own}
+    shape, settings = (  # the recipe itself will be both
+        group(**{name: getattr(recipe, name) for name in group.model_fields})
+        for group in (SASRecConfig, SASRecTrainerConfig)
     )
-    settings = TrainSettings(**{f.name: own[f.name] for f in fields(TrainSettings)} | {"seed": seed})
-    state = folder / "training_state.safetensors"
-    training = Training(
-        shape,
-        settings,
-        data.training_histories(),
-        lambda model: valid.mean(SasRecScorer(model), CHOSEN_ON),
-        state,
-        torch_device(recipe.device),
-    )
+    state, device = folder / "training_state.safetensors", torch_device(recipe.device)
+    validate = lambda model: valid.mean(SASRecScorer(model))
+    histories = data.training_histories()
+    training = SASRecTrainer(shape, settings, len(data.catalog), histories, validate, seed, state, device)
     with wandb_run(recipe) as log:
         model = training.run(lambda e: log({"loss": e.loss, f"valid/{CHOSEN_ON}": e.validation, "epoch": e.number}))
-    scorer = calibrated_scorer(model, valid.histories, valid.candidates["uniform"], valid.targets)
+    scorer = SASRecScorer(model)
+    scorer.calibrate(valid.histories, valid.candidates["uniform"], valid.targets)
     scorer.save(folder / "model.safetensors", data.catalog)
     write_jsonl(folder / "log.jsonl", (asdict(epoch) for epoch in training.log))
     state.unlink()
@@ -102,7 +96,7 @@ def _train(recipe: SasrecRecipe, data: PreparedData, folder: Path, seed: int) ->
         "epochs": len(training.log),
         f"valid/{CHOSEN_ON}": training.best_epoch.validation,
         "train_seconds": round(sum(epoch.seconds for epoch in training.log), 1),
-        "item_only_share": item_only_share(scorer, valid.histories),
+        "popularity_share": scorer.popularity_share(valid.histories),
     }
     logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return figures

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from twice_rec.cf.confidence import SasRecScorer
+from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
@@ -62,7 +62,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         say_finished(work.path)
         return
     data = PreparedData(run / "data")
-    scorer = SasRecScorer.load(cf_model, data.catalog, torch_device("auto"))
+    scorer = SASRecScorer.load(cf_model, data.catalog, torch_device("auto"))
     trainer_keys |= trl_arguments(recipe, start)
     if IS_MAIN:
         work.begin(recipe.overwrite)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from twice_rec.cf.baselines import OutsideScorer
+from twice_rec.cf.baselines import PrecomputedScorer
 from twice_rec.config import EvaluateRecipe, grpo_folder, load_recipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.predict import AskSettings, evaluate_language_model
+from twice_rec.evaluation.llm_ranking import evaluate_language_model
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.records import Example
 from twice_rec.run import Work
@@ -54,8 +53,8 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     show_metrics(read_metrics(run))
 
 
-def _read_scores(path: Path, data: PreparedData) -> list[OutsideScorer]:
-    return [OutsideScorer(path, len(data.sequences), len(data.catalog))]
+def _read_scores(path: Path, data: PreparedData) -> list[PrecomputedScorer]:
+    return [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
 
 
 def _language_model(
@@ -77,9 +76,8 @@ def _language_model(
     tokenizer = load_tokenizer(model)
     generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
     writer = prompt_writer(data, recipe, tokenizer)
-    own = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    asked = AskSettings(**{f.name: own[f.name] for f in fields(AskSettings) if f.name in own}, ranking=ranking)
-    outputs, metrics = evaluate_language_model(work.path, generator, list(_batches(recipe, data)), writer, asked)
+    batches = list(_batches(recipe, data))
+    outputs, metrics = evaluate_language_model(work.path, generator, batches, writer, recipe, ranking, recipe.seed)
     work.finish(outputs, metrics, about(recipe))
 
 

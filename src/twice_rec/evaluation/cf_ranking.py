@@ -1,0 +1,78 @@
+"""Evaluation of models that score the catalogue: SASRec, the baselines, the oracle, precomputed scores."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from twice_rec.cf.baselines import CFScorer
+from twice_rec.cf.ranking import CFQuestions
+from twice_rec.data.dataset import PreparedData
+from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, metrics_of
+from twice_rec.files import atomic_path, write_json, write_records
+from twice_rec.recipe import Recipe
+from twice_rec.run import Work
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_scorer_variant(
+    recipe: Recipe,
+    stage: str,
+    name: str,
+    data: PreparedData,
+    lists: Sequence[str],
+    scorers: Callable[[], Iterable[CFScorer]],
+    inputs: Iterable[Path],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write eval/<name>/ of a CF model on the test targets, unless it is there already.
+
+    Args:
+        scorers: makes one model, or one per training.
+        inputs: files that the result depends on.
+        settings: what else it depends on, beside the lists.
+    """
+    work = Work(recipe.run_path, f"eval/{name}", stage, {"lists": list(lists), **settings}, inputs)
+    if work.is_finished():
+        logger.info("%s is finished already; nothing to do", work.path)
+        return
+    work.begin(recipe.overwrite)
+    outputs, metrics = evaluate_scorers(work.path, CFQuestions.of(data, "test", lists), scorers(), recipe.seed)
+    work.finish(outputs, metrics, {"command": sys.argv, "recipe": recipe.everything()})
+
+
+def evaluate_scorers(
+    folder: Path, questions: CFQuestions, scorers: Iterable[CFScorer], seed: int
+) -> tuple[list[Path], dict[str, float]]:
+    """Rank all targets with one model, or with one per training, and write predictions and metrics.
+
+    Args:
+        seed: of the first training; the others count on from it.
+
+    Returns:
+        The files, and the metrics: means over users and trainings.
+    """
+    rows = [row for i, scorer in enumerate(scorers) for row in questions.predictions(questions.ranks(scorer), seed + i)]
+    write_records(folder / PREDICTIONS, rows)
+    metrics = metrics_of(rows)
+    write_json(folder / METRICS_FILE, metrics)
+    return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
+
+
+def export_scores(path: Path, scorer: CFScorer, data: PreparedData) -> None:
+    """Write a model's test scores as `.npz` with `scores`, float32 [users, items] in the files' order.
+
+    A user without a test target gets zeros.
+    """
+    test = CFQuestions.of(data, "test", [])
+    scores = np.zeros((len(data.sequences), len(data.catalog)), dtype=np.float32)  # [users, N]
+    scores[test.users] = scorer.scores(test.users, test.histories)
+    with atomic_path(path) as temporary:
+        np.savez(temporary, scores=scores)
