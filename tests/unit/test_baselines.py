@@ -10,7 +10,7 @@ from twice_rec.cf.baselines import (
     PopularityScorer,
     PrecomputedScorer,
     RandomScorer,
-    Training,
+    TrainingData,
     ease_weights,
     interaction_matrix,
     knn_similarity,
@@ -22,7 +22,7 @@ TRAINING = [[1, 2], [1, 2, 3], [2, 3], [4]]
 
 
 def training(histories=TRAINING, num_items=5, seed=0, validate=lambda model: 0.0):
-    return Training(histories, num_items, seed, validate)
+    return TrainingData(histories, num_items, seed, validate)
 
 
 def test_popularity_counts_training():

@@ -3,17 +3,17 @@
 All score the whole catalogue for a user's history (`CFScorer`), so they meet the same lists and metrics as every other
 model. They are fitted on training parts; the few settings of item-kNN and EASE are chosen on validation.
 
-To add a baseline, write a class here that takes `Training` and has `scores`, and register it with `@baseline`: recipes,
+To add one, write a class here that takes `TrainingData` and has `scores`, and register it with `@baseline`: recipes,
 tables and stage 3's `cf_model` take its name from `BASELINES`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +29,17 @@ class CFScorer(Protocol):
     """Anything that scores the catalogue for users."""
 
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
-        """Return the scores of all items.
+        """Return the scores of all items: float [B, N], column j for item index j + 1.
 
         Args:
             users: int64 [B], a number per user: in evaluation the position in `sequences.jsonl`.
             histories: their item indices, 1..N, oldest first.
-
-        Returns:
-            float [B, N], column j for item index j + 1.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingData:
     """What a baseline is fitted on."""
 
     histories: Histories  # item indices of each user's training part
@@ -51,8 +48,8 @@ class Training:
     validate: Callable[[CFScorer], float]  # measures a model on validation; larger is better
 
 
-BASELINES: dict[str, Callable[[Training], CFScorer]] = {}  # name in recipes -> class, in the order of tables
-Fit = TypeVar("Fit", bound=Callable[[Training], CFScorer])
+BASELINES: dict[str, Callable[[TrainingData], CFScorer]] = {}  # name in recipes -> class, in the order of tables
+Fit = TypeVar("Fit", bound=Callable[[TrainingData], CFScorer])
 
 
 def baseline(name: str) -> Callable[[Fit], Fit]:
@@ -69,7 +66,7 @@ def baseline(name: str) -> Callable[[Fit], Fit]:
 class RandomScorer:
     """Uniform random scores, the same for a user whenever asked."""
 
-    def __init__(self, training: Training):
+    def __init__(self, training: TrainingData):
         self._training = training
 
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
@@ -82,7 +79,7 @@ class RandomScorer:
 class PopularityScorer:
     """Number of training interactions of each item."""
 
-    def __init__(self, training: Training):
+    def __init__(self, training: TrainingData):
         indices = [index for history in training.histories for index in history]
         self._counts = np.bincount(indices, minlength=training.num_items + 1)[1:].astype(np.float64)  # [N]
 
@@ -124,7 +121,7 @@ class ItemSimilarityScorer:
 
 
 def choose_similarity(
-    training: Training, fit: Callable[[sparse.csr_matrix, float], sparse.csr_matrix | Floats], values: tuple[float, ...]
+    training: TrainingData, fit: Callable[[sparse.csr_matrix, float], Any], values: Sequence[float]
 ) -> ItemSimilarityScorer:
     """Fit a similarity with each setting and decay, and keep the best on validation; the earlier one wins a tie."""
     interactions = interaction_matrix(training.histories, training.num_items)  # [users, N]
@@ -157,7 +154,7 @@ def knn_similarity(interactions: sparse.csr_matrix, shrink: float) -> sparse.csr
 
 
 @baseline("itemknn")
-def item_knn(training: Training) -> ItemSimilarityScorer:
+def item_knn(training: TrainingData) -> ItemSimilarityScorer:
     """Fit item-kNN with the shrinkage and decay that are best on validation."""
     return choose_similarity(training, knn_similarity, (0.0, 20.0, 60.0))
 
@@ -186,7 +183,7 @@ def ease_weights(interactions: sparse.csr_matrix, regularisation: float, max_byt
 
 
 @baseline("ease")
-def ease(training: Training) -> ItemSimilarityScorer:
+def ease(training: TrainingData) -> ItemSimilarityScorer:
     """Fit EASE with the regularisation and decay that are best on validation."""
     return choose_similarity(training, ease_weights, (100.0, 300.0, 1000.0))
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.cf.baselines import BASELINES, CFScorer, Training
+from twice_rec.cf.baselines import BASELINES, CFScorer, TrainingData
 from twice_rec.cf.confidence import Floats, Histories
 from twice_rec.errors import InputError
 from twice_rec.metrics import per_user, ranks_from_scores
@@ -104,7 +104,7 @@ class CFQuestions:
 def fit_baseline(name: str, data: Data, seed: int) -> CFScorer:
     """Fit one of `BASELINES` on the training parts, with its settings chosen on validation."""
     valid = CFQuestions.of(data, "valid", ["full"])
-    return BASELINES[name](Training(data.training_histories(), len(data.catalog), seed, valid.mean))
+    return BASELINES[name](TrainingData(data.training_histories(), len(data.catalog), seed, valid.mean))
 
 
 def _list_of(by_user: Mapping[str, CandidateLists], user_id: str, kind: str) -> tuple[str, ...]:

@@ -17,14 +17,14 @@ from twice_rec.cf.baselines import BASELINES, CFScorer
 from twice_rec.cf.confidence import ConfidenceModel, Floats, Histories
 from twice_rec.cf.ranking import CFQuestions, Data, fit_baseline
 from twice_rec.cf.recipe import ConfidenceConfig
+from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.errors import InputError
 
 
 class ScorerRewarder(ConfidenceModel):
     """The confidences of a fitted `CFScorer`.
 
-    A scorer that asks who the user is gets a number made of the history: a model without histories (random) then still
-    gives the same confidence whenever it is asked.
+    A scorer that asks who the user is (random) gets a number made of the history, so its confidences are repeatable.
     """
 
     def __init__(self, scorer: CFScorer, batch_size: int = 512):
@@ -79,8 +79,6 @@ def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, device: 
         InputError: if there is no such model, or it cannot give the confidences that the recipe asks for.
     """
     if config.cf_model not in BASELINES:
-        from twice_rec.cf.sasrec import SASRecScorer
-
         return SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, device)
     model = ScorerRewarder(fit_baseline(config.cf_model, data, seed=0))
     stored = data.candidates("valid")[0].lists

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -30,31 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 class Completion(Protocol):
-    """One completion; `llm.generation.Generation` has it."""
+    """One completion; `llm.generation` has it."""
 
-    @property
-    def text(self) -> str: ...  # noqa: D102
-    @property
-    def mean_log_probability(self) -> float: ...  # noqa: D102
+    text: str
+    mean_log_probability: float
 
 
 class Generator(Protocol):
-    """What evaluation needs of a language model; `llm.generation.TransformersGenerator` has it."""
+    """What evaluation needs of a language model; `llm.generation.TransformersGenerator` says it in full."""
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[Message]],
-        num_samples: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Sequence[Sequence[Completion]]:
-        """Return the completions of every prompt; greedy without a seed."""
-        ...
-
-    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
-        """Return the log-probability of each completion of one prompt, up to a constant they share."""
-        ...
+    def generate(self, prompts: Sequence[Sequence[Message]], *sampling: Any) -> Sequence[Sequence[Completion]]: ...  # noqa: D102
+    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]: ...  # noqa: D102
 
 
 def evaluate_language_model(
@@ -66,7 +52,7 @@ def evaluate_language_model(
     ranking: str,
     seed: int,
 ) -> tuple[list[Path], dict[str, float]]:
-    """Ask all questions and write predictions and metrics; a run that was killed goes on after its last whole batch.
+    """Ask all questions and write predictions and metrics; a killed run goes on after its last whole batch.
 
     Args:
         batches: (name of the candidate list, questions), asked together in this order.
@@ -130,8 +116,8 @@ def ask(
             scores = np.array([generator.score(prompt, texts)])  # [1, C]
             ranked = [example.candidates[position] for position in np.argsort(-scores[0], kind="stable")]
             rank = int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0])
-        texts = tuple(completion.text for completion in written)
-        predictions.append(Prediction(example.user_id, example.target, {kind: rank}, seed, tuple(ranked), texts))
+        said = tuple(completion.text for completion in written)
+        predictions.append(Prediction(example.user_id, example.target, {kind: rank}, seed, tuple(ranked), said))
     return predictions
 
 

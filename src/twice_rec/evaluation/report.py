@@ -1,12 +1,16 @@
-"""The report: everything under eval/ summed up with intervals, compared, and written as a page, tables and JSON."""
+"""The report: everything under eval/ summed up with intervals, compared, and written as a page, tables and JSON.
+
+Two views are given: every variant on all its users, and all variants on the users they share, since language models may
+answer for fewer users.
+"""
 
 from __future__ import annotations
 
-import html
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, ci95, n, runs
 Table = tuple[list[str], list[list[str]]]  # header, rows
-Section = tuple[str, str, Table]  # heading, a sentence, table
 INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count against the target; every user counts."
 
 
@@ -53,7 +57,7 @@ def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
     """
     folders: dict[str, list[Path]] = {}
     for run_dir in run_dirs:
-        found = sorted((run_dir / "eval").glob(f"*/{MANIFEST}"))
+        found = _manifests(run_dir)
         if not found:
             raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
         for path in found:
@@ -61,28 +65,31 @@ def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
     return {name: _read(folders[name]) for name in in_order(list(folders))}
 
 
+def _manifests(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "eval").glob(f"*/{MANIFEST}"))
+
+
 def _read(folders: Sequence[Path]) -> Variant:
     users: dict[str, int] = {}
     trainings: dict[tuple[Path, int], None] = {}
-    rows: dict[str, list[int]] = {}  # list kind -> the row of each rank
-    ranks: dict[str, list[int]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}  # kind of list -> (row of the user, rank)
     for folder in folders:
         _check_same_data(folders[0], folder)
         for prediction in read_records(folder / PREDICTIONS, Prediction):
             trainings[folder, prediction.seed] = None
             row = users.setdefault(prediction.user_id, len(users))
             for kind, rank in prediction.ranks.items():
-                rows.setdefault(kind, []).append(row)
-                ranks.setdefault(kind, []).append(rank)
+                found.setdefault(kind, []).append((row, rank))
     values = {}
-    for kind, of in ranks.items():
-        if not (np.bincount(rows[kind], minlength=len(users)) == len(trainings)).all():
+    for kind, pairs in found.items():
+        rows, ranks = np.array(pairs).T
+        if not (np.bincount(rows, minlength=len(users)) == len(trainings)).all():
             raise InputError(
                 f"{', '.join(map(str, folders))}: some users have no rank for {kind} in some of the "
                 f"{len(trainings)} runs; evaluate all of them on the same users and lists"
             )
         for name in METRICS:
-            values[f"{kind}/{name}"] = np.bincount(rows[kind], weights=per_user(name, of)) / len(trainings)
+            values[f"{kind}/{name}"] = np.bincount(rows, weights=per_user(name, ranks)) / len(trainings)
     return Variant(users, values, len(trainings))
 
 
@@ -96,9 +103,24 @@ def _check_same_data(one: Path, other: Path) -> None:
             )
 
 
-def summarise_variants(
-    variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int
-) -> dict[str, dict[str, Any]]:
+def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe) -> dict[str, Any]:
+    """Return summaries and comparisons, for results.json; a pair that is not evaluated is left out with a warning."""
+    shared, samples = common_users(variants), recipe.bootstrap_samples
+    comparisons = []
+    for a, b in recipe.comparisons:
+        if missing := [name for name in (a, b) if name not in variants]:
+            logger.warning("%s - %s left out: %s is not evaluated; %s are", a, b, missing[0], ", ".join(variants))
+        else:
+            comparisons.append(compare(variants, a, b, recipe.comparison_metric, samples))
+    common = summarise_variants(variants, shared, samples) if shared else {}
+    return {
+        "variants": summarise_variants(variants, None, samples),
+        "common_users": {"n": len(shared), "variants": common},
+        "comparisons": comparisons,
+    }
+
+
+def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int) -> Summary:
     """Return means, 95 % intervals, number of users and number of trainings of each variant.
 
     Args:
@@ -137,16 +159,11 @@ def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootst
     if not users:
         raise InputError(f"{a} and {b} have no user in common")
     left, right = (variants[name].column(metric, users) for name in (a, b))
-    return {
-        "a": a,
-        "b": b,
-        "metric": metric,
-        "n": len(users),
-        **asdict(paired_bootstrap(left, right, bootstrap_samples)),
-    }
+    found = paired_bootstrap(left, right, bootstrap_samples)
+    return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
 
 
-def interval_table(summary: Mapping[str, Mapping[str, Any]], kind: str) -> Table:
+def interval_table(summary: Summary, kind: str) -> Table:
     """Return one list's table: each metric of each variant with its interval."""
     columns = columns_of({name: row["metrics"] for name, row in summary.items()})
     keys = [key for key in columns if key.startswith(f"{kind}/")]
@@ -169,97 +186,59 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of paired comparisons."""
     rows = []
     for c in comparisons:
-        low, high = c["ci95"]
-        interval = f"[{low:+.4f}, {high:+.4f}]"
+        interval = "[{:+.4f}, {:+.4f}]".format(*c["ci95"])
         difference = f"{c['difference']:+.4f}"
         rows.append([f"{c['a']} - {c['b']}", c["metric"], f"{c['n']:,}", difference, interval, f"{c['p']:.3f}"])
     return ["comparison", "metric", "users", "difference", "95 % interval", "p"], rows
 
 
-@dataclass(frozen=True)
-class Report:
-    """What stage 5 tells of a run.
+def sections_of(results: Mapping[str, Any], metric: str) -> list[tuple[str, str, Table]]:
+    """Return the parts of the page: heading, a sentence, table. The shared users' table is of the metric's list."""
+    says = "Every variant on all users it was evaluated on."
+    sections = [
+        (f"Lists: {kind}", f"{RANKED_LISTS[kind]} {says}", interval_table(results["variants"], kind))
+        for kind in lists_of({name: row["metrics"] for name, row in results["variants"].items()})
+    ]
+    shared = interval_table(results["common_users"]["variants"], metric.partition("/")[0])
+    if shared[1]:
+        says = f"The {results['common_users']['n']:,} users that all variants share."
+        sections.insert(0, ("The same users for all", says, shared))
+    if results["comparisons"]:
+        sections.insert(1, ("Comparisons", "Paired over users.", comparison_table(results["comparisons"])))
+    return sections
 
-    Two views are given: every variant on all its users, and all variants on the users they share, since language models
-    may answer for fewer users.
 
-    Args:
-        title: of the page.
-        summary: each variant on all its users; see `summarise_variants`.
-        users: those that every variant was evaluated on.
-        common: each variant on these users.
-        comparisons: see `compare`.
-        shared_table: `common` as a table, of the list that is compared; without rows if no user is shared.
-    """
-
-    title: str
-    summary: dict[str, dict[str, Any]]
-    users: list[str]
-    common: dict[str, dict[str, Any]]
-    comparisons: list[dict[str, Any]]
-    shared_table: Table
-
-    @classmethod
-    def of(cls, variants: Mapping[str, Variant], recipe: ReportRecipe) -> Report:
-        """Sum up the variants and compare the recipe's pairs; one that is not evaluated is left out with a warning."""
-        summary = summarise_variants(variants, None, recipe.bootstrap_samples)
-        users = common_users(variants)
-        common = summarise_variants(variants, users, recipe.bootstrap_samples) if users else {}
-        comparisons = []
-        for a, b in recipe.comparisons:
-            if missing := [name for name in (a, b) if name not in variants]:
-                logger.warning("%s - %s left out: %s is not evaluated; %s are", a, b, missing[0], ", ".join(variants))
-                continue
-            comparisons.append(compare(variants, a, b, recipe.comparison_metric, recipe.bootstrap_samples))
-        shared = interval_table(common, recipe.comparison_metric.partition("/")[0])
-        return cls(f"TWiCE-Rec on {recipe.domain}", summary, users, common, comparisons, shared)
-
-    def sections(self) -> list[Section]:
-        """Return the parts of the page."""
-        lists = lists_of({name: row["metrics"] for name, row in self.summary.items()})
-        says = "Every variant on all users it was evaluated on."
-        sections = [
-            (f"Lists: {kind}", f"{RANKED_LISTS[kind]} {says}", interval_table(self.summary, kind)) for kind in lists
-        ]
-        if self.shared_table[1]:
-            says = f"The {len(self.users):,} users that all variants share."
-            sections.insert(0, ("The same users for all", says, self.shared_table))
-        if self.comparisons:
-            sections.insert(1, ("Comparisons", "Paired over users.", comparison_table(self.comparisons)))
-        return sections
-
-    def save(self, folder: Path, domain: str, run_dirs: Sequence[Path]) -> None:
-        """Write index.html, tables.md and results.json, which says what it was made of."""
-        about, manifests = environment(), [p for run in run_dirs for p in sorted((run / "eval").glob(f"*/{MANIFEST}"))]
-        made_of = {str(path): hash_file(path) for path in manifests}
-        results = {
-            "variants": self.summary,
-            "common_users": {"n": len(self.users), "variants": self.common},
-            "comparisons": self.comparisons,
-            "manifest": {"domain": domain, "evaluations": made_of, **about},
-        }
-        write_json(folder / "results.json", results)
-        sections = self.sections()
-        facts = {
+def save_report(folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, run_dirs: Sequence[Path]) -> None:
+    """Write index.html, tables.md and results.json, each with what it was made of."""
+    about, sections = environment(), sections_of(results, recipe.comparison_metric)
+    made_of = {str(path): hash_file(path) for run in run_dirs for path in _manifests(run)}
+    manifest = {"domain": recipe.domain, "evaluations": made_of, **about}
+    write_json(folder / "results.json", {**results, "manifest": manifest})
+    title, facts = (
+        f"TWiCE-Rec on {recipe.domain}",
+        {
             "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "run": ", ".join(map(str, run_dirs)),
             "commit": str(about["commit"]),
             "python": about["python"],
             "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
-        }
-        write_text(folder / "index.html", html_page(self.title, INTRO, sections, facts))
-        text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
-        write_text(folder / "tables.md", f"# {self.title}\n\n{INTRO}\n\n{text}\n")
+        },
+    )
+    write_text(folder / "index.html", html_page(title, sections, facts))
+    text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
+    write_text(folder / "tables.md", f"# {title}\n\n{INTRO}\n\n{text}\n")
 
-    def show(self) -> None:
-        """Print the shared users' table, without intervals, and the comparisons."""
-        header, rows = self.shared_table
-        if rows:
-            compact = [[row[0], row[1], *(cell.partition(" ")[0] for cell in row[3:])] for row in rows]
-            table = markdown_table(["variant", "users", *header[3:]], compact)
-            show(f"The {len(self.users):,} users that all variants share:\n\n{table}")
-        if self.comparisons:
-            show(markdown_table(*comparison_table(self.comparisons)))
+
+def show_report(results: Mapping[str, Any], metric: str) -> None:
+    """Print the shared users' table, without intervals, and the comparisons."""
+    common = results["common_users"]
+    header, rows = interval_table(common["variants"], metric.partition("/")[0])
+    if rows:
+        compact = [[row[0], row[1], *(cell.partition(" ")[0] for cell in row[3:])] for row in rows]
+        table = markdown_table(["variant", "users", *header[3:]], compact)
+        show(f"The {common['n']:,} users that all variants share:\n\n{table}")
+    if results["comparisons"]:
+        show(markdown_table(*comparison_table(results["comparisons"])))
 
 
 _STYLE = """
@@ -272,20 +251,20 @@ dt { float: left; clear: left; width: 9rem; color: #666 } dd { margin-left: 9.5r
 """
 
 
-def html_page(title: str, intro: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
+def html_page(title: str, sections: Sequence[tuple[str, str, Table]], facts: Mapping[str, str]) -> str:
     """Return one self-contained page; `facts` says how it was made, name -> value."""
-    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"]
-    for heading, sentence, (header, rows) in sections:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        parts.append(
-            f"<h2>{html.escape(heading)}</h2><p>{html.escape(sentence)}</p>"
-            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-        )
-    made = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
+
+    parts = [f"<h1>{escape(title)}</h1><p>{escape(INTRO)}</p>"]
+    for heading, says, (header, rows) in sections:
+        table = f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
+        parts.append(f'<h2>{escape(heading)}</h2><p>{escape(says)}</p><div class="wide">{table}</div>')
+    made = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     parts.append(f"<h2>How this was made</h2><dl>{made}</dl>")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>\n"
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twice_rec.config import ReportRecipe, load_recipe
-from twice_rec.evaluation.report import Report, read_variants
+from twice_rec.evaluation.report import read_variants, results_of, save_report, show_report
 from twice_rec.stages.command_line import run_stage
 
 logger = logging.getLogger("report")
@@ -21,10 +21,10 @@ logger = logging.getLogger("report")
 def report(recipe: ReportRecipe) -> None:
     """Sum up the run."""
     runs = list(dict.fromkeys([recipe.run_path, *map(Path, recipe.other_runs)]))  # one that is named twice counts once
-    made = Report.of(read_variants(runs), recipe)
+    results = results_of(read_variants(runs), recipe)
     folder = recipe.run_path / "report"
-    made.save(folder, recipe.domain, runs)
-    made.show()
+    save_report(folder, results, recipe, runs)
+    show_report(results, recipe.comparison_metric)
     logger.info("with intervals and all lists: %s", folder / "index.html")
 
 
