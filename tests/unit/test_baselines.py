@@ -75,7 +75,9 @@ def test_ease_says_what_memory_it_needs():
         ease_weights(interaction_matrix([[1, 1000]], 1000), 100.0, max_bytes=1e6)
 
 
-@pytest.mark.parametrize(("kind", "similarity"), [("itemknn", "knn_similarity 0"), ("ease", "ease_weights 100")])
+@pytest.mark.parametrize(
+    ("kind", "similarity"), [("itemknn", "itemknn with shrink 0"), ("ease", "ease with regularisation 100")]
+)
 def test_settings_are_chosen_on_validation(kind, similarity, caplog):
     caplog.set_level("INFO")
     seen = []
@@ -86,7 +88,7 @@ def test_settings_are_chosen_on_validation(kind, similarity, caplog):
 
     assert BASELINES[kind](training(validate=validate)) is seen[2]
     assert len(seen) == 9
-    assert f"chose {similarity}, decay 0.8, validation 0.9000" in caplog.text
+    assert f"chose {similarity}, decay 0.8: validation 0.9000" in caplog.text
 
 
 def test_baselines_in_the_order_of_tables():

@@ -121,7 +121,7 @@ class ItemSimilarityScorer:
 
 
 def choose_similarity(
-    training: TrainingData, fit: Callable[[sparse.csr_matrix, float], Any], values: Sequence[float]
+    training: TrainingData, fit: Callable[[sparse.csr_matrix, float], Any], setting: str, values: Sequence[float]
 ) -> ItemSimilarityScorer:
     """Fit a similarity with each setting and decay, and keep the best on validation; the earlier one wins a tie."""
     interactions = interaction_matrix(training.histories, training.num_items)  # [users, N]
@@ -129,13 +129,13 @@ def choose_similarity(
     for value in values:
         similarity = fit(interactions, value)  # [N, N]
         for decay in (1.0, 0.9, 0.8):
-            model, chosen = ItemSimilarityScorer(similarity, decay), f"{fit.__name__} {value:g}, decay {decay:g}"
+            model, chosen = ItemSimilarityScorer(similarity, decay), f"{setting} {value:g}, decay {decay:g}"
             reached = training.validate(model)
             logger.info("  %s: validation %.4f", chosen, reached)
             if best is None or reached > best[0]:
                 best = (reached, chosen, model)
     assert best is not None
-    logger.info("chose %s, validation %.4f", best[1], best[0])
+    logger.info("chose %s: validation %.4f", best[1], best[0])
     return best[2]
 
 
@@ -156,7 +156,7 @@ def knn_similarity(interactions: sparse.csr_matrix, shrink: float) -> sparse.csr
 @baseline("itemknn")
 def item_knn(training: TrainingData) -> ItemSimilarityScorer:
     """Fit item-kNN with the shrinkage and decay that are best on validation."""
-    return choose_similarity(training, knn_similarity, (0.0, 20.0, 60.0))
+    return choose_similarity(training, knn_similarity, "itemknn with shrink", (0.0, 20.0, 60.0))
 
 
 def ease_weights(interactions: sparse.csr_matrix, regularisation: float, max_bytes: float = 16e9) -> Floats:
@@ -185,7 +185,7 @@ def ease_weights(interactions: sparse.csr_matrix, regularisation: float, max_byt
 @baseline("ease")
 def ease(training: TrainingData) -> ItemSimilarityScorer:
     """Fit EASE with the regularisation and decay that are best on validation."""
-    return choose_similarity(training, ease_weights, (100.0, 300.0, 1000.0))
+    return choose_similarity(training, ease_weights, "ease with regularisation", (100.0, 300.0, 1000.0))
 
 
 class PrecomputedScorer:

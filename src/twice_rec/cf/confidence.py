@@ -70,16 +70,11 @@ class ConfidenceModel(ABC):
     def confidences(
         self, histories: Histories, candidates: NDArray[np.int64], kind: str = "sigmoid", debiased: bool = False
     ) -> NDArray[np.float32]:
-        """Return the confidence in each candidate.
+        """Return the confidence in each candidate: B histories and item indices [B, C] -> float32 [B, C] in [0, 1].
 
         Args:
-            histories: B item index sequences.
-            candidates: int64 [B, C] item indices.
             kind: name in `CONFIDENCES`.
             debiased: subtract each item's mean z first.
-
-        Returns:
-            float32 [B, C] in [0, 1].
 
         Raises:
             ValueError: if the model lacks the item means or the calibration that this needs.
@@ -93,14 +88,10 @@ class ConfidenceModel(ABC):
         return CONFIDENCES[kind](z, calibration).astype(np.float32)
 
     def calibrate(self, histories: Histories, shown: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-        """Fit item means over these users, and calibrations of raw and debiased scores on their candidates.
+        """Fit item means over B validation users, and calibrations of raw and debiased scores on their candidates.
 
         A model that scores an item alike for all users gets no calibration of debiased scores: all of them are 0.
-
-        Args:
-            histories: B validation histories.
-            shown: int64 [B, C], their candidates.
-            targets: int64 [B].
+        `shown` is int64 [B, C], `targets` int64 [B].
         """
         self.item_mean = self.item_means(histories)
         z = self.logits(histories, shown)  # [B, C]
@@ -114,15 +105,9 @@ class ConfidenceModel(ABC):
 def popularity_share(states: Floats, items: Floats) -> float:
     """Return the popularity share of z = states @ items.T: the share of its variance that the item alone explains.
 
-    It is the variance over items of the mean z over users, divided by the variance of all z. Near 1, the model ranks
-    the same items first for everybody. Computed from second moments, without the [users, items] matrix.
-
-    Args:
-        states: float [users, D].
-        items: float [N, D], without padding.
-
-    Returns:
-        A number in [0, 1].
+    It is the variance over items of the mean z over users, divided by the variance of all z, so a number in [0, 1].
+    Near 1, the model ranks the same items first for everybody. Computed from second moments, without the [users, N]
+    matrix, of `states`, float [users, D], and `items`, float [N, D] without padding.
     """
     users, embeddings = states.astype(np.float64), items.astype(np.float64)
     mean = users.mean(axis=0) @ embeddings.mean(axis=0)  # of all z
@@ -134,9 +119,7 @@ def popularity_share(states: Floats, items: Floats) -> float:
 def fit_calibration(logits: Floats, is_target: NDArray[np.bool_], steps: int = 50) -> Calibration:
     """Fit a and b that maximise the likelihood of `is_target` under sigmoid(a z + b) (Platt scaling, Newton's method).
 
-    Args:
-        logits: float [n], the z.
-        is_target: bool [n].
+    Both arguments are [n].
 
     Raises:
         ValueError: if `is_target` is the same everywhere.
@@ -149,9 +132,8 @@ def fit_calibration(logits: Floats, is_target: NDArray[np.bool_], steps: int = 5
     weights = np.array([0.0, np.log(y.mean() / (1 - y.mean()))])
     for _ in range(steps):
         p = 1 / (1 + np.exp(-design @ weights))  # [n]
-        gradient = design.T @ (p - y)
         hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
+        step = np.linalg.solve(hessian, design.T @ (p - y))
         weights -= step
         if np.abs(step).max() < 1e-10:
             break

@@ -39,7 +39,7 @@ class CFQuestions:
         lists: names of `RANKED_LISTS`; `full` is the catalogue without the seen items.
 
     Raises:
-        InputError: if no user has a target in the split, or a list is not stored.
+        InputError: if no user has a target in the split, or if a list is not stored.
     """
 
     def __init__(

@@ -69,11 +69,7 @@ def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
 
 
 def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, device: str = "cpu") -> ConfidenceModel:
-    """Load the SASRec that `cf_model` names, or fit the baseline.
-
-    Args:
-        run_path: the run's folder, with the results of stage 3a.
-        device: of a SASRec.
+    """Load the SASRec that `cf_model` names onto the device, or fit the baseline on the run's data.
 
     Raises:
         InputError: if there is no such model, or it cannot give the confidences that the recipe asks for.

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
-from twice_rec.cf.sasrec import SASRec
+from twice_rec.cf.sasrec import SASRec, pad_right
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
 from twice_rec.progress import progress
@@ -46,10 +46,7 @@ class Epoch:
 def softmax_loss(states: Tensor, targets: Tensor, item_embedding: Tensor) -> Tensor:
     """Return the cross-entropy over the whole catalogue.
 
-    Args:
-        states: float [T, D].
-        targets: int64 [T], item indices 1..N.
-        item_embedding: float [N + 1, D]; row 0 is padding.
+    Takes states [T, D], target items 1..N [T], and item embeddings [N + 1, D], whose row 0 is padding.
     """
     return F.cross_entropy(states @ item_embedding[1:].T, targets - 1)
 
@@ -104,11 +101,8 @@ class Batches:
         recent = [sequence[-(max_length + 1) :] for sequence in sequences if len(sequence) >= 2]
         if not recent:
             raise InputError("no user has two training interactions; SASRec has nothing to learn from")
-        self.lengths = torch.tensor([len(sequence) for sequence in recent])
-        table = np.zeros((len(recent), int(self.lengths.max())), dtype=np.int64)
-        for row, sequence in enumerate(recent):
-            table[row, : len(sequence)] = sequence
-        self.table = torch.from_numpy(table)
+        self.table = pad_right(recent)  # [users, longest]
+        self.lengths = (self.table > 0).sum(1)  # [users]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -190,8 +184,8 @@ class SASRecTrainer:
         return max(self.log, key=lambda epoch: epoch.validation)
 
     def _out_of_patience(self) -> bool:
-        patience = self.config.patience
-        return patience is not None and bool(self.log) and len(self.log) - self.best_epoch.number >= patience
+        patience = self.config.patience or math.inf
+        return bool(self.log) and len(self.log) - self.best_epoch.number >= patience
 
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()

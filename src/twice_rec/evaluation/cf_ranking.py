@@ -51,13 +51,9 @@ def evaluate_scorer_variant(
 def evaluate_scorers(
     folder: Path, questions: CFQuestions, scorers: Iterable[CFScorer], seed: int
 ) -> tuple[list[Path], dict[str, float]]:
-    """Rank all targets with one model, or with one per training, and write predictions and metrics.
+    """Rank all targets with one model, or one per training; write and return predictions and metrics.
 
-    Args:
-        seed: of the first training; the others count on from it.
-
-    Returns:
-        The files, and the metrics: means over users and trainings.
+    The first training has the seed, the others count on from it. Metrics are means over users and trainings.
     """
     rows = [row for i, scorer in enumerate(scorers) for row in questions.predictions(questions.ranks(scorer), seed + i)]
     write_records(folder / PREDICTIONS, rows)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import PREDICTIONS
-from twice_rec.evaluation.tables import columns_of, in_order, lists_of, show
+from twice_rec.evaluation.tables import Summary, Table, in_order, list_table, lists_of, show
 from twice_rec.files import MANIFEST, hash_file, read_json, read_records, write_json, write_text
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, ci95, n, runs
-Table = tuple[list[str], list[list[str]]]  # header, rows
 INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count against the target; every user counts."
 
 
@@ -163,25 +161,6 @@ def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootst
     return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
 
 
-def interval_table(summary: Summary, kind: str) -> Table:
-    """Return one list's table: each metric of each variant with its interval."""
-    columns = columns_of({name: row["metrics"] for name, row in summary.items()})
-    keys = [key for key in columns if key.startswith(f"{kind}/")]
-
-    def cell(row: Mapping[str, Any], key: str) -> str:
-        if key not in row["metrics"]:
-            return "-"
-        low, high = row["ci95"][key]
-        return f"{row['metrics'][key]:.4f} [{low:.4f}, {high:.4f}]"
-
-    rows = [
-        [name, f"{row['n']:,}", str(row["runs"]), *(cell(row, key) for key in keys)]
-        for name, row in summary.items()
-        if any(key in row["metrics"] for key in keys)
-    ]
-    return ["variant", "users", "runs", *keys], rows
-
-
 def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of paired comparisons."""
     rows = []
@@ -196,10 +175,10 @@ def sections_of(results: Mapping[str, Any], metric: str) -> list[tuple[str, str,
     """Return the parts of the page: heading, a sentence, table. The shared users' table is of the metric's list."""
     says = "Every variant on all users it was evaluated on."
     sections = [
-        (f"Lists: {kind}", f"{RANKED_LISTS[kind]} {says}", interval_table(results["variants"], kind))
-        for kind in lists_of({name: row["metrics"] for name, row in results["variants"].items()})
+        (f"Lists: {kind}", f"{RANKED_LISTS[kind]} {says}", list_table(results["variants"], kind, True))
+        for kind in lists_of(results["variants"])
     ]
-    shared = interval_table(results["common_users"]["variants"], metric.partition("/")[0])
+    shared = list_table(results["common_users"]["variants"], metric.partition("/")[0], True)
     if shared[1]:
         says = f"The {results['common_users']['n']:,} users that all variants share."
         sections.insert(0, ("The same users for all", says, shared))
@@ -232,11 +211,9 @@ def save_report(folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, 
 def show_report(results: Mapping[str, Any], metric: str) -> None:
     """Print the shared users' table, without intervals, and the comparisons."""
     common = results["common_users"]
-    header, rows = interval_table(common["variants"], metric.partition("/")[0])
-    if rows:
-        compact = [[row[0], row[1], *(cell.partition(" ")[0] for cell in row[3:])] for row in rows]
-        table = markdown_table(["variant", "users", *header[3:]], compact)
-        show(f"The {common['n']:,} users that all variants share:\n\n{table}")
+    table = list_table(common["variants"], metric.partition("/")[0])
+    if table[1]:
+        show(f"The {common['n']:,} users that all variants share:\n\n{markdown_table(*table)}")
     if results["comparisons"]:
         show(markdown_table(*comparison_table(results["comparisons"])))
 

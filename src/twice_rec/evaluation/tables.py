@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.evaluation.predictions import METRICS_FILE
@@ -12,6 +13,9 @@ from twice_rec.files import read_json
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS
 from twice_rec.records import RANKED_LISTS
+
+Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, n, and in a report ci95 and runs
+Table = tuple[list[str], list[list[str]]]  # header, rows
 
 # Rows of tables come in this order; variants without a place here follow by name.
 ORDER = (*BASELINES, "sasrec", "base", "stage2", "stage3", "oracle")
@@ -34,31 +38,39 @@ def read_metrics(run_dir: Path) -> dict[str, dict[str, float]]:
     return {variant: found[variant] for variant in in_order(list(found))}
 
 
-def columns_of(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+def columns_of(summary: Summary) -> list[str]:
     """Return the metric keys that some variant has, in table order."""
-    present = {key for row in metrics.values() for key in row}
+    present = {key for row in summary.values() for key in row["metrics"]}
     return [key for kind in RANKED_LISTS for name in METRICS if (key := f"{kind}/{name}") in present]
 
 
-def lists_of(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+def lists_of(summary: Summary) -> list[str]:
     """Return the ranked lists that some variant has metrics of, in table order."""
-    return list(dict.fromkeys(key.partition("/")[0] for key in columns_of(metrics)))
+    return list(dict.fromkeys(key.partition("/")[0] for key in columns_of(summary)))
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]], kind: str) -> str:
-    """Return the Markdown table of one kind of list: one row per variant that has it, with its number of users."""
-    columns = [key for key in columns_of(metrics) if key.startswith(f"{kind}/")]
+def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Table:
+    """Return the table of one kind of list: one row per variant that has it; with intervals, also its runs."""
+    keys = [key for key in columns_of(summary) if key.startswith(f"{kind}/")]
+
+    def cell(row: Mapping[str, Any], key: str) -> str:
+        if key not in row["metrics"]:
+            return "-"
+        interval = " [{:.4f}, {:.4f}]".format(*row["ci95"][key]) if with_intervals else ""
+        return f"{row['metrics'][key]:.4f}{interval}"
+
     rows = [
-        [variant, f"{int(row['n']):,}", *(f"{row[key]:.4f}" if key in row else "-" for key in columns)]
-        for variant, row in metrics.items()
-        if any(key in row for key in columns)
+        [name, f"{int(row['n']):,}", *([str(row["runs"])] if with_intervals else []), *(cell(row, key) for key in keys)]
+        for name, row in summary.items()
+        if any(key in row["metrics"] for key in keys)
     ]
-    return markdown_table(["variant", "users", *columns], rows)
+    return ["variant", "users", *(["runs"] if with_intervals else []), *keys], rows
 
 
 def show_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
     """Print the tables of all lists to standard output."""
-    show("\n\n".join(metrics_table(metrics, kind) for kind in lists_of(metrics)))
+    summary = {name: {"metrics": row, "n": row["n"]} for name, row in metrics.items()}
+    show("\n\n".join(markdown_table(*list_table(summary, kind)) for kind in lists_of(summary)))
 
 
 def show(text: str) -> None:
