@@ -88,7 +88,7 @@ def test_settings_are_chosen_on_validation(kind, similarity, caplog):
 
     assert BASELINES[kind](training(validate=validate)) is seen[2]
     assert len(seen) == 9
-    assert f"chose {similarity}, decay 0.8: validation 0.9000" in caplog.text
+    assert f"chose {kind} with {setting}, decay 0.8: validation 0.9000" in caplog.text
 
 
 def test_baselines_in_the_order_of_tables():
