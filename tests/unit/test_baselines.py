@@ -75,10 +75,8 @@ def test_ease_says_what_memory_it_needs():
         ease_weights(interaction_matrix([[1, 1000]], 1000), 100.0, max_bytes=1e6)
 
 
-@pytest.mark.parametrize(
-    ("kind", "similarity"), [("itemknn", "itemknn with shrink 0"), ("ease", "ease with regularisation 100")]
-)
-def test_settings_are_chosen_on_validation(kind, similarity, caplog):
+@pytest.mark.parametrize(("kind", "setting"), [("itemknn", "shrink 0"), ("ease", "regularisation 100")])
+def test_settings_are_chosen_on_validation(kind, setting, caplog):
     caplog.set_level("INFO")
     seen = []
 
