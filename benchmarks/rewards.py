@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from reporting import paired, report
-from twice_rec.cf.confidence import SasRecScorer
-from twice_rec.cf.sasrec import SasRec, SasRecSettings
+from twice_rec.cf.recipe import SASRecConfig
+from twice_rec.cf.sasrec import SASRec, SASRecScorer
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.rewards import score_completions
 from twice_rec.prompts import item_answer
@@ -39,7 +39,7 @@ def main() -> None:
     catalog = data.catalog
     examples = list(data.training_examples())[: arguments.prompts]
     torch.manual_seed(0)
-    scorer = SasRecScorer(SasRec(SasRecSettings(len(catalog), 128, 256, 2, 2, 0.5, "post", 50)))
+    scorer = SASRecScorer(SASRec(SASRecConfig(hidden_size=128), len(catalog)))
     rng = np.random.default_rng(0)
     histories = [catalog.indices(entry.item_id for entry in example.history) for example in examples]
     shown = np.array([catalog.indices(example.candidates) for example in examples])

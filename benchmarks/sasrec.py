@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from reporting import paired, report
-from twice_rec.cf.sasrec import SasRecSettings
-from twice_rec.cf.sasrec_training import Training, TrainSettings, sample_negatives
+from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
+from twice_rec.cf.sasrec_training import SASRecTrainer, sample_negatives
 from twice_rec.data.dataset import PreparedData
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +35,18 @@ MAX_LENGTH, BATCH, DROPOUT, LEARNING_RATE = 50, 128, 0.2, 1e-3
 
 def ours(sequences: list[list[int]], num_items: int, width: int, heads: int, loss: str, epochs: int) -> float:
     """Users a second of our training."""
-    shape = SasRecSettings(num_items, width, width, 2, heads, DROPOUT, "pre", MAX_LENGTH)
-    settings = TrainSettings(loss, 1, 0.75, 1 + epochs, BATCH, LEARNING_RATE, 0.0, "constant", None, seed=0)  # type: ignore[arg-type]
-    training = Training(shape, settings, sequences, lambda model: 0.0)
-    training.run()
-    return len(sequences) * epochs / sum(epoch.seconds for epoch in training.log[1:])
+    config = SASRecConfig(
+        hidden_size=width, inner_size=width, num_heads=heads, dropout=DROPOUT, norm="pre", max_length=MAX_LENGTH
+    )
+    trainer_config = SASRecTrainerConfig(
+        loss=loss, epochs=1 + epochs, batch_size=BATCH, learning_rate=LEARNING_RATE, patience=None
+    )
+    trainer = SASRecTrainer(config, trainer_config, num_items, sequences, lambda model: 0.0, seed=0)
+    trainer.run()
+    return len(sequences) * epochs / sum(epoch.seconds for epoch in trainer.log[1:])
 
 
-class PaddedSasRec(nn.Module):
+class PaddedSASRec(nn.Module):
     """The peer's model: pre-LayerNorm on the queries alone, ReLU, one shared item embedding."""
 
     def __init__(self, num_items: int, width: int):
@@ -89,7 +93,7 @@ def padded(sequences: list[list[int]], num_items: int, width: int, epochs: int) 
         recent = sequence[-(MAX_LENGTH + 1) :]
         table[row, -len(recent) :] = torch.tensor(recent)
     generator = torch.Generator().manual_seed(0)
-    model = PaddedSasRec(num_items, width)
+    model = PaddedSASRec(num_items, width)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     bce = nn.BCEWithLogitsLoss()
     start = 0.0

@@ -6,6 +6,7 @@ Every record that is stored as a line of JSON has the same field names there. `a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,14 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Verdict = Literal["relevant", "weak", "irrelevant"]
 VERDICTS: tuple[Verdict, ...] = ("relevant", "weak", "irrelevant")
+
+# Lists in which a target is ranked, in the order of tables -> what the report says of them.
+RANKED_LISTS: Mapping[str, str] = {
+    "uniform": "The target among uniformly drawn items.",
+    "popularity": "The target among items drawn in proportion to their training popularity.",
+    "hard": "The target among items that item-kNN scores highest for the user.",
+    "full": "The target among the whole catalogue without the user's earlier items.",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ import pytest
 from scipy import sparse
 
 from twice_rec.cf.baselines import (
+    BASELINES,
     ItemSimilarityScorer,
-    OutsideScorer,
     PopularityScorer,
+    PrecomputedScorer,
     RandomScorer,
-    choose_item_similarity,
+    TrainingData,
     ease_weights,
-    fit_baseline,
     interaction_matrix,
     knn_similarity,
     weighted_histories,
@@ -21,13 +21,17 @@ from twice_rec.errors import InputError
 TRAINING = [[1, 2], [1, 2, 3], [2, 3], [4]]
 
 
+def training(histories=TRAINING, num_items=5, seed=0, validate=lambda model: 0.0):
+    return TrainingData(histories, num_items, seed, validate)
+
+
 def test_popularity_counts_training():
-    scores = PopularityScorer(TRAINING, 5).scores(np.arange(2), [[1], [2]])
+    scores = PopularityScorer(training()).scores(np.arange(2), [[1], [2]])
     assert scores.tolist() == [[2, 3, 2, 1, 0]] * 2
 
 
 def test_random_is_the_same_for_a_user_whenever_asked():
-    scorer = RandomScorer(6, seed=1)
+    scorer = RandomScorer(training(num_items=6, seed=1))
     both = scorer.scores(np.array([3, 5]), [[1], [1]])
     assert np.array_equal(scorer.scores(np.array([5]), [[2]])[0], both[1])
     assert not np.array_equal(both[0], both[1])
@@ -71,46 +75,49 @@ def test_ease_says_what_memory_it_needs():
         ease_weights(interaction_matrix([[1, 1000]], 1000), 100.0, max_bytes=1e6)
 
 
-@pytest.mark.parametrize("kind", ["itemknn", "ease"])
-def test_settings_are_chosen_on_validation(kind):
+@pytest.mark.parametrize(("kind", "setting"), [("itemknn", "shrink 0"), ("ease", "regularisation 100")])
+def test_settings_are_chosen_on_validation(kind, setting, caplog):
+    caplog.set_level("INFO")
     seen = []
 
     def validate(model):
         seen.append(model)
         return {3: 0.9}.get(len(seen), 0.5)
 
-    model, chosen, reached = choose_item_similarity(kind, interaction_matrix(TRAINING, 5), validate)
-    assert model is seen[2]
-    assert reached == 0.9
-    assert chosen["decay"] == 0.8
+    assert BASELINES[kind](training(validate=validate)) is seen[2]
     assert len(seen) == 9
+    assert f"chose {kind} with {setting}, decay 0.8: validation 0.9000" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["random", "popularity", "itemknn", "ease"])
+def test_baselines_in_the_order_of_tables():
+    assert list(BASELINES) == ["random", "popularity", "itemknn", "ease"]
+
+
+@pytest.mark.parametrize("kind", BASELINES)
 def test_every_baseline_scores_the_catalogue(kind):
-    model = fit_baseline(kind, TRAINING, 5, seed=0, validate=lambda m: 0.0)
+    model = BASELINES[kind](training())
     assert model.scores(np.arange(2), [[1], [2, 3]]).shape == (2, 5)
 
 
-class TestOutside:
+class TestPrecomputed:
     def test_rows_are_the_users(self, tmp_path):
         scores = np.arange(6, dtype=np.float32).reshape(2, 3)
         np.savez(tmp_path / "s.npz", scores=scores)
-        assert OutsideScorer(tmp_path / "s.npz", 2, 3).scores(np.array([1]), [[1]]).tolist() == [[3, 4, 5]]
+        assert PrecomputedScorer(tmp_path / "s.npz", 2, 3).scores(np.array([1]), [[1]]).tolist() == [[3, 4, 5]]
 
     def test_errors(self, tmp_path):
         path = tmp_path / "s.npz"
-        with pytest.raises(InputError, match="no such file; outside_scores expects"):
-            OutsideScorer(path, 2, 3)
+        with pytest.raises(InputError, match="no such file; precomputed scores are an .npz"):
+            PrecomputedScorer(path, 2, 3)
         path.write_bytes(b"zip?")
         with pytest.raises(InputError, match="not an .npz file"):
-            OutsideScorer(path, 2, 3)
+            PrecomputedScorer(path, 2, 3)
         np.savez(path, other=np.zeros(1))
         with pytest.raises(InputError, match="no array `scores`; it holds other"):
-            OutsideScorer(path, 2, 3)
+            PrecomputedScorer(path, 2, 3)
         np.savez(path, scores=np.zeros((3, 2)))
         with pytest.raises(InputError, match=r"shape \(3, 2\), expected \[users, items\] = \(2, 3\)"):
-            OutsideScorer(path, 2, 3)
+            PrecomputedScorer(path, 2, 3)
         np.savez(path, scores=np.array([[0, np.nan, 1], [0, 0, 0]]))
         with pytest.raises(InputError, match="1 scores are NaN"):
-            OutsideScorer(path, 2, 3)
+            PrecomputedScorer(path, 2, 3)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import release_rewards
 from twice_rec.answer_format import parse, render
 from twice_rec.catalog import ItemCatalog, Outcome
-from twice_rec.cf.confidence import SasRecScorer
-from twice_rec.cf.sasrec import SasRec, SasRecSettings
+from twice_rec.cf.recipe import SASRecConfig
+from twice_rec.cf.sasrec import SASRec, SASRecScorer
 from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.predict import AskSettings, ask
+from twice_rec.evaluation.llm_ranking import ask
 from twice_rec.files import write_records
 from twice_rec.grpo import rewards
 from twice_rec.grpo.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
@@ -257,7 +257,8 @@ def test_rank_is_that_of_evaluation_by_likelihood():
         generator = SimpleNamespace(
             score=policy.score, generate=lambda prompts, text=text: [[SimpleNamespace(text=text)] for _ in prompts]
         )
-        (predicted,) = ask(generator, [example], "uniform", writer, AskSettings("likelihood", True, 1, 1, 1, 0), 0)
+        config = SimpleNamespace(with_rationale=True)
+        (predicted,) = ask(generator, [example], "uniform", writer, config, "likelihood", 0, 0)
         asked = call([text], [list(example.candidates)], [example.target])
         asked["prompts"] = [writer.recommend(example, with_rationale=True)]
         (reward,) = step_rewards(["rank"], policy=policy).functions[0](**asked)
@@ -354,7 +355,8 @@ def test_the_paper_recipe_earns_what_the_release_pays_but_for_the_listed_differe
         False,
     )
     torch.manual_seed(0)
-    model = SasRec(SasRecSettings(len(SHOP), 16, 16, 1, 2, 0.0, "post", 5)).eval()
+    config = SASRecConfig(hidden_size=16, inner_size=16, num_layers=1, dropout=0.0, max_length=5)
+    model = SASRec(config, len(SHOP)).eval()
     torch.nn.init.normal_(model.item_embedding.weight[1:], std=0.4)
     rng, rows = random.Random(1), []
     for _ in range(20):
@@ -370,7 +372,7 @@ def test_the_paper_recipe_earns_what_the_release_pays_but_for_the_listed_differe
     assert len(rows) == 200
 
     settings = RewardSettings(lambda_, tau, recipe["reward_rank"])
-    step = StepRewards(names, settings, SHOP, SasRecScorer(model), "sigmoid", False, np.zeros(len(SHOP) + 1, np.int64))
+    step = StepRewards(names, settings, SHOP, SASRecScorer(model), "sigmoid", False, np.zeros(len(SHOP) + 1, np.int64))
     columns = list(zip(*rows, strict=True))
     ours = [function(**call(*columns[1:5])) for function in step.functions]
     differing = {kind: set() for kind in DIFFERENCES}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from twice_rec.cf.sasrec import SasRec, SasRecSettings, pad_right
+from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
+from twice_rec.cf.sasrec import SASRec, pad_right
 from twice_rec.cf.sasrec_training import (
     Batches,
-    Training,
-    TrainSettings,
+    SASRecTrainer,
     gbce_beta,
     sample_negatives,
     sampled_loss,
@@ -20,30 +20,27 @@ from twice_rec.cf.sasrec_training import (
 )
 from twice_rec.errors import InputError
 
+NUM_ITEMS = 30
+
 
 def shape(**others):
-    defaults = {"num_items": 30, "hidden_size": 16, "inner_size": 16, "num_layers": 2, "num_heads": 2}
-    return SasRecSettings(**{**defaults, "dropout": 0.0, "norm": "post", "max_length": 8, **others})
+    return SASRecConfig(**{"hidden_size": 16, "inner_size": 16, "dropout": 0.0, "max_length": 8, **others})
 
 
 def model_of(**others):
     torch.manual_seed(0)
-    model = SasRec(shape(**others)).eval()
+    model = SASRec(shape(**others), NUM_ITEMS).eval()
     for parameter in model.parameters():  # far from the start, so that nothing is near zero by chance
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
 def settings(**others):
-    defaults = {"loss": "softmax", "num_negatives": 1, "gbce_t": 0.75, "epochs": 3, "batch_size": 16}
-    training = {
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "patience": None,
-        "seed": 5,
-    }
-    return TrainSettings(**{**defaults, **training, **others})
+    return SASRecTrainerConfig(**{"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "patience": None, **others})
+
+
+def trainer(config, trainer_config, sequences, validate=lambda model: 0.0, state_file=None):
+    return SASRecTrainer(config, trainer_config, NUM_ITEMS, sequences, validate, 5, state_file)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -161,7 +158,7 @@ def chains(count, seed=0):
 
 def test_training_learns_what_follows():
     epochs = itertools.count()  # every epoch is better than the one before
-    training = Training(shape(dropout=0.1), settings(epochs=15), chains(300), lambda model: next(epochs))
+    training = trainer(shape(dropout=0.1), settings(epochs=15), chains(300), lambda model: next(epochs))
     model = training.run()
     states = model.user_states([[1, 2, 3], [28, 29, 30]])
     best = (states @ model.item_embedding.weight[1:].T).argmax(1) + 1
@@ -177,7 +174,7 @@ def test_the_best_epoch_is_kept_and_patience_ends():
         weights.append(model.item_embedding.weight.detach().clone())
         return next(values)
 
-    training = Training(shape(), settings(epochs=10, patience=3), chains(50), validate)
+    training = trainer(shape(), settings(epochs=10, patience=3), chains(50), validate)
     model = training.run()
     assert [epoch.number for epoch in training.log] == [1, 2, 3, 4, 5]
     assert training.best_epoch.number == 2
@@ -189,7 +186,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, loss):
     def training(state_file=None):
         chosen = settings(loss=loss, epochs=5, num_negatives=2, lr_scheduler_type="cosine")
         validate = lambda model: float(model.item_embedding.weight.detach().sum())
-        return Training(shape(dropout=0.3), chosen, chains(80), validate, state_file)
+        return trainer(shape(dropout=0.3), chosen, chains(80), validate, state_file)
 
     def kill_after_three(epoch):
         if epoch.number == 3:
@@ -210,8 +207,8 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, loss):
 
 def test_a_state_of_other_settings_is_not_resumed(tmp_path, caplog):
     state = tmp_path / "state.safetensors"
-    Training(shape(), settings(epochs=2), chains(40), lambda m: 0.0, state).run()
-    other = Training(shape(), settings(epochs=2, learning_rate=0.1), chains(40), lambda m: 0.0, state)
+    trainer(shape(), settings(epochs=2), chains(40), state_file=state).run()
+    other = trainer(shape(), settings(epochs=2, learning_rate=0.1), chains(40), state_file=state)
     other.run()
     assert "left by a run with other settings" in caplog.text
     assert len(other.log) == 2
@@ -219,11 +216,11 @@ def test_a_state_of_other_settings_is_not_resumed(tmp_path, caplog):
 
 def test_a_loss_that_explodes_is_an_error():
     with pytest.raises(InputError, match=r"loss is (nan|inf) in epoch \d+; lower learning_rate"):
-        Training(shape(), settings(learning_rate=1e25, epochs=20), chains(100), lambda m: 0.0).run()
+        trainer(shape(), settings(learning_rate=1e25, epochs=20), chains(100)).run()
 
 
 def test_training_leaves_the_global_random_state_alone():
     torch.manual_seed(9)
     before = torch.random.get_rng_state()
-    Training(shape(dropout=0.5), settings(epochs=1), chains(20), lambda m: 0.0).run()
+    trainer(shape(dropout=0.5), settings(epochs=1), chains(20)).run()
     assert torch.equal(torch.random.get_rng_state(), before)

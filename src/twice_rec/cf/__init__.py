@@ -1,1 +1,1 @@
-"""SASRec (Kang and McAuley, 2018): the model, its training, and its scores as confidences for stage 3."""
+"""Collaborative filtering: SASRec, the baselines, and their scores as confidences for stage 3."""

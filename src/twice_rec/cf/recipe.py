@@ -61,7 +61,7 @@ class ConfidenceConfig(Settings):
     cf_model: str = key(
         "sasrec",
         "CF model that gives the confidences: the results' folder of a SASRec under run_dir (sasrec, sasrec_release), "
-        "or itemknn, ease or popularity, which are fitted when the stage starts",
+        f"or one of {', '.join(BASELINES)}, which is fitted when the stage starts",
     )
     confidence: ConfidenceKind = key(
         "sigmoid", "how scores become confidences: sigmoid (paper), calibrated on validation, or softmax over the list"
@@ -95,4 +95,6 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
     def variant_names_folders(self) -> str | None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.variant):
             return f"variant is {self.variant!r}; it names folders: letters, digits, _ . -"
+        if self.variant in BASELINES:
+            return f"variant is {self.variant!r}, the name of a baseline; choose another"
         return None

@@ -1,57 +1,54 @@
 """SASRec: item and position embeddings, causal self-attention blocks, dot products with the item embeddings.
 
-The architecture is the release's: GELU, post-LayerNorm, one shared item embedding for input and
-output. Pre-LayerNorm is a setting. Sequences are padded on the right with 0, so that a causal mask alone keeps padding
-out of every real position. Everything but the attention itself works on the real positions only, laid end to end: with
-histories of 5 to 18 items that is a third of the padded work.
+The architecture is the release's: GELU, post-LayerNorm, one shared item embedding for input and output. Pre-LayerNorm
+is a setting. Sequences are padded on the right with 0, so a causal mask alone keeps padding out of every real position.
+Everything but the attention itself works on the real positions only, laid end to end: with histories of 5 to 18 items
+that is a third of the padded work.
+Shapes: B sequences of at most L items, T real positions in them, D = hidden_size, H heads, N items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True, slots=True)
-class SasRecSettings:
-    """Shape of the model; see `config.SasrecRecipe`."""
-
-    num_items: int
-    hidden_size: int
-    inner_size: int
-    num_layers: int
-    num_heads: int
-    dropout: float
-    norm: Literal["post", "pre"]
-    max_length: int
+from twice_rec.catalog import ItemCatalog
+from twice_rec.cf.confidence import ConfidenceModel, Histories, popularity_share
+from twice_rec.cf.recipe import SASRecConfig
+from twice_rec.errors import InputError
+from twice_rec.files import atomic_path
 
 
 class Block(nn.Module):
     """Causal self-attention, then a feed-forward layer, each with a residual connection and LayerNorm."""
 
-    def __init__(self, settings: SasRecSettings):
+    def __init__(self, config: SASRecConfig):
         super().__init__()
-        width = settings.hidden_size
-        self.heads = settings.num_heads
-        self.pre = settings.norm == "pre"
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.pre = config.norm == "pre"
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
-        self.inner = nn.Linear(width, settings.inner_size)
-        self.outer = nn.Linear(settings.inner_size, width)
+        self.inner = nn.Linear(width, config.inner_size)
+        self.outer = nn.Linear(config.inner_size, width)
         self.attention_norm = nn.LayerNorm(width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, real: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Real positions end to end, [T, D] -> [T, D].
+        """Transform the real positions, laid end to end: [T, D] -> [T, D].
 
         Args:
-            real: int64 [T], where each stands in the flattened [B * L] batch.
+            real: int64 [T], the place of each position in the flattened [B * L] batch.
             shape: (B, L).
         """
         if self.pre:
@@ -63,55 +60,62 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, real: Tensor, shape: tuple[int, int]) -> Tensor:
         batch, length = shape
         width = x.shape[-1]
-        padded = x.new_zeros(batch * length, 3 * width).index_copy(0, real, self.query_key_value(x))
+        # Queries, keys and values go back to their places in the padded batch; only attention needs it.
+        padded = x.new_zeros(batch * length, 3 * width).index_copy(0, real, self.query_key_value(x))  # [B * L, 3D]
         q, k, v = padded.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.output(mixed.transpose(1, 2).reshape(batch * length, width).index_select(0, real))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # [B, H, L, D / H]
+        return self.output(mixed.transpose(1, 2).reshape(batch * length, width).index_select(0, real))  # [T, D]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.outer(self.dropout(F.gelu(self.inner(x))))
 
 
-class SasRec(nn.Module):
-    """The sequence model. Items are indices 1..N, 0 is padding."""
+class SASRec(nn.Module):
+    """The sequence model (Kang and McAuley, 2018). Items are indices 1..N, 0 is padding."""
 
-    def __init__(self, settings: SasRecSettings):
+    def __init__(self, config: SASRecConfig, num_items: int):
         super().__init__()
-        self.settings = settings
-        self.item_embedding = nn.Embedding(settings.num_items + 1, settings.hidden_size, padding_idx=0)
-        self.position_embedding = nn.Embedding(settings.max_length, settings.hidden_size)
-        self.input_norm = nn.LayerNorm(settings.hidden_size)
-        self.dropout = nn.Dropout(settings.dropout)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
-        self.final_norm = nn.LayerNorm(settings.hidden_size) if settings.norm == "pre" else nn.Identity()
+        self.config = config
+        self.num_items = num_items
+        self.item_embedding = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
+        self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
+        self.input_norm = nn.LayerNorm(config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm == "pre" else nn.Identity()
         self.apply(_initialise)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the model is built from, for a file."""
+        return {"num_items": self.num_items, **self.config.values_of(SASRecConfig)}
+
     def forward(self, items: Tensor) -> Tensor:
-        """States after every real item, end to end: int64 [B, L], 0 behind the shorter sequences -> float [T, D]."""
-        real = (items.reshape(-1) > 0).nonzero().squeeze(1)
-        embedded = self.item_embedding(items.reshape(-1)[real]) + self.position_embedding(real % items.shape[1])
-        x = self.dropout(embedded if self.settings.norm == "pre" else self.input_norm(embedded))
+        """Return the states after every real item, laid end to end: int64 [B, L], padded with 0 -> float [T, D]."""
+        flat = items.reshape(-1)  # [B * L]
+        real = (flat > 0).nonzero().squeeze(1)  # [T]
+        embedded = self.item_embedding(flat[real]) + self.position_embedding(real % items.shape[1])  # [T, D]
+        x = self.dropout(embedded if self.config.norm == "pre" else self.input_norm(embedded))
         for block in self.blocks:
-            x = block(x, real, tuple(items.shape))
+            x = block(x, real, tuple(items.shape))  # [T, D]
         return self.final_norm(x)
 
-    def user_states(self, histories: Sequence[Sequence[int]]) -> Tensor:
-        """The state after each history's last item: float [B, D]. Only the most recent `max_length` items count.
+    def user_states(self, histories: Histories) -> Tensor:
+        """Return the state after each history's last item: float [B, D]. The most recent `max_length` items count.
 
         Raises:
             ValueError: for an empty history.
         """
         if not all(len(history) for history in histories):
             raise ValueError("SASRec needs at least one item of history")
-        recent = [history[-self.settings.max_length :] for history in histories]
+        recent = [history[-self.config.max_length :] for history in histories]
         device = self.item_embedding.weight.device
-        last = torch.tensor([len(history) for history in recent], device=device).cumsum(0) - 1
+        last = torch.tensor([len(history) for history in recent], device=device).cumsum(0) - 1  # [B]
         return self(pad_right(recent).to(device))[last]
 
 
 def _initialise(module: nn.Module) -> None:
-    """Normal weights with standard deviation 0.02, zero biases and padding (as BERT, and as RecBole)."""
+    """Draw normal weights with standard deviation 0.02; biases and padding are 0 (as BERT, and as RecBole)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -121,7 +125,92 @@ def _initialise(module: nn.Module) -> None:
             module.weight[module.padding_idx].zero_()
 
 
-def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """int64 [B, L] with 0 behind the shorter sequences; L is the longest one's length."""
+def pad_right(sequences: Histories) -> Tensor:
+    """Return int64 [B, L], with 0 behind the shorter sequences; L is the longest one's length."""
     length = max(len(sequence) for sequence in sequences)
     return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences], dtype=torch.int64)
+
+
+class SASRecScorer(ConfidenceModel):
+    """A trained SASRec: rankings for evaluation, confidences for the reward of stage 3."""
+
+    def __init__(self, model: SASRec):
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def states(self, histories: Histories, batch_size: int = 1024) -> Tensor:
+        """Return the user states: float32 [B, D]."""
+        starts = range(0, len(histories), batch_size)
+        return torch.cat([self.model.user_states(histories[start : start + batch_size]) for start in starts])
+
+    @torch.inference_mode()
+    def scores(self, users: NDArray[np.int64], histories: Histories) -> NDArray[np.float32]:
+        """Return z of the whole catalogue: float32 [B, N], column j for index j + 1. See `CFScorer`."""
+        return (self.states(histories) @ self.model.item_embedding.weight[1:].T).cpu().numpy()
+
+    @torch.inference_mode()
+    def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `ConfidenceModel`. Equal histories are computed once, all in one forward pass."""
+        rows: dict[tuple[int, ...], int] = {}
+        row_of = [rows.setdefault(tuple(history), len(rows)) for history in histories]
+        states = self.states(list(rows))[torch.tensor(row_of)]  # [B, D]
+        embeddings = self.model.item_embedding.weight[torch.from_numpy(items).to(states.device)]  # [B, C, D]
+        return torch.einsum("bd,bcd->bc", states, embeddings).cpu().numpy()
+
+    @torch.inference_mode()
+    def item_means(self, histories: Histories) -> NDArray[np.float32]:
+        """See `ConfidenceModel`. z is linear in the state, so the mean state gives the mean z."""
+        return (self.model.item_embedding.weight @ self.states(histories).mean(0)).cpu().numpy()
+
+    @torch.inference_mode()
+    def popularity_share(self, histories: Histories) -> float:
+        """Return the popularity share of z over these users; see `confidence.popularity_share`."""
+        items = self.model.item_embedding.weight[1:]  # [N, D]
+        return popularity_share(self.states(histories).cpu().numpy(), items.cpu().numpy())
+
+    def save(self, path: Path, catalog: ItemCatalog) -> None:
+        """Write one safetensors file: weights, item means, settings, calibration, the catalogue's fingerprint."""
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        if self.item_mean is not None:
+            tensors["item_mean"] = torch.from_numpy(self.item_mean)
+        metadata = {
+            "settings": json.dumps(self.model.settings()),
+            "calibration": json.dumps(dict(self.calibration)),
+            "catalog": catalog.fingerprint,
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: Path, catalog: ItemCatalog, device: str | torch.device = "cpu") -> SASRecScorer:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: for a missing or damaged file, and for a model of another catalogue, naming both.
+        """
+        if not path.exists():
+            raise InputError(f"{path}: no such file; train SASRec first (sasrec.sh)")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            settings = dict(json.loads(metadata["settings"]))
+            num_items, config = settings.pop("num_items"), SASRecConfig(**settings)
+            calibration = {name: tuple(pair) for name, pair in json.loads(metadata["calibration"]).items()}
+            trained_on = metadata["catalog"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a SASRec of this project ({error}); train it again (sasrec.sh)") from None
+        if trained_on != catalog.fingerprint:
+            raise InputError(
+                f"{path} was trained on another catalogue: {num_items} items with fingerprint {trained_on[:12]}, but "
+                f"this run's catalogue has {len(catalog)} items with fingerprint {catalog.fingerprint[:12]}; train "
+                "SASRec on this run's data (sasrec.sh), or use the run_dir it belongs to"
+            )
+        with torch.random.fork_rng(devices=[]):
+            model = SASRec(config, num_items)
+        item_mean = tensors.pop("item_mean", None)
+        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+        scorer = cls(model.to(device))
+        scorer.item_mean = None if item_mean is None else item_mean.numpy()
+        scorer.calibration = calibration
+        return scorer

@@ -1,8 +1,10 @@
 """Training of SASRec: losses, the loop, early stopping on validation, resuming after any epoch.
 
-Only the training parts of the sequences are used for gradients, and only the user's training items are excluded from
-the negatives: to exclude later items would tell the model which ones they are. Every epoch draws its order, negatives
-and dropout from (seed, epoch), so that a run killed and resumed ends with the same weights.
+Only the training parts of the sequences are used for gradients. Only the user's training items are excluded from the
+negatives: to exclude later items would tell the model which ones they are. Every epoch draws its order, negatives and
+dropout from (seed, epoch), so a run that is killed and resumed ends with the same weights.
+
+Shapes: B sequences of at most L items, T real positions that predict, n negatives per position, D = hidden_size.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from twice_rec.cf.sasrec import SasRec, SasRecSettings
+from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
+from twice_rec.cf.sasrec import SASRec, pad_right
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
 from twice_rec.progress import progress
@@ -32,24 +34,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """How SASRec is trained; see `config.SasrecRecipe`."""
-
-    loss: Literal["bce", "gbce", "softmax"]
-    num_negatives: int
-    gbce_t: float
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    lr_scheduler_type: Literal["constant", "cosine"]
-    patience: int | None
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
 class Epoch:
-    """One line of the training log. `validation` is what the caller measures, larger is better."""
+    """One line of the training log; `validation` is what the caller measures, larger is better."""
 
     number: int
     loss: float
@@ -58,52 +44,43 @@ class Epoch:
 
 
 def softmax_loss(states: Tensor, targets: Tensor, item_embedding: Tensor) -> Tensor:
-    """Cross-entropy over the whole catalogue.
+    """Return the cross-entropy over the whole catalogue.
 
-    Args:
-        states: float [T, D].
-        targets: int64 [T], item indices 1..N.
-        item_embedding: float [N + 1, D], row 0 is padding.
+    Takes states [T, D], target items 1..N [T], and item embeddings [N + 1, D], whose row 0 is padding.
     """
     return F.cross_entropy(states @ item_embedding[1:].T, targets - 1)
 
 
 def sampled_loss(states: Tensor, targets: Tensor, negatives: Tensor, item_embedding: Tensor, beta: float) -> Tensor:
-    """Binary cross-entropy of the target against sampled negatives, averaged over all of them.
+    """Return the binary cross-entropy of the target against sampled negatives, averaged over all of them.
 
     With beta < 1 it is gBCE (Petrov and Macdonald, 2023): the target's probability is raised to the power beta, which
-    undoes the overconfidence of sampling. beta = 1 is plain BCE.
-
-    Args:
-        states: float [T, D].
-        targets: int64 [T].
-        negatives: int64 [T, n].
-        item_embedding: float [N + 1, D].
+    undoes the overconfidence of sampling. beta = 1 is plain BCE. `negatives` is int64 [T, n]; see `softmax_loss`.
     """
     # F.embedding, since the backward pass of plain indexing sorts and is many times slower on a CPU.
-    positive = (states * F.embedding(targets, item_embedding)).sum(-1)
-    negative = (F.embedding(negatives, item_embedding) @ states[:, :, None]).squeeze(-1)
-    total = beta * F.softplus(-positive) + F.softplus(negative).sum(-1)
+    positive = (states * F.embedding(targets, item_embedding)).sum(-1)  # [T]
+    negative = (F.embedding(negatives, item_embedding) @ states[:, :, None]).squeeze(-1)  # [T, n]
+    total = beta * F.softplus(-positive) + F.softplus(negative).sum(-1)  # [T]
     return total.mean() / (1 + negatives.shape[1])
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
-    """GBCE's exponent: alpha (t (1 - 1/alpha) + 1/alpha), alpha the share of the other items that is sampled."""
+    """Return gBCE's exponent alpha (t (1 - 1/alpha) + 1/alpha); alpha is the share of the other items sampled."""
     alpha = num_negatives / (num_items - 1)
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
 
 
 def sample_negatives(sequences: Tensor, num_negatives: int, num_items: int, generator: torch.Generator) -> Tensor:
-    """Uniform items that do not occur in the same row: int64 [B, L] (0 is padding) -> int64 [B, L - 1, n].
+    """Draw uniform items that do not occur in the same row: int64 [B, L] (0 is padding) -> int64 [B, L - 1, n].
 
     Raises:
-        InputError: where a sequence holds the whole catalogue.
+        InputError: if a sequence holds the whole catalogue.
     """
     batch, length = sequences.shape
     if int((sequences > 0).sum(1).max()) >= num_items:
         raise InputError(f"a sequence holds all {num_items} items, which leaves no negative; use loss: softmax")
-    shape = (batch, (length - 1) * num_negatives)
-    negatives = torch.randint(1, num_items + 1, shape, generator=generator)
+    negatives = torch.randint(1, num_items + 1, (batch, (length - 1) * num_negatives), generator=generator)
+    # A small catalogue is looked up in a [B, N + 1] table of the user's own items, a large one compared item by item.
     own = torch.zeros(batch, num_items + 1, dtype=torch.bool).scatter_(1, sequences, True) if num_items < 4096 else None
     while True:
         clash = own.gather(1, negatives) if own is not None else (negatives[:, :, None] == sequences[:, None]).any(-1)
@@ -124,79 +101,76 @@ class Batches:
         recent = [sequence[-(max_length + 1) :] for sequence in sequences if len(sequence) >= 2]
         if not recent:
             raise InputError("no user has two training interactions; SASRec has nothing to learn from")
-        self.lengths = torch.tensor([len(sequence) for sequence in recent])
-        table = np.zeros((len(recent), int(self.lengths.max())), dtype=np.int64)
-        for row, sequence in enumerate(recent):
-            table[row, : len(sequence)] = sequence
-        self.table = torch.from_numpy(table)
+        self.table = pad_right(recent)  # [users, longest]
+        self.lengths = (self.table > 0).sum(1)  # [users]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def epoch(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """All users in a new order: int64 [B, L] batches; the last one may be smaller."""
-        order = torch.randperm(len(self.lengths), generator=generator)
+        """Yield all users in a new order: int64 [B, L] batches; the last one may be smaller."""
+        order = torch.randperm(len(self.lengths), generator=generator)  # [users]
         for rows in order.split(self.batch_size):
             yield self.table[rows, : int(self.lengths[rows].max())]
 
 
-def training_loss(model: SasRec, sequences: Tensor, settings: TrainSettings, generator: torch.Generator) -> Tensor:
-    """The loss of one batch of sequences, int64 [B, L], each position predicting the next item."""
-    inputs, following = sequences[:, :-1], sequences[:, 1:]
-    real = following > 0
+def training_loss(model: SASRec, sequences: Tensor, config: SASRecTrainerConfig, generator: torch.Generator) -> Tensor:
+    """Return the loss of one batch of sequences, int64 [B, L]; each position predicts the next item."""
+    inputs, following = sequences[:, :-1], sequences[:, 1:]  # [B, L - 1]
+    real = following > 0  # [B, L - 1], T of them
     device = model.item_embedding.weight.device
-    states = model((inputs * real).to(device))
-    targets = following[real].to(device)
-    if settings.loss == "softmax":
+    states = model((inputs * real).to(device))  # [T, D]
+    targets = following[real].to(device)  # [T]
+    if config.loss == "softmax":
         return softmax_loss(states, targets, model.item_embedding.weight)
-    num_items = model.settings.num_items
-    negatives = sample_negatives(sequences, settings.num_negatives, num_items, generator)[real].to(device)
-    beta = gbce_beta(settings.num_negatives, num_items, settings.gbce_t) if settings.loss == "gbce" else 1.0
+    negatives = sample_negatives(sequences, config.num_negatives, model.num_items, generator)[real].to(device)  # [T, n]
+    beta = gbce_beta(config.num_negatives, model.num_items, config.gbce_t) if config.loss == "gbce" else 1.0
     return sampled_loss(states, targets, negatives, model.item_embedding.weight, beta)
 
 
-class Training:
-    """One training run, and everything it needs to go on after a kill.
+class SASRecTrainer:
+    """One training of SASRec, and everything it needs to go on after a kill.
 
     Args:
-        shape: the model's settings.
-        settings: the training's.
-        sequences: the training parts, item indices.
-        validate: measures the model after each epoch, larger is better.
-        state_file: where the state after each epoch is kept (safetensors); a state found there is resumed.
-        device: torch device.
+        config, trainer_config: one recipe may be both.
+        num_items: N.
+        sequences: item indices of each user's training part.
+        validate: measures a model in evaluation mode, larger is better.
+        seed: of the first weights, the order, the negatives and the dropout.
+        state_file: written after each epoch; a training that was killed goes on from it.
     """
 
     def __init__(
         self,
-        shape: SasRecSettings,
-        settings: TrainSettings,
+        config: SASRecConfig,
+        trainer_config: SASRecTrainerConfig,
+        num_items: int,
         sequences: Sequence[Sequence[int]],
-        validate: Callable[[SasRec], float],
+        validate: Callable[[SASRec], float],
+        seed: int,
         state_file: Path | None = None,
         device: torch.device | str = "cpu",
     ):
         self._gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(settings.seed)
-            self.model = SasRec(shape).to(device)
-        self.settings = settings
-        self.batches = Batches(sequences, shape.max_length, settings.batch_size)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+            torch.manual_seed(seed)
+            self.model = SASRec(config, num_items).to(device)
+        self.config = trainer_config
+        self.seed = seed
+        self.batches = Batches(sequences, config.max_length, trainer_config.batch_size)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=trainer_config.weight_decay, fused=True)
         self.log: list[Epoch] = []
         self.best = _copy(self.model)
         self._validate = validate
         self._state_file = state_file
 
-    def run(self, on_epoch: Callable[[Epoch], None] = lambda epoch: None) -> SasRec:
-        """Train to the last epoch or the end of patience; returns the model with the best validation's weights."""
-        if self._state_file is not None and self._state_file.exists() and self._restore(self._state_file):
-            logger.info("resuming after epoch %d of at most %d", len(self.log), self.settings.epochs)
-        with progress(desc="SASRec", total=self.settings.epochs, initial=len(self.log), unit="epoch") as bar:
-            while len(self.log) < self.settings.epochs and not self._out_of_patience():
+    def run(self, on_epoch: Callable[[Epoch], None] = lambda epoch: None) -> SASRec:
+        """Train to the last epoch or the end of patience, and return the model of the best epoch on validation."""
+        if self._state_file is not None and self._state_file.exists():
+            self._restore(self._state_file)
+        with progress(desc="SASRec", total=self.config.epochs, initial=len(self.log), unit="epoch") as bar:
+            while len(self.log) < self.config.epochs and not self._out_of_patience():
                 epoch = self._epoch(len(self.log) + 1)
                 bar.set_postfix(loss=f"{epoch.loss:.4f}", validation=f"{epoch.validation:.4f}", refresh=False)
                 bar.update()
@@ -206,23 +180,23 @@ class Training:
 
     @property
     def best_epoch(self) -> Epoch:
-        """The first epoch with the best validation."""
+        """Return the first epoch with the best validation."""
         return max(self.log, key=lambda epoch: epoch.validation)
 
     def _out_of_patience(self) -> bool:
-        patience = self.settings.patience
-        return patience is not None and bool(self.log) and len(self.log) - self.best_epoch.number >= patience
+        patience = self.config.patience or math.inf
+        return bool(self.log) and len(self.log) - self.best_epoch.number >= patience
 
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(_epoch_seed(self.settings.seed, number))
+        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, number))
         total, count = 0.0, 0
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(_epoch_seed(self.settings.seed, number) + 1)  # dropout
+            torch.manual_seed(_epoch_seed(self.seed, number) + 1)  # dropout
             for step, sequences in enumerate(self.batches.epoch(generator)):
                 self._set_learning_rate((number - 1) * len(self.batches) + step)
-                loss = training_loss(self.model, sequences, self.settings, generator)
+                loss = training_loss(self.model, sequences, self.config, generator)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
@@ -232,18 +206,17 @@ class Training:
             raise InputError(f"SASRec's loss is {total} in epoch {number}; lower learning_rate")
         self.model.eval()
         epoch = Epoch(number, total / count, self._validate(self.model), time.perf_counter() - start)
-        is_best = not self.log or epoch.validation > self.best_epoch.validation
         self.log.append(epoch)
-        if is_best:
+        if self.best_epoch is epoch:
             self.best = _copy(self.model)
         if self._state_file is not None:
             self._save(self._state_file)
         return epoch
 
     def _set_learning_rate(self, step: int) -> None:
-        rate = self.settings.learning_rate
-        if self.settings.lr_scheduler_type == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * step / (self.settings.epochs * len(self.batches))))
+        rate = self.config.learning_rate
+        if self.config.lr_scheduler_type == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * len(self.batches))))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -256,12 +229,12 @@ class Training:
         with atomic_path(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
-    def _restore(self, path: Path) -> bool:
-        """Take up a saved state; False where it belongs to other settings."""
+    def _restore(self, path: Path) -> None:
+        """Take up a saved state if it is one of these settings."""
         with safe_open(path, framework="pt") as file:
             if file.metadata()["settings"] != self._fingerprint():
                 logger.warning("%s was left by a run with other settings; starting afresh", path)
-                return False
+                return
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             self.log = [Epoch(**row) for row in json.loads(file.metadata()["log"])]
         device = self.model.item_embedding.weight.device
@@ -272,14 +245,15 @@ class Training:
             index, _, part = name.partition(".")
             optimizer["state"].setdefault(int(index), {})[part] = tensor
         self.optimizer.load_state_dict(optimizer)
-        return True
+        logger.info("resuming after epoch %d of at most %d", len(self.log), self.config.epochs)
 
     def _fingerprint(self) -> str:
-        shape = asdict(self.model.settings)
-        return json.dumps([shape, asdict(self.settings), len(self.batches.lengths), int(self.batches.table.sum())])
+        training = {**self.config.values_of(SASRecTrainerConfig), "seed": self.seed}
+        data = [len(self.batches.lengths), int(self.batches.table.sum())]
+        return json.dumps([self.model.settings(), training, *data])
 
 
-def _copy(model: SasRec) -> dict[str, Tensor]:
+def _copy(model: SASRec) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -289,3 +263,37 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def train_and_save(
+    recipe: SASRecRecipe, data: Data, folder: Path, seed: int, device: str, log: Callable[[dict[str, float]], None]
+) -> dict[str, float]:
+    """Train once and write `model.safetensors`, calibrated on validation, and `log.jsonl`; a kill is gone on from.
+
+    Args:
+        folder: where the files go.
+        log: told loss and validation after each epoch.
+
+    Returns:
+        What the training measured.
+    """
+    valid = CFQuestions.of(data, "valid", ["uniform", "full"])
+    state, histories = folder / "training_state.safetensors", data.training_histories()
+    validate = lambda model: valid.mean(SASRecScorer(model))
+    trainer = SASRecTrainer(recipe, recipe, len(data.catalog), histories, validate, seed, state, device)
+    model = trainer.run(lambda e: log({"loss": e.loss, f"valid/{CHOSEN_ON}": e.validation, "epoch": e.number}))
+    scorer = SASRecScorer(model)
+    scorer.calibrate(valid.histories, valid.candidates["uniform"], valid.targets)
+    scorer.save(folder / "model.safetensors", data.catalog)
+    write_jsonl(folder / "log.jsonl", (asdict(epoch) for epoch in trainer.log))
+    state.unlink()
+    figures = {
+        "seed": seed,
+        "best_epoch": trainer.best_epoch.number,
+        "epochs": len(trainer.log),
+        f"valid/{CHOSEN_ON}": trainer.best_epoch.validation,
+        "train_seconds": round(sum(epoch.seconds for epoch in trainer.log), 1),
+        "popularity_share": scorer.popularity_share(valid.histories),
+    }
+    logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return figures

@@ -1,67 +1,76 @@
-"""Tables of results: for the terminal, as Markdown, as JSON. The only module that prints."""
+"""Tables of results, for the terminal. The only module that prints."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from twice_rec.evaluation.predict import METRICS_FILE
+from twice_rec.cf.baselines import BASELINES
+from twice_rec.evaluation.predictions import METRICS_FILE
 from twice_rec.files import read_json
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS
+from twice_rec.records import RANKED_LISTS
 
-# Rows of tables come in this order, others behind.
-ORDER = ("random", "popularity", "itemknn", "ease", "sasrec", "base", "stage2", "stage3", "oracle")
+Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, n, and in a report ci95 and runs
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+# Rows of tables come in this order; variants without a place here follow by name.
+ORDER = (*BASELINES, "sasrec", "base", "stage2", "stage3", "oracle")
 
 
 def in_order(variants: Sequence[str]) -> list[str]:
-    """Known variants first, in the order of the story; others behind, by name."""
-    return sorted(variants, key=lambda v: (ORDER.index(v) if v in ORDER else _near(v), v))
+    """Sort variants for a table: those of `ORDER` first, each followed by its own kind (`stage2`, `stage2_sampled`)."""
 
+    def place(variant: str) -> float:
+        if variant in ORDER:
+            return ORDER.index(variant)
+        return next((i + 0.5 for i, known in enumerate(ORDER) if variant.startswith(f"{known}_")), len(ORDER))
 
-def _near(variant: str) -> float:
-    """`stage2_sampled` stands behind `stage2`."""
-    for position, known in enumerate(ORDER):
-        if variant.startswith(f"{known}_"):
-            return position + 0.5
-    return len(ORDER)
+    return sorted(variants, key=lambda variant: (place(variant), variant))
 
 
 def read_metrics(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Variant -> metrics, of every finished evaluation of a run, in table order."""
+    """Read the metrics of every finished evaluation of a run: variant -> metrics, in table order."""
     found = {path.parent.name: read_json(path) for path in (run_dir / "eval").glob(f"*/{METRICS_FILE}")}
     return {variant: found[variant] for variant in in_order(list(found))}
 
 
-def columns_of(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The metric keys that some variant has: lists as they come, metrics in their usual order."""
-    kinds = dict.fromkeys(key.partition("/")[0] for row in metrics.values() for key in row if "/" in key)
-    order = [kind for kind in ("uniform", "popularity", "hard", "full") if kind in kinds]
-    present = {key for row in metrics.values() for key in row}
-    return [f"{kind}/{name}" for kind in order for name in METRICS if f"{kind}/{name}" in present]
+def columns_of(summary: Summary) -> list[str]:
+    """Return the metric keys that some variant has, in table order."""
+    present = {key for row in summary.values() for key in row["metrics"]}
+    return [key for kind in RANKED_LISTS for name in METRICS if (key := f"{kind}/{name}") in present]
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
-    """One row for each variant that has one of the columns, with its number of users."""
+def lists_of(summary: Summary) -> list[str]:
+    """Return the ranked lists that some variant has metrics of, in table order."""
+    return list(dict.fromkeys(key.partition("/")[0] for key in columns_of(summary)))
+
+
+def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Table:
+    """Return the table of one kind of list: one row per variant that has it; with intervals, also its runs."""
+    keys = [key for key in columns_of(summary) if key.startswith(f"{kind}/")]
+
+    def cell(row: Mapping[str, Any], key: str) -> str:
+        if key not in row["metrics"]:
+            return "-"
+        interval = " [{:.4f}, {:.4f}]".format(*row["ci95"][key]) if with_intervals else ""
+        return f"{row['metrics'][key]:.4f}{interval}"
+
     rows = [
-        [variant, f"{int(row['n']):,}", *(f"{row[key]:.4f}" if key in row else "-" for key in columns)]
-        for variant, row in metrics.items()
-        if any(key in row for key in columns)
+        [name, f"{int(row['n']):,}", *([str(row["runs"])] if with_intervals else []), *(cell(row, key) for key in keys)]
+        for name, row in summary.items()
+        if any(key in row["metrics"] for key in keys)
     ]
-    return markdown_table(["variant", "users", *columns], rows)
-
-
-def list_tables(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """One table for each kind of list: its name -> Markdown."""
-    columns = columns_of(metrics)
-    kinds = dict.fromkeys(key.partition("/")[0] for key in columns)
-    return {kind: metrics_table(metrics, [key for key in columns if key.startswith(f"{kind}/")]) for kind in kinds}
+    return ["variant", "users", *(["runs"] if with_intervals else []), *keys], rows
 
 
 def show_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
     """Print the tables of all lists to standard output."""
-    show("\n\n".join(list_tables(metrics).values()))
+    summary = {name: {"metrics": row, "n": row["n"]} for name, row in metrics.items()}
+    show("\n\n".join(markdown_table(*list_table(summary, kind)) for kind in lists_of(summary)))
 
 
 def show(text: str) -> None:

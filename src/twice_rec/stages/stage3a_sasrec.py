@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 
-from twice_rec.cf.baselines import fit_baseline
-from twice_rec.cf.ranking import CHOSEN_ON, CFQuestions
+from twice_rec.cf.ranking import fit_baseline
 from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.cf.sasrec_training import train_and_save
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.cf_ranking import evaluate_scorers, export_scores
+from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.run import StageRun, wandb_run
 from twice_rec.stages.command_line import command
@@ -44,23 +42,20 @@ def sasrec(recipe: SASRecRecipe) -> None:
         models = [folder / "model.safetensors" for folder in folders]
         if not run.is_finished():
             run.begin()
-            valid, figures = CFQuestions.of(data, "valid", ["uniform", "full"]), []
+            figures = []
             for seed, folder in zip(seeds, folders, strict=True):
                 with wandb_run(recipe) as log:
-                    figures.append(train_and_save(recipe, data, valid, folder, seed, device, log))
+                    figures.append(train_and_save(recipe, data, folder, seed, device, log))
             run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
 
     def trained() -> list[SASRecScorer]:
         return [SASRecScorer.load(model, data.catalog, device) for model in models]
 
-    def baseline(name: str) -> list:
-        valid, items = CFQuestions.of(data, "valid", ["full"]), len(data.catalog)
-        return [fit_baseline(name, data.training_histories(), items, recipe.seed, lambda m: valid.mean(m, CHOSEN_ON))]
-
-    evaluate_scorers(recipe, "sasrec", recipe.variant, data, recipe.lists, trained, [*inputs, *models])
+    evaluate_scorer_variant(recipe, "sasrec", recipe.variant, data, recipe.lists, trained, [*inputs, *models])
     for name in recipe.baselines:
         seed = {"seed": recipe.seed} if name == "random" else {}
-        evaluate_scorers(recipe, "sasrec", name, data, recipe.lists, partial(baseline, name), inputs, seed)
+        fitted = lambda name=name: [fit_baseline(name, data, recipe.seed)]
+        evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, seed)
     if recipe.export_scores:
         export_scores(Path(recipe.export_scores), trained()[0], data)
         logger.info("%s: test scores of the first seed", recipe.export_scores)

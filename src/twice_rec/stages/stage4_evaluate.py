@@ -14,7 +14,7 @@ from twice_rec.cf.baselines import PrecomputedScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.cf_ranking import evaluate_scorers
+from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant
 from twice_rec.evaluation.llm_ranking import evaluate_language_model, question_batches
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.evaluation.tables import read_metrics, show_metrics
@@ -44,7 +44,7 @@ def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs
         raise InputError(f"{path}: no such file; only the synthetic domain has an oracle, leave it out of variants")
     scorers = lambda: [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
     files = [*inputs, require(path, "whoever scored")]
-    evaluate_scorers(recipe, "evaluate", variant, data, recipe.score_lists, scorers, files)
+    evaluate_scorer_variant(recipe, "evaluate", variant, data, recipe.score_lists, scorers, files)
 
 
 def _model_of(recipe: EvaluateRecipe, variant: str) -> Path:

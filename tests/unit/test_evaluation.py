@@ -1,28 +1,22 @@
-"""From scores, likelihoods and votes to ranks and metrics; going on behind a kill."""
+"""From scores, likelihoods and votes to ranks and metrics; going on after a kill."""
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from twice_rec.answer_format import render
 from twice_rec.catalog import ItemCatalog
+from twice_rec.cf.ranking import CFQuestions
+from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.predict import (
-    AskSettings,
-    CFQuestions,
-    answer_rates,
-    ask,
-    evaluate_language_model,
-    evaluate_scorers,
-    export_scores,
-    metrics_of,
-    rank_by_votes,
-    rationale_of,
-)
+from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, evaluate_scorers, export_scores
+from twice_rec.evaluation.llm_ranking import ask, evaluate_language_model, rank_by_votes, rationale_of
+from twice_rec.evaluation.predictions import answer_rates, metrics_of
 from twice_rec.files import read_json, read_records, write_records
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
@@ -100,6 +94,32 @@ def test_several_runs_are_averaged(data, tmp_path):
     ]
 
 
+def test_a_finished_variant_is_left_alone(data, tmp_path, caplog):
+    recipe = SASRecRecipe(run_dir=str(tmp_path), domain="D", seed=7)
+    sequences = tmp_path / "data" / dataset.SEQUENCES
+    made = []
+
+    def scorers():
+        made.append(TableScorer(SCORES))
+        return made
+
+    def evaluate(lists):
+        evaluate_scorer_variant(recipe, "sasrec", "table", data, lists, scorers, [sequences], {"seed": 7})
+
+    evaluate(["uniform", "full"])
+    manifest = read_json(tmp_path / "eval" / "table" / "manifest.json")
+    assert manifest["config"] == {"lists": ["uniform", "full"], "seed": 7}
+    assert list(manifest["inputs"]) == [f"data/{dataset.SEQUENCES}"]
+    assert manifest["figures"]["uniform/mrr"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert manifest["about"]["recipe"]["domain"] == "D"
+    caplog.set_level("INFO")
+    evaluate(["uniform", "full"])
+    assert "is finished already" in caplog.text
+    assert len(made) == 1
+    with pytest.raises(InputError, match="lists was"):
+        evaluate(["uniform"])
+
+
 def test_exported_scores_stand_in_the_files_order(data, tmp_path):
     export_scores(tmp_path / "s.npz", TableScorer(SCORES), data)
     scores = np.load(tmp_path / "s.npz")["scores"]
@@ -160,21 +180,17 @@ class FakeGenerator:
         return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
 
-def settings(**others):
-    return AskSettings(**{
-        "ranking": "likelihood", "with_rationale": True, "num_samples": 5, "temperature": 0.9, "top_p": 1.0, "seed": 3,
-        **others,
-    })  # fmt: skip
+CONFIG = SimpleNamespace(with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0)  # LLMRankingConfig's
 
 
-def test_likelihood_ranks_all_candidates_behind_the_rationale():
-    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, settings(), 1)
+def test_likelihood_ranks_all_candidates_after_the_rationale():
+    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, CONFIG, "likelihood", 3, 1)
     assert prediction.ranking == ("I6", "I5", "I4")
     assert prediction.ranks == {"uniform": 3}
     assert prediction.answers == ("<think> tea </think>",)
 
 
-def test_where_the_item_comes_first_nothing_is_generated():
+def test_if_the_item_comes_first_nothing_is_generated():
     class NoRationale(FakeGenerator):
         def generate(self, *arguments, **others):
             raise AssertionError("the candidates are scored at once")
@@ -184,13 +200,13 @@ def test_where_the_item_comes_first_nothing_is_generated():
             return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
     writer = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
-    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, settings(), 1)
+    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 3, 1)
     assert prediction.ranks == {"uniform": 3}
 
 
 def test_sampled_ranks_by_votes():
     generator = FakeGenerator(item_text("I4"))
-    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, settings(ranking="sampled"), 11)
+    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, CONFIG, "sampled", 3, 11)
     assert prediction.ranks == {"hard": 1}
     assert len(prediction.answers) == 5
     assert generator.asked == [(1, 5, 11)]
@@ -201,17 +217,17 @@ def batches_of(data):
     return [("uniform", [example]) for example in data.examples("test", "uniform")]
 
 
-def test_killed_evaluation_goes_on_behind_the_last_whole_batch(data, tmp_path):
+def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, settings())
+    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood", 3)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, settings())
+        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood", 3)
     with open(killed / "predictions.partial.jsonl", "a") as file:
         file.write('{"user_id": "v", "tar')  # a kill in mid-line
     generator = FakeGenerator()
-    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, settings())
+    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, CONFIG, "likelihood", 3)
     assert len(generator.asked) == 1
     assert found == expected
     assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()

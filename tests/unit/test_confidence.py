@@ -1,12 +1,13 @@
-"""SASRec's scores as confidences, and its checkpoint."""
+"""Scores as confidences, and SASRec's checkpoint."""
 
 import numpy as np
 import pytest
 import torch
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.cf.confidence import SasRecScorer, calibrated_scorer, fit_calibration, item_means, item_only_share
-from twice_rec.cf.sasrec import SasRec, SasRecSettings
+from twice_rec.cf.confidence import CONFIDENCES, fit_calibration
+from twice_rec.cf.recipe import SASRecConfig
+from twice_rec.cf.sasrec import SASRec, SASRecScorer
 from twice_rec.errors import InputError
 from twice_rec.records import Item
 
@@ -18,7 +19,7 @@ SHOWN = np.array([[4, 5, 6], [1, 2, 3], [9, 10, 11], [12, 13, 14]])
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = SasRec(SasRecSettings(20, 16, 16, 2, 2, 0.2, "post", 5)).eval()
+    model = SASRec(SASRecConfig(hidden_size=16, inner_size=16, dropout=0.2, max_length=5), 20).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -26,7 +27,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def scorer(model):
-    return calibrated_scorer(model, HISTORIES, SHOWN, SHOWN[:, 0])
+    scorer = SASRecScorer(model)
+    scorer.calibrate(HISTORIES, SHOWN, SHOWN[:, 0])
+    return scorer
 
 
 def test_scores_are_dot_products(model, scorer):
@@ -43,9 +46,9 @@ def test_logits_are_scores_of_the_named_items(scorer):
 
 def test_equal_histories_are_computed_once(scorer, monkeypatch):
     seen = []
-    original = SasRec.user_states
+    original = SASRec.user_states
     monkeypatch.setattr(
-        SasRec, "user_states", lambda self, histories: seen.append(len(histories)) or original(self, histories)
+        SASRec, "user_states", lambda self, histories: seen.append(len(histories)) or original(self, histories)
     )
     scorer.confidences(HISTORIES * 5, np.tile(SHOWN, (5, 1)))
     assert seen == [3]
@@ -68,19 +71,18 @@ def test_debiased_scores_have_no_item_mean(scorer):
 
 
 def test_item_means_by_brute_force(scorer):
-    assert item_means(scorer, HISTORIES)[1:].numpy() == pytest.approx(
+    assert scorer.item_mean[1:] == pytest.approx(
         scorer.scores(np.arange(4), HISTORIES).mean(axis=0), rel=1e-4, abs=1e-5
     )
 
 
-def test_item_only_share_by_brute_force(scorer):
+def test_popularity_share_by_brute_force(scorer):
     z = scorer.scores(np.arange(4), HISTORIES).astype(np.float64)
-    assert item_only_share(scorer, HISTORIES) == pytest.approx(z.mean(axis=0).var() / z.var(), rel=1e-4)
+    assert scorer.popularity_share(HISTORIES) == pytest.approx(z.mean(axis=0).var() / z.var(), rel=1e-4)
 
 
-def test_item_only_share_is_one_without_users_in_it(model):
-    scorer = SasRecScorer(model)
-    assert item_only_share(scorer, [[3, 4]] * 5) == pytest.approx(1.0)
+def test_popularity_share_is_one_without_users_in_it(model):
+    assert SASRecScorer(model).popularity_share([[3, 4]] * 5) == pytest.approx(1.0)
 
 
 def test_calibration_finds_the_generating_line():
@@ -107,8 +109,9 @@ def test_calibration_needs_both_kinds():
 def test_file_round_trip(scorer, tmp_path):
     path = tmp_path / "model.safetensors"
     scorer.save(path, CATALOG)
-    again = SasRecScorer.load(path, CATALOG)
-    for kind in ("sigmoid", "calibrated", "softmax"):
+    again = SASRecScorer.load(path, CATALOG)
+    assert list(CONFIDENCES) == ["sigmoid", "calibrated", "softmax"]
+    for kind in CONFIDENCES:
         for debiased in (False, True):
             before = scorer.confidences(HISTORIES, SHOWN, kind, debiased)
             assert np.array_equal(again.confidences(HISTORIES, SHOWN, kind, debiased), before)
@@ -119,7 +122,7 @@ def test_checkpoint_of_another_catalogue_names_both(scorer, tmp_path):
     scorer.save(path, CATALOG)
     other = ItemCatalog([Item("X", "x"), Item("Y", "y")])
     with pytest.raises(InputError) as caught:
-        SasRecScorer.load(path, other)
+        SASRecScorer.load(path, other)
     message = str(caught.value)
     assert "trained on another catalogue: 20 items" in message
     assert "has 2 items" in message
@@ -134,12 +137,12 @@ def test_missing_or_damaged_checkpoint(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"no such file; train SASRec first|not a SASRec of this project"):
-        SasRecScorer.load(path, CATALOG)
+        SASRecScorer.load(path, CATALOG)
 
 
 def test_confidences_need_what_was_saved(model):
-    bare = SasRecScorer(model)
-    with pytest.raises(ValueError, match="without item means"):
+    bare = SASRecScorer(model)
+    with pytest.raises(ValueError, match="no item means"):
         bare.confidences(HISTORIES, SHOWN, "sigmoid", debiased=True)
-    with pytest.raises(ValueError, match="without a calibration of raw scores"):
+    with pytest.raises(ValueError, match="no calibration of these scores"):
         bare.confidences(HISTORIES, SHOWN, "calibrated")

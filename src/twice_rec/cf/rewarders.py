@@ -1,0 +1,89 @@
+"""Rewarders: the CF model that gives stage 3 its confidences, chosen by the recipe key `cf_model`.
+
+It is a SASRec that stage 3a saved, or one of `BASELINES`, which is fitted when stage 3 starts. A baseline that is
+written for the tables is thereby a rewarder too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twice_rec.cf.baselines import BASELINES, CFScorer
+from twice_rec.cf.confidence import ConfidenceModel, Floats, Histories
+from twice_rec.cf.ranking import CFQuestions, Data, fit_baseline
+from twice_rec.cf.recipe import ConfidenceConfig
+from twice_rec.cf.sasrec import SASRecScorer
+from twice_rec.errors import InputError
+
+
+class ScorerRewarder(ConfidenceModel):
+    """The confidences of a fitted `CFScorer`.
+
+    A scorer that asks who the user is (random) gets a number made of the history, so its confidences are repeatable.
+    """
+
+    def __init__(self, scorer: CFScorer, batch_size: int = 512):
+        self._scorer = scorer
+        self._batch_size = batch_size
+
+    def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `ConfidenceModel`."""
+        starts = range(0, len(histories), self._batch_size)
+        scores = zip(starts, self._scores(histories), strict=True)
+        parts = [np.take_along_axis(z, items[start : start + len(z)] - 1, axis=1) for start, z in scores]  # [B, C]
+        return np.concatenate(parts).astype(np.float32)
+
+    def item_means(self, histories: Histories) -> NDArray[np.float32]:
+        """See `ConfidenceModel`."""
+        total = sum(z.sum(axis=0, dtype=np.float64) for z in self._scores(histories))  # [N]
+        return np.concatenate([[0.0], total / len(histories)]).astype(np.float32)
+
+    def _scores(self, histories: Histories) -> Iterator[Floats]:
+        """Yield the scores of one batch after another: float [B, N]."""
+        for start in range(0, len(histories), self._batch_size):
+            batch = histories[start : start + self._batch_size]
+            users = np.array([zlib.crc32(np.array(history, np.int64).tobytes()) for history in batch])
+            yield np.asarray(self._scorer.scores(users, batch))
+
+
+def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
+    """Return the files that a rewarder is loaded from, for the manifest; a fitted one has none.
+
+    Raises:
+        InputError: if `cf_model` names a SASRec that is not there.
+    """
+    if config.cf_model in BASELINES:
+        return []
+    path = run_path / config.cf_model / "model.safetensors"
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder; it is made by sasrec.sh, which must run first. cf_model is "
+            f"{config.cf_model}; {', '.join(BASELINES)} need no file"
+        )
+    return [path]
+
+
+def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, device: str = "cpu") -> ConfidenceModel:
+    """Load the SASRec that `cf_model` names onto the device, or fit the baseline on the run's data.
+
+    Raises:
+        InputError: if there is no such model, or it cannot give the confidences that the recipe asks for.
+    """
+    if config.cf_model not in BASELINES:
+        return SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, device)
+    model = ScorerRewarder(fit_baseline(config.cf_model, data, seed=0))
+    stored = data.candidates("valid")[0].lists
+    kind = "uniform" if "uniform" in stored else next(iter(data.candidates("train")[0].lists))  # else the prompt's
+    valid = CFQuestions.of(data, "valid", [kind])
+    model.calibrate(valid.histories, valid.candidates[kind], valid.targets)
+    if config.confidence_debiased and "debiased" not in model.calibration:
+        raise InputError(
+            f"confidence_debiased is true, but cf_model {config.cf_model} scores an item alike for all users, which "
+            "leaves nothing; set confidence_debiased to false, or choose another cf_model"
+        )
+    return model

@@ -1,0 +1,143 @@
+"""Evaluation of language models: rankings from likelihoods or from sampled completions.
+
+All rankings are deterministic. Ties of likelihoods count against the target in its rank; ties of votes are broken by
+mean log-probability and then by the candidates' order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from twice_rec.answer_format import closing, opening, parse, without_tags
+from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, answer_rates, append, metrics_of, whole_batches
+from twice_rec.files import read_records, write_json
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.metrics import ranks_from_scores
+from twice_rec.progress import progress
+from twice_rec.prompts import Message, item_answer, rationale_answer
+from twice_rec.records import Example, Prediction
+
+if TYPE_CHECKING:
+    from twice_rec.evaluation.recipe import LLMRankingConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Completion(Protocol):
+    """One completion; `llm.generation` has it."""
+
+    text: str
+    mean_logprob: float
+
+
+class Generator(Protocol):
+    """What evaluation needs of a language model; `llm.generation.TransformersGenerator` says it in full."""
+
+    def generate(self, prompts: Sequence[Sequence[Message]], *sampling: Any) -> Sequence[Sequence[Completion]]: ...  # noqa: D102
+    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]: ...  # noqa: D102
+
+
+def evaluate_language_model(
+    folder: Path,
+    generator: Generator,
+    batches: Sequence[tuple[str, Sequence[Example]]],
+    builder: PromptBuilder,
+    config: LLMRankingConfig,
+    ranking: str,
+    seed: int,
+) -> tuple[list[Path], dict[str, float]]:
+    """Ask all questions and write predictions and metrics; a killed run goes on after its last whole batch.
+
+    Args:
+        batches: (name of the candidate list, questions), asked together in this order.
+        builder: builds the prompts.
+        ranking: `likelihood` or `sampled`; see `ask`.
+        seed: of the sampling.
+
+    Returns:
+        The files, and the metrics with the rates of the completions' outcomes.
+    """
+    partial = folder / "predictions.partial.jsonl"
+    done = whole_batches(partial, [len(examples) for _, examples in batches])
+    if done:
+        logger.info("%s: going on after batch %d of %d", folder, done, len(batches))
+    for number in progress(range(done, len(batches)), desc=folder.name, unit="batch", total=len(batches), initial=done):
+        kind, examples = batches[number]
+        sampling_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        append(partial, ask(generator, examples, kind, builder, config, ranking, seed, sampling_seed))
+    rows = list(read_records(partial, Prediction))
+    metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog)}
+    write_json(folder / METRICS_FILE, metrics)
+    partial.replace(folder / PREDICTIONS)
+    return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
+
+
+def ask(
+    generator: Generator,
+    examples: Sequence[Example],
+    kind: str,
+    builder: PromptBuilder,
+    config: LLMRankingConfig,
+    ranking: str,
+    seed: int,
+    sampling_seed: int,
+) -> list[Prediction]:
+    """Ask a language model one batch of questions, and rank each candidate list.
+
+    `likelihood`: the model writes its rationale greedily, then every candidate is scored as the answer that follows it.
+    If the item comes first or alone, the candidates are scored at once.
+    `sampled`: several completions are sampled; see `rank_by_votes`.
+
+    Args:
+        kind: name of the candidate list, for the records.
+        seed: of the evaluation, for the records.
+        sampling_seed: of this batch.
+    """
+    prompts = [builder.recommend(example, config.with_rationale) for example in examples]
+    completions: Sequence[Sequence[Completion]] = [[] for _ in prompts]
+    if ranking == "sampled":
+        completions = generator.generate(prompts, config.num_samples, config.temperature, config.top_p, sampling_seed)
+    elif config.with_rationale and not builder.item_first:
+        completions = generator.generate(prompts)
+    predictions = []
+    for example, prompt, written in zip(examples, prompts, completions, strict=True):
+        if ranking == "sampled":
+            ranked = rank_by_votes(written, example, builder.catalog)
+            rank = 1 + ranked.index(example.target)
+        else:
+            items = [builder.catalog[item_id] for item_id in example.candidates]
+            texts = [rationale_answer(rationale_of(written[0].text), i) if written else item_answer(i) for i in items]
+            scores = np.array([generator.score(prompt, texts)])  # [1, C]
+            ranked = [example.candidates[position] for position in np.argsort(-scores[0], kind="stable")]
+            rank = int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0])
+        said = tuple(completion.text for completion in written)
+        predictions.append(Prediction(example.user_id, example.target, {kind: rank}, seed, tuple(ranked), said))
+    return predictions
+
+
+def rank_by_votes(completions: Sequence[Completion], example: Example, catalog: ItemCatalog) -> list[str]:
+    """Return all candidates by votes, then by mean log-probability of the completions that voted, then as listed.
+
+    A completion that is malformed or names no candidate votes for nothing.
+    """
+    votes: dict[str, list[float]] = {item_id: [] for item_id in example.candidates}
+    for completion in completions:
+        answer = parse(completion.text)
+        if catalog.outcome(answer, example.candidates, example.target) in (Outcome.HIT, Outcome.MISS):
+            votes[answer.item_id or ""].append(completion.mean_logprob)
+    mean = {item_id: sum(values) / len(values) if values else 0.0 for item_id, values in votes.items()}
+    return sorted(example.candidates, key=lambda item_id: (-len(votes[item_id]), -mean[item_id]))  # sorting is stable
+
+
+def rationale_of(text: str) -> str:
+    """Return the rationale in a completion; if its element is incomplete, what was written of it, without tags."""
+    rationale = parse(text).rationale
+    if rationale is None:
+        rationale = text.partition(closing("think"))[0].partition(opening("item_nm"))[0]
+    return without_tags(rationale)
