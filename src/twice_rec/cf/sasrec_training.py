@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
-from twice_rec.cf.sasrec import SASRec, pad_right
+from twice_rec.cf.ranking import CHOSEN_ON, CFQuestions, Data
+from twice_rec.cf.recipe import SASRecConfig, SASRecRecipe, SASRecTrainerConfig
+from twice_rec.cf.sasrec import SASRec, SASRecScorer, pad_right
 from twice_rec.errors import InputError
-from twice_rec.files import atomic_path
+from twice_rec.files import atomic_path, write_jsonl
 from twice_rec.progress import progress
 
 logger = logging.getLogger(__name__)
