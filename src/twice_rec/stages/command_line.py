@@ -1,4 +1,4 @@
-"""The command line `twice-rec STAGE RECIPE [--key value ...]`: logs, errors as one message, the environment of wandb."""
+"""The command line `twice-rec STAGE RECIPE [--key value ...]`: its logs, its errors, the environment of wandb."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [
         "",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
-        "twice-rec STAGE RECIPE --show  prints the recipe with every default filled in, and where each value comes from",
+        "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
         "",
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
     ]

@@ -2,7 +2,7 @@
 
 Every drawn training user gets one post-hoc rationale for the training target, with the annotator's own verdict on
 whether history and item are connected; rows it does not find connected are dropped (self-annotated curation), and so is
-what breaks the recipe's limits. A language model's completions are kept in answers/, whatever becomes of the rationales.
+what breaks the recipe's limits. Completions of a language model are kept in answers/, whatever becomes of them.
 
 Deviations from the paper: prompts, exemplars and limits are ours, since the release has none; verdicts have three
 values, not two; the annotator sees what the trained model will see, cut as stage 0 cuts it. Resumes where it stopped.
