@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
@@ -55,17 +54,17 @@ class PromptWriter:
         if self._limit is None or self._count(whole) <= self._limit:
             self.fitted["whole"] += 1
             return whole
-        longest = min(len(example.history), self.shown.history_items or len(example.history))
+        longest = min(len(example.history), self.shown.prompt_history_items or len(example.history))
         kept, too_many = 0, longest  # the most purchases that fit, by halving
         while too_many - kept > 1:
             middle = (kept + too_many) // 2
-            if self._count(write(replace(self.shown, history_items=middle))) <= self._limit:
+            if self._count(write(self.shown.model_copy(update={"prompt_history_items": middle}))) <= self._limit:
                 kept = middle
             else:
                 too_many = middle
         if kept:
             self.fitted["purchases dropped"] += 1
-            return write(replace(self.shown, history_items=kept))
+            return write(self.shown.model_copy(update={"prompt_history_items": kept}))
         self.fitted["descriptions cut"] += 1
         return self._with_less_text(example, write)
 
@@ -73,7 +72,7 @@ class PromptWriter:
         """One purchase, and descriptions and details cut to half their length until the prompt fits."""
         items = [self.catalog[item_id] for item_id in (*example.candidates, example.history[-1].item_id)]
         chars = max(len(text) for item in items for text in (item.description, item.details))
-        shortest = replace(self.shown, history_items=1)
+        shortest = self.shown.model_copy(update={"prompt_history_items": 1})
         while True:
             prompt = write(shortest)
             tokens = self._count(prompt)
@@ -86,8 +85,9 @@ class PromptWriter:
                     "fields (prompt_candidate_fields) in prepare.yaml"
                 )
             chars //= 2
-            shortest = replace(
-                shortest,
-                description_chars=min(chars, shortest.description_chars or chars),
-                details_chars=min(chars, shortest.details_chars or chars),
+            shortest = shortest.model_copy(
+                update={
+                    "prompt_description_chars": min(chars, shortest.prompt_description_chars or chars),
+                    "prompt_details_chars": min(chars, shortest.prompt_details_chars or chars),
+                }
             )

@@ -69,7 +69,7 @@ def open_annotator(
         Stopped: where answers are missing and cannot be had now; what there is is stored.
     """
     if recipe.annotator == "offline":
-        yield Annotator(OfflineAnnotator(catalog, shown.history_items).annotate)
+        yield Annotator(OfflineAnnotator(catalog, shown.prompt_history_items).annotate)
     elif released is not None:
         yield Annotator(released.annotate)
     else:

@@ -86,7 +86,7 @@ class Questions:
 
     def _history(self, example: Example) -> tuple[list[tuple[Interaction, Item]], int]:
         """The purchases that are shown, and the position of the first of them in the whole history."""
-        first = max(0, len(example.history) - self.shown.history_items) if self.shown.history_items else 0
+        first = max(0, len(example.history) - self.shown.prompt_history_items) if self.shown.prompt_history_items else 0
         return [(entry, self.catalog[entry.item_id]) for entry in example.history[first:]], first
 
     def _talk(

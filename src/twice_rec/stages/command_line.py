@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from twice_rec.config import Recipe, describe_keys
+from twice_rec import config, recipe_reader
+from twice_rec.config import Recipe
 from twice_rec.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def run_stage(
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
-        sys.stdout.write(f"usage: --config RECIPE [--key value ...]\n\n{describe_keys(recipe_class)}\n")
+        reader = config if issubclass(recipe_class, Recipe) else recipe_reader
+        sys.stdout.write(f"usage: --config RECIPE [--key value ...]\n\n{reader.describe_keys(recipe_class)}\n")
         return 0
     _log_to_terminal()
 
