@@ -115,7 +115,7 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
     Layer 1 writes two things into the residual stream: the code (a random projection) of the token before, and the gist
     of the last dozen tokens, the mean of their codes. Layer 2, which has full attention, looks for places whose written
     code is the current token's, and for distant places whose gist is like the current one, and passes on the token
-    that stands there: induction (Olsson et al., "In-context learning and induction heads", 2022), exact and by context.
+    at that place: induction (Olsson et al., "In-context learning and induction heads", 2022), exact and by context.
     All other heads look for tokens like their own (Trockman and Kolter, "Mimetic initialization of self-attention
     layers", 2023). Training is free to change all of it.
 
@@ -135,7 +135,7 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
     embeddings.add_(shared * 0.5 * embeddings.norm(dim=1).mean())
 
     def constant(pairs: range, offset: float, kind: str, strength: float = 1.0) -> torch.Tensor:
-        """Rows whose products are largest where a query and one at offset 0 are `offset` positions apart."""
+        """Return rows whose products are largest if a query and a key are `offset` positions apart."""
         rows, index = torch.zeros(size, width), torch.tensor([i for i in pairs if i < half], dtype=torch.long)
         phase = offset * config.rope_parameters[kind]["rope_theta"] ** (-index / half)
         rows[index], rows[index + half] = (strength * part[:, None] * shared for part in (phase.cos(), phase.sin()))
@@ -175,7 +175,7 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
 
 
 def _orthonormal(rows: int, width: int) -> torch.Tensor:
-    """Random orthonormal rows [rows, width]."""
+    """Return random orthonormal rows [rows, width]."""
     return torch.linalg.qr(torch.randn(width, rows))[0].T
 
 

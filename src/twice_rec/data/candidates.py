@@ -27,20 +27,12 @@ _BATCH = 512  # users whose scores are computed together
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one user's negatives are drawn from.
+    """What one user's negatives are drawn from."""
 
-    Args:
-        count: number of negatives.
-        own: indices of the items that the user interacted with.
-        cumulative: float64 [N], running sum of the items' counts in the training parts.
-        scores: float [N], a CF model's scores for this user; None without a model.
-        hard_pool: see `CandidateConfig`.
-    """
-
-    count: int
-    own: set[int]
-    cumulative: NDArray[np.float64]
-    scores: NDArray[np.floating] | None
+    count: int  # number of negatives
+    own: set[int]  # indices of the items that the user interacted with
+    cumulative: NDArray[np.float64]  # [N], running sum of the items' counts in the training parts
+    scores: NDArray[np.floating] | None  # [N], of a CF model for this user
     hard_pool: int
 
 
@@ -171,8 +163,5 @@ def _user_seed(seed: int, user_id: str, split: str, kind: str) -> int:
 
 def training_counts(sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.int64]:
     """Return how often each item occurs in the training parts: int64 [N], position j for index j + 1."""
-    counts = np.zeros(len(catalog), dtype=np.int64)
-    for sequence in sequences:
-        for entry in sequence.interactions[: sequence.num_train]:
-            counts[catalog.index(entry.item_id) - 1] += 1
-    return counts
+    trained = (entry.item_id for sequence in sequences for entry in sequence.interactions[: sequence.num_train])
+    return np.bincount(np.array(catalog.indices(trained), dtype=np.int64), minlength=len(catalog) + 1)[1:]

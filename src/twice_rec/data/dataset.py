@@ -32,9 +32,6 @@ def candidates_file(split: Split) -> str:
 def required_files(run_path: Path, *names: str) -> list[Path]:
     """Return the paths of files in `data/` of a run, which a later stage lists as its inputs.
 
-    Args:
-        names: names in `data/`, such as `CATALOG` and `candidates_file("test")`.
-
     Raises:
         InputError: if one is not there, with the launcher that makes it.
     """
@@ -46,11 +43,7 @@ def required_files(run_path: Path, *names: str) -> list[Path]:
 
 
 class PreparedData:
-    """Reads `data/` of a run, each file once and when it is needed.
-
-    Args:
-        folder: the `data` folder.
-    """
+    """Reads the folder `data/` of a run, each file once and when it is needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,11 +55,7 @@ class PreparedData:
 
     @cached_property
     def sequences(self) -> list[UserSequence]:
-        """All users, in the order of the file.
-
-        Raises:
-            InputError: if an item is not in the catalogue, with the line.
-        """
+        """All users, in the order of the file; InputError if an item is not in the catalogue, with the line."""
         path, sequences = self.folder / SEQUENCES, []
         for line, sequence in enumerate(read_records(path, UserSequence), start=1):
             for entry in sequence.interactions:
@@ -95,11 +84,7 @@ class PreparedData:
             raise InputError(f"{path}: {error.errors()[0]['msg']}; run prepare.sh again") from None
 
     def examples(self, split: Split, kind: str) -> Iterator[Example]:
-        """Yield the questions of a split with one kind of candidate list, in the order of the file.
-
-        Raises:
-            InputError: if the split has no such list.
-        """
+        """Yield the questions of a split with one kind of list, in the order of the file; InputError without it."""
         by_user = {sequence.user_id: sequence for sequence in self.sequences}
         for entry in self.candidates(split):
             if kind not in entry.lists:

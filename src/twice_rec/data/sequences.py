@@ -40,16 +40,16 @@ class SequenceConfig(Settings):
         needed = 3 if self.split == "leave_one_out" else 2
         if self.min_history >= needed:
             return None
-        found = f"min_history is {self.min_history}; {self.split} needs at least {needed}"
-        return f"{found}: a history, and a target for each split"
+        says = f"min_history is {self.min_history}; {self.split} needs at least {needed}"
+        return f"{says}: a history, and a target for each split"
 
     @rule
     def limits_leave_a_length(self) -> str | None:
         """The longest history is no shorter than the shortest."""
         if self.max_history is None or self.max_history >= max(self.min_history, self.k_core):
             return None
-        found = f"max_history is {self.max_history}; it must be at least min_history ({self.min_history})"
-        return f"{found} and k_core ({self.k_core})"
+        says = f"max_history is {self.max_history}; it must be at least min_history ({self.min_history})"
+        return f"{says} and k_core ({self.k_core})"
 
     @rule
     def periods_leave_training(self) -> str | None:
@@ -127,10 +127,7 @@ def without_duplicates(table: InteractionTable, problems: Problems) -> Interacti
 
 
 def core(table: InteractionTable, k_core: int, min_history: int, max_history: int | None) -> InteractionTable:
-    """Cut long histories to their most recent part, then drop rare items and short users until none is left.
-
-    Args:
-        table: ordered, without duplicates.
+    """Cut long histories of an ordered table to their most recent part, then drop rare items and short users.
 
     Raises:
         InputError: if no user is left.
@@ -160,11 +157,7 @@ def _position_from_end(user: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def leave_one_out(length: int) -> SplitPoints:
-    """Take the last item as test target, the one before it as validation target, and train on the rest.
-
-    Raises:
-        InputError: if there are fewer than 3 interactions.
-    """
+    """Take the last item as test target, the one before as validation target; InputError for less than 3 items."""
     if length < 3:
         raise InputError(f"leave-one-out needs 3 interactions (history, validation and test target), found {length}")
     return length - 2, length - 2, length - 1

@@ -20,9 +20,5 @@ SOURCES: Mapping[str, type[Source]] = dict(sorted(REGISTERED.items(), key=lambda
 
 
 def open_source(recipe: PrepareRecipe) -> Source:
-    """Return the source that the recipe names.
-
-    Raises:
-        InputError: if a file of it is missing or empty.
-    """
+    """Return the source that the recipe names; InputError if a file of it is missing or empty."""
     return SOURCES[recipe.source].open(recipe)

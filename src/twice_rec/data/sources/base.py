@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,30 +60,22 @@ class Problems:
 
 @dataclass(frozen=True)
 class InteractionTable:
-    """One row per interaction, in the order of the source.
+    """One row per interaction, in the order of the source."""
 
-    Args:
-        users, items: the ids behind the codes.
-        user, item: int32 [n], positions in `users` and `items`.
-        timestamp: int64 [n], milliseconds; all 0 if the source has no times.
-        rating: float32 [n], NaN if unknown.
-        line: int64 [n], the key by which the source finds the review of the row again.
-    """
-
-    users: list[str]
+    users: list[str]  # the ids behind the codes in `user`
     items: list[str]
-    user: NDArray[np.int32]
-    item: NDArray[np.int32]
-    timestamp: NDArray[np.int64]
-    rating: NDArray[np.float32]
-    line: NDArray[np.int64]
+    user: NDArray[np.int32]  # [n], position in `users`
+    item: NDArray[np.int32]  # [n], position in `items`
+    timestamp: NDArray[np.int64]  # [n], milliseconds; all 0 if the source has no times
+    rating: NDArray[np.float32]  # [n], NaN if unknown
+    line: NDArray[np.int64]  # [n], the key by which the source finds the review again
 
     def __len__(self) -> int:
         return len(self.user)
 
-    def take(self, rows: NDArray[np.int64]) -> InteractionTable:
+    def take(self, rows: NDArray[Any]) -> InteractionTable:
         """Return the table of some rows (positions or a mask), with the same codes."""
-        columns = (self.user, self.item, self.timestamp, self.rating, self.line)
+        columns: list[NDArray[Any]] = [self.user, self.item, self.timestamp, self.rating, self.line]
         return InteractionTable(self.users, self.items, *(column[rows] for column in columns))
 
 
@@ -105,29 +97,20 @@ def table_of(rows: Iterable[Row]) -> InteractionTable:
 
 
 class Source(ABC):
-    """A place that interactions come from, by default files in a folder.
-
-    Args:
-        folder: where the files are.
-        domain: name of the domain, for the names of the files.
-
-    Attributes:
-        reads_folder: whether a recipe must set source_dir.
-        problems: what could not be used as it is.
-        without_title: how `problems` calls an item without title.
+    """A place that interactions come from, by default files in a folder whose names hold the name of the domain.
 
     Raises:
         InputError: if there is no such folder.
     """
 
-    reads_folder: ClassVar[bool] = True
-    without_title = "item without title"
+    reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
+    without_title = "item without title"  # what `problems` calls an item without title
 
     def __init__(self, folder: Path, domain: str):
         if not folder.is_dir():
             raise InputError(f"source_dir {folder.resolve()}: no such folder; pass --source_dir FOLDER")
         self.folder, self.domain = folder, domain
-        self.problems = Problems()
+        self.problems = Problems()  # what could not be used as it is
         self.interaction_files: list[Path] = []
         self.item_files: list[Path] = []
 
@@ -179,19 +162,18 @@ class Source(ABC):
         return None
 
 
-def find_file(folder: Path, names: Iterable[str], what: str) -> Path:
+def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
     """Return the first of `names` that exists in `folder` and is not empty.
 
     Raises:
         InputError: with the folder, every name that was tried, and the remedy.
     """
-    tried = list(names)
-    for name in tried:
+    for name in names:
         if (folder / name).is_file():
             if (folder / name).stat().st_size == 0:
                 raise InputError(f"{folder / name}: the file is empty; fetch it again")
             return folder / name
-    raise InputError(f"{folder}: no file with {what}; looked for {', '.join(tried)}")
+    raise InputError(f"{folder}: no file with {what}; looked for {', '.join(names)}")
 
 
 def clean_text(text: str) -> str:

@@ -17,7 +17,6 @@ The five strengths are recipe keys. Everything is drawn from one seed. Only the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +28,7 @@ from numpy.typing import NDArray
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sources.amazon import Amazon2023
 from twice_rec.data.sources.base import Source, source
-from twice_rec.errors import InputError
-from twice_rec.files import atomic_path
+from twice_rec.files import write_jsonl
 from twice_rec.progress import progress
 from twice_rec.recipe import Settings, key
 from twice_rec.records import UserSequence
@@ -79,7 +77,7 @@ class SyntheticConfig(Settings):
     """The size of the synthetic domain, and the strengths of its five forces; 0 switches one off."""
 
     synthetic_users: int = key(20_000, "number of users of the synthetic domain", ge=1)
-    synthetic_items: int = key(500, "number of items of the synthetic domain", ge=50)
+    synthetic_items: int = key(500, "number of items of the synthetic domain, no more than titles", ge=50, le=MAX_ITEMS)
     synthetic_taste: float = key(2.2, "strength of taste for diets and brands, which text shows")
     synthetic_complement: float = key(2.4, "strength of complements between categories, which text shows")
     synthetic_cohort: float = key(2.6, "strength of the hidden cohort, which only interactions show")
@@ -114,19 +112,7 @@ class SyntheticSource(Amazon2023):
 
 
 class SyntheticDomain:
-    """Items and users, with all that is hidden about them.
-
-    Attributes:
-        category, brand, diet, cohort: int [N], of each item (position j, not a catalogue index).
-        complements: bool [C, C], whether an interaction in the row's category calls for the column's.
-        diet_taste, brand_taste: float [U, D] and [U, B], +1 liked, -1 disliked, else 0.
-        user_cohort: int [U].
-        appeal: float [N], to everyone: the last two terms of the formula.
-        item_ids: ids like Amazon's ASINs. user_ids: ids of Amazon's form.
-
-    Raises:
-        InputError: if there are more items than titles.
-    """
+    """N items and U users with all that is hidden about them; an item is named by its position, not by an index."""
 
     def __init__(self, config: SyntheticConfig, seed: int):
         self.config = config
@@ -137,33 +123,30 @@ class SyntheticDomain:
 
     def _make_items(self, rng: np.random.Generator) -> None:
         n, categories = self.config.synthetic_items, list(PRODUCT_TYPES)
-        if n > MAX_ITEMS:
-            raise InputError(f"synthetic_items is {n:,}; there are words for no more than {MAX_ITEMS:,} titles")
         titles: dict[tuple[int, int, int, int], None] = {}  # a title does not name the brand: each is used once
         while len(titles) < n:
             category = int(rng.integers(len(categories)))
             kind = int(rng.integers(len(PRODUCT_TYPES[categories[category]])))
             titles[category, kind, int(rng.integers(len(DIETS))), int(rng.integers(len(SIZES)))] = None
-        self.category, self._kind, self.diet, self._size = np.array(list(titles)).T
-        self.brand = rng.integers(len(BRANDS), size=n)
-        self.cohort = rng.integers(COHORTS, size=n)
-        base = rng.standard_normal(n)
+        self.category, self._kind, self.diet, self._size = np.array(list(titles)).T  # int [N] each
+        self.brand = rng.integers(len(BRANDS), size=n)  # [N]
+        self.cohort = rng.integers(COHORTS, size=n)  # [N]
+        base = rng.standard_normal(n)  # [N], b of the formula
         self.price = rng.integers(200, 2500, size=n) / 100
-        self.item_ids = _ids(rng, n, "B0", 8)
-        self.complements = np.zeros((len(categories), len(categories)), dtype=bool)
+        self.item_ids = _ids(rng, n, "B0", 8)  # like Amazon's ASINs
+        self.complements = np.zeros((len(categories), len(categories)), dtype=bool)  # [C, C], row calls for column
         for row in range(len(categories)):
             others = [c for c in range(len(categories)) if c != row]
             self.complements[row, rng.choice(others, size=2, replace=False)] = True
-        fame = rng.standard_normal(len(BRANDS))
+        fame = rng.standard_normal(len(BRANDS))  # [B], f of the formula
         fame = (fame - fame.mean()) / fame.std()
         self.appeal = self.config.synthetic_popularity * base + self.config.synthetic_brand * fame[self.brand]  # [N]
 
     def _make_users(self, rng: np.random.Generator) -> None:
         u = self.config.synthetic_users
-        self.user_cohort = rng.integers(COHORTS, size=u)
-        # Two diets liked and one disliked, three brands liked and two disliked.
-        self.diet_taste = _likes_and_dislikes(rng, u, len(DIETS), 2, 1)
-        self.brand_taste = _likes_and_dislikes(rng, u, len(BRANDS), 3, 2)
+        self.user_cohort = rng.integers(COHORTS, size=u)  # [U]
+        self.diet_taste = _likes_and_dislikes(rng, u, len(DIETS), 2, 1)  # [U, D]
+        self.brand_taste = _likes_and_dislikes(rng, u, len(BRANDS), 3, 2)  # [U, B]
         self.num_interactions = rng.integers(MIN_INTERACTIONS, MAX_INTERACTIONS + 1, size=u)  # [U]
         self.user_ids = _ids(rng, u, "A", 27)
 
@@ -301,17 +284,14 @@ class SyntheticDomain:
             title = _pick(NEUTRAL_GOOD if rating >= 4 else NEUTRAL_BAD, draw[1])
         # The text is about the user's taste at large, whatever the item.
         names, taste = _pick(((DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])), draw[2])
-        spoken = _pick(np.flatnonzero(taste), draw[3])
+        spoken: int = _pick(np.flatnonzero(taste), draw[3])
         verb = "I usually buy" if taste[spoken] > 0 else "I usually avoid"
         return rating, title, f"{title}. {verb} {names[spoken]}."
 
     def write(self, folder: Path, domain: str) -> None:
         """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, the files of the 2023 set."""
         for name, rows in ((f"meta_{domain}.jsonl", self.metadata()), (f"{domain}.jsonl", self.reviews())):
-            rows = progress(rows, desc=f"writing {name}", unit="row")
-            with atomic_path(folder / name) as temporary, open(temporary, "w", encoding="utf-8") as out:
-                for row in rows:
-                    out.write(json.dumps(row) + "\n")
+            write_jsonl(folder / name, progress(rows, desc=f"writing {name}", unit="row"))
 
 
 def _pick(options: Sequence[T] | NDArray[Any], draw: float) -> T:
