@@ -51,7 +51,7 @@ WORDS = [
     "bean",
     "whole",
 ]
-FIELDS = ("title", "category", "description")
+FIELDS = ["title", "category", "description"]
 
 
 async def serve(latency: float) -> None:
@@ -102,7 +102,8 @@ def questions() -> tuple[ItemCatalog, Questions]:
     catalog = ItemCatalog(
         Item(f"B{n:05d}", f"{text(8)} {n}", text(30), categories=("Food", draw.choice(WORDS))) for n in range(2000)
     )
-    shown = PromptFormat(None, FIELDS, ("review_title", "rating"), FIELDS, 300, 300, 300)
+    # A rationale's prompt shows no ids, but a format needs them.
+    shown = PromptFormat(prompt_history_fields=FIELDS, prompt_candidate_fields=[*FIELDS, "item_id"])
     exemplars = load_exemplars(ROOT / "recipes/exemplars/grocery.json")
     instructions = annotation_instructions(shown, exemplars, 150, False)
     return catalog, Questions(catalog, shown, instructions, SamplingConfig(model="m"))

@@ -12,6 +12,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tiny_base.recipe import ShapeConfig
+
 SIZES = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -59,3 +61,11 @@ def _build(model_class, config, attention):
         for parameter in model.parameters():  # far from the start, so that logits differ
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def base_shape():
+    """The shape of the toy base model at a size for tests."""
+    return ShapeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=16, full_attention_every=2, max_position_embeddings=512,
+    )  # fmt: skip

@@ -1,16 +1,15 @@
 """A small base model of our own, for machines that cannot run or download a real one.
 
-The architecture is Gemma 3 with sliding-window and full layers and a chat template that folds the system turn into
-the user's, so that every path of the paper's gemma-3-1b-it is walked. The tokenizer is a byte-level BPE trained on the
-domain's item texts and the prompts' own wording. Runs of capital letters and digits (item ids, numbers) are cut into
-pairs, each pair one token, and the answer tags are one token each. A number is the same token wherever it stands: the
-space before it is a token of its own.
+The architecture is Gemma 3, with sliding-window and full layers and a chat template that folds the system turn into the
+user's, so that every code path of the paper's gemma-3-1b-it is used. The tokenizer is a byte-level BPE, trained on the
+item texts of the domain and on the wording of the prompts. Runs of capital letters and digits (item ids, numbers) are
+cut into pairs, and each pair is one token. Each answer tag is one token. A number is the same token everywhere, because
+the space before it is a token of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,12 +17,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from tiny_base.recipe import BaseModelRecipe
-from twice_rec.answer_format import FIELDS, closing, opening
+from tiny_base.recipe import BaseModelRecipe, ShapeConfig
+from twice_rec.answer_format import TAGS
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-TAGS = tuple(tag for field in FIELDS for tag in (opening(field), closing(field)))
 
 _ID_CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PIECES = r" ?[A-Z][A-Z0-9](?![a-z])|\d[A-Z0-9](?![a-z])| ?[A-Za-z][a-z]*|\d| ?[^\sA-Za-z\d]+|\s"
@@ -50,25 +48,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-@dataclass(frozen=True, slots=True)
-class BaseSettings:
-    """Shape of the model; see `recipe.BaseModelRecipe`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    sliding_window: int
-    full_attention_every: int
-    max_position_embeddings: int
-    seed: int
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Gemma's special tokens and the answer tags as tokens of their own."""
+    """Train a byte-level BPE with Gemma's special tokens and the answer tags as tokens of their own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -98,28 +79,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> Gemma3ForCausalLM:
-    """A Gemma 3 with random weights for this tokenizer; stops at EOS and at the end of a turn."""
-    layers = range(1, settings.num_hidden_layers + 1)
-    kinds = ["full_attention" if i % settings.full_attention_every == 0 else "sliding_attention" for i in layers]
+def build_model(tokenizer: PreTrainedTokenizerFast, shape: ShapeConfig, seed: int) -> Gemma3ForCausalLM:
+    """Return a Gemma 3 with random weights for this tokenizer; it stops at EOS and at the end of a turn."""
+    layers = range(1, shape.num_hidden_layers + 1)
+    kinds = ["full_attention" if i % shape.full_attention_every == 0 else "sliding_attention" for i in layers]
     config = Gemma3TextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
-        query_pre_attn_scalar=settings.head_dim,
-        sliding_window=settings.sliding_window,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        query_pre_attn_scalar=shape.head_dim,
+        sliding_window=shape.sliding_window,
         layer_types=kinds,
-        max_position_embeddings=settings.max_position_embeddings,
+        max_position_embeddings=shape.max_position_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         model = Gemma3ForCausalLM(config)
         _start_with_induction(model)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
@@ -134,7 +115,7 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
     Layer 1 writes two things into the residual stream: the code (a random projection) of the token before, and the gist
     of the last dozen tokens, the mean of their codes. Layer 2, which has full attention, looks for places whose written
     code is the current token's, and for distant places whose gist is like the current one, and passes on the token
-    that stands there: induction (Olsson et al., "In-context learning and induction heads", 2022), exact and by context.
+    at that place: induction (Olsson et al., "In-context learning and induction heads", 2022), exact and by context.
     All other heads look for tokens like their own (Trockman and Kolter, "Mimetic initialization of self-attention
     layers", 2023). Training is free to change all of it.
 
@@ -154,7 +135,7 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
     embeddings.add_(shared * 0.5 * embeddings.norm(dim=1).mean())
 
     def constant(pairs: range, offset: float, kind: str, strength: float = 1.0) -> torch.Tensor:
-        """Rows whose products are largest where a query and one at offset 0 are `offset` positions apart."""
+        """Return rows whose products are largest if a query and a key are `offset` positions apart."""
         rows, index = torch.zeros(size, width), torch.tensor([i for i in pairs if i < half], dtype=torch.long)
         phase = offset * config.rope_parameters[kind]["rope_theta"] ** (-index / half)
         rows[index], rows[index + half] = (strength * part[:, None] * shared for part in (phase.cos(), phase.sin()))
@@ -194,12 +175,17 @@ def _start_with_induction(model: Gemma3ForCausalLM) -> None:
 
 
 def _orthonormal(rows: int, width: int) -> torch.Tensor:
-    """Random orthonormal rows [rows, width]."""
+    """Return random orthonormal rows [rows, width]."""
     return torch.linalg.qr(torch.randn(width, rows))[0].T
 
 
 def model_card(recipe: BaseModelRecipe, figures: dict[str, Any], losses: Sequence[tuple[int, float]]) -> str:
-    """The model card: what it is, what it read, its losses by step, its exam (kind -> share right, number)."""
+    """Return the model card: what the model is, what it read, its losses, its exam.
+
+    Args:
+        figures: number of parameters, size of the vocabulary, and the exam: kind -> share right, number of questions.
+        losses: (step, loss).
+    """
     exam = "\n".join(
         f"| {kind} | {entry['right']:.3f} | {entry['questions']:,} |" for kind, entry in sorted(figures["exam"].items())
     )

@@ -1,9 +1,9 @@
 """Pretraining of the tiny base model on conversations whose answers can be read off their prompts.
 
-The loss is on the answers and on the ends of the model's turns, each token counting the same. Documents are sorted
-into batches of about the same number of tokens; a batch is padded on the right, which a causal model does not see.
-On CPUs several processes (torchrun, gloo) share the documents of a step and add up their gradients; beside a GPU other
-processes write the documents ahead of it.
+The loss is on the answers and on the ends of the model's turns; each token counts the same. Documents are sorted into
+batches of about the same number of tokens. A batch is padded on the right, which a causal model does not see. On CPUs
+several processes (torchrun, gloo) share the documents of a step and add up their gradients. On a GPU other processes
+write the documents ahead of the training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_base.model import END_OF_TURN, START_OF_TURN
+from tiny_base.recipe import PretrainingConfig
 from twice_rec.files import atomic_path
 from twice_rec.llm.tokens import encode_chat, encode_text
 from twice_rec.prompts import Message
@@ -34,28 +34,14 @@ Encoded = tuple[list[int], list[int]]  # token ids, labels
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids, labels [rows, longest]
 STATE = "training_state.pt"
 
-_ADAM_SHARE = 0.25  # of the learning rate, for embeddings and norms; at all of it, 7 of 1,296 id tokens died
-
-
-@dataclass(frozen=True, slots=True)
-class PretrainSettings:
-    """See `recipe.BaseModelRecipe`."""
-
-    steps: int
-    tokens_per_step: int
-    learning_rate: float
-    warmup_steps: int
-    decay_fraction: float
-    weight_decay: float
-    save_steps: int
-    seed: int
+_ADAM_SHARE = 0.25  # of the learning rate, for embeddings and norms; at the whole rate 7 of 1,296 id tokens died
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of every matrix is made orthogonal (Jordan et al., 2024), at AdamW's scale of updates.
 
-    torch's own iterates in bfloat16, one matrix at a time, which takes ten times as long on CPUs without such
-    instructions; this one takes float32 and all matrices of a shape together.
+    torch's own Muon iterates in bfloat16, one matrix at a time, which takes ten times as long on CPUs without bfloat16
+    instructions. This one takes float32, and all matrices of a shape together.
     """
 
     def __init__(
@@ -65,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update."""
+        """Update all parameters once."""
         for group in self.param_groups:
             of_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
@@ -80,12 +66,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Matrices [B, m, n] with their singular values brought near 1 by a quintic Newton-Schulz iteration."""
+    """Bring the singular values of matrices [B, m, n] near 1 by a quintic Newton-Schulz iteration."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
+    x = matrices if wide else matrices.mT  # [B, short, long]
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        square = x @ x.mT
+        square = x @ x.mT  # [B, short, short]
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
     return x if wide else x.mT
 
@@ -93,7 +79,7 @@ def orthogonalised(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], turns: Sequence[tuple[str, str]]
 ) -> Encoded:
-    """Token ids and labels of a prompt and (question, answer) turns; the first question stands in the prompt."""
+    """Return token ids and labels of a prompt and (question, answer) turns; the first question is in the prompt."""
     ids = encode_chat(tokenizer, prompt)
     labels = [IGNORED] * len(ids)
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -110,12 +96,12 @@ def encode_conversation(
 
 
 def pretrain(
-    model: PreTrainedModel, batch: Callable[[int], Sequence[Encoded]], settings: PretrainSettings, folder: Path
+    model: PreTrainedModel, batch: Callable[[int], Sequence[Encoded]], config: PretrainingConfig, folder: Path
 ) -> list[tuple[int, float]]:
-    """Train all weights, on the model's device; goes on from `folder`'s training state if there is one.
+    """Train all weights on the model's device; goes on from the training state in `folder` if there is one.
 
     Args:
-        batch: the documents of a step, from its number alone, so that a resumed run sees the same ones.
+        batch: step -> documents. The step alone decides, so that a resumed run sees the same ones.
         folder: gets the training state every `save_steps`.
 
     Returns:
@@ -125,8 +111,8 @@ def pretrain(
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     optimizers = [
-        Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay),
-        torch.optim.AdamW(others, lr=_ADAM_SHARE * settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
+        torch.optim.AdamW(others, lr=_ADAM_SHARE * config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     path, first, losses = folder / STATE, 0, list[tuple[int, float]]()
     if path.exists():
@@ -138,11 +124,11 @@ def pretrain(
         logger.info("going on at step %d", first)
     model.train()
     recent, tokens, start = list[float](), 0, time.monotonic()
-    ahead = _ahead(batch, first, settings, model.device)
+    ahead = _ahead(batch, first, config, model.device)
     for step, (batches, labelled, seen) in enumerate(ahead, start=first):
         for optimizer, share in zip(optimizers, (1.0, _ADAM_SHARE), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = share * settings.learning_rate * schedule(step, settings)
+                group["lr"] = share * config.learning_rate * schedule(step, config)
         loss = _added_up(model, _step(model, batches, labelled))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -150,12 +136,12 @@ def pretrain(
             optimizer.zero_grad()
         recent.append(loss)
         tokens += seen
-        if (step + 1) % 100 == 0 or step + 1 == settings.steps:
+        if (step + 1) % 100 == 0 or step + 1 == config.steps:
             losses.append((step + 1, float(np.mean(recent))))
             rate = tokens / (time.monotonic() - start)
-            logger.info("step %d of %d: loss %.4f, %.0f tokens/s", step + 1, settings.steps, losses[-1][1], rate)
+            logger.info("step %d of %d: loss %.4f, %.0f tokens/s", step + 1, config.steps, losses[-1][1], rate)
             recent = []
-        if (step + 1) % settings.save_steps == 0 and rank() == 0:
+        if (step + 1) % config.save_steps == 0 and rank() == 0:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             with atomic_path(path) as temporary:
                 torch.save({**state, "step": step + 1, "losses": losses}, temporary)
@@ -163,14 +149,14 @@ def pretrain(
     return losses
 
 
-def schedule(step: int, settings: PretrainSettings) -> float:
-    """Share of the learning rate: a linear warm-up, a plateau, and a linear decay to 0 over `decay_fraction`."""
-    decay = max(1, math.ceil(settings.decay_fraction * settings.steps))
-    return min(1.0, (step + 1) / settings.warmup_steps, (settings.steps - step) / decay)
+def schedule(step: int, config: PretrainingConfig) -> float:
+    """Return the share of the learning rate: linear warm-up, plateau, linear decay to 0 over `decay_fraction`."""
+    decay = max(1, math.ceil(config.decay_fraction * config.steps))
+    return min(1.0, (step + 1) / config.warmup_steps, (config.steps - step) / decay)
 
 
 class _Steps:
-    """Step -> the batches of this process, and the numbers of labels and of tokens that all processes have in it."""
+    """Step -> the batches of this process, and the numbers of labels and of tokens of all processes."""
 
     def __init__(self, documents: Callable[[int], Sequence[Encoded]], tokens: int):
         self._documents, self._tokens = documents, tokens
@@ -184,13 +170,13 @@ class _Steps:
 
 
 def _ahead(
-    documents: Callable[[int], Sequence[Encoded]], first: int, settings: PretrainSettings, device: torch.device
+    documents: Callable[[int], Sequence[Encoded]], first: int, config: PretrainingConfig, device: torch.device
 ) -> Iterable[tuple[list[Batch], int, int]]:
-    """The steps from `first` on, in order; for a GPU they are made ready by processes beside this one."""
+    """Return the steps from `first` on, in order; for a GPU other processes prepare them."""
     gpu = device.type == "cuda"
     return torch.utils.data.DataLoader(
-        _Steps(documents, sys.maxsize if gpu else max(1, settings.tokens_per_step // 2)),  # type: ignore[arg-type]
-        sampler=range(first, settings.steps),
+        _Steps(documents, sys.maxsize if gpu else max(1, config.tokens_per_step // 2)),  # type: ignore[arg-type]
+        sampler=range(first, config.steps),
         batch_size=None,
         collate_fn=lambda step: step,
         num_workers=max(1, len(os.sched_getaffinity(0)) - 2) if gpu else 0,
@@ -199,13 +185,13 @@ def _ahead(
 
 
 def _step(model: PreTrainedModel, batches: Sequence[Batch], labelled: int) -> float:
-    """Gradients of the loss over all labels of these batches, divided by `labelled`; that loss."""
+    """Add the gradients of the loss over all labels of these batches, divided by `labelled`; return that loss."""
     total = torch.zeros((), device=model.device)
     for ids, labels in batches:
-        labels = labels[:, 1:].to(model.device)
-        hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]
-        wanted = labels != IGNORED
-        logits = model.lm_head(hidden[wanted]).float()
+        labels = labels[:, 1:].to(model.device)  # [B, T - 1]
+        hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, H]
+        wanted = labels != IGNORED  # [B, T - 1]
+        logits = model.lm_head(hidden[wanted]).float()  # [number of labels, vocabulary]
         loss = torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="sum") / labelled
         loss.backward()
         total += loss.detach()
@@ -213,17 +199,17 @@ def _step(model: PreTrainedModel, batches: Sequence[Batch], labelled: int) -> fl
 
 
 def rank() -> int:
-    """Number of this process."""
+    """Return the number of this process."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _added_up(model: PreTrainedModel, loss: float) -> float:
-    """Sum of the processes' losses; their gradients are added up in place."""
+    """Return the sum of the processes' losses; their gradients are added up in place."""
     if not distributed.is_initialized():
         return loss
     parameters = list(model.parameters())
     own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # None: a process without documents
-    flat = torch.cat([torch.tensor([loss]), *(gradient.flatten() for gradient in own)])
+    flat = torch.cat([torch.tensor([loss]), *(gradient.flatten() for gradient in own)])  # [1 + parameters]
     distributed.all_reduce(flat)
     for parameter, part in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
@@ -237,7 +223,7 @@ def _padded(documents: Sequence[Encoded]) -> Batch:
 
 
 def _in_batches(documents: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
-    """Documents, sorted by length, at most about `tokens` a batch, padding included."""
+    """Yield batches of documents, sorted by length, of at most about `tokens` each, padding included."""
     batch: list[Encoded] = []
     for document in documents:
         if batch and (len(batch) + 1) * len(document[0]) > tokens:

@@ -1,4 +1,4 @@
-"""The exam of the tiny base model: its share of right answers by kind of question, and whether it keeps to a form."""
+"""The exam of the tiny base model: its share of right answers by kind of question, and whether it keeps to a format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from twice_rec.llm.generation import sample_completions
 from twice_rec.llm.tokens import stop_token_ids
 from twice_rec.sft.encoding import IGNORED
 
-_MAX_TOKENS = 200  # of an answer; the longest right ones in a form have some 100
+_MAX_TOKENS = 200  # of a completion; the longest right answers with a format have about 100
 
 
 def examine(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]
 ) -> dict[str, dict[str, float]]:
-    """Kind of question -> share of its answers that are right, and number of questions.
+    """Return kind of question -> share of right answers, and number of questions.
 
-    `format obeyed` is the share of the questions with a form whose greedy answer, written freely, has it (see `obeys`);
-    all other kinds count the answers that are right to the letter. Each question stands behind the right answers to
+    `format obeyed` is the share of the questions with a format whose greedy completion has that format (see `obeys`).
+    All other kinds count the answers that are right to the letter. Each question comes after the right answers to
     those before it.
     """
     marks = dict[str, list[bool]]()
@@ -34,9 +34,9 @@ def examine(
         starts = [i for i in range(1, len(labels)) if labels[i - 1] == IGNORED != labels[i]]
         asked, expected = [], []
         for turn, answer, start in zip(document.turns, greedy_answers(model, ids, labels), starts, strict=True):
-            kind = "format" if turn.form else turn.kind
+            kind = "format" if turn.names_format else turn.kind
             marks.setdefault(kind, []).append(all(guess == right for guess, right in answer))
-            if turn.form:
+            if turn.names_format:
                 asked.append(ids[:start])
                 expected.append(turn.answer)
         if asked:
@@ -50,9 +50,9 @@ def examine(
 
 @torch.inference_mode()
 def greedy_answers(model: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """For each answer of an encoded conversation (the likeliest token, the right token) of each place.
+    """Return for each answer of an encoded conversation (the likeliest token, the right token) of each place.
 
-    Each is the likeliest after the right tokens before it: where all are right, generating gives the answer.
+    Each is the likeliest token after the right tokens before it; if all are right, generation gives the answer.
     """
     guesses = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].argmax(dim=-1)[:-1].tolist()
     answers: list[list[tuple[int, int]]] = []
@@ -66,7 +66,7 @@ def greedy_answers(model: PreTrainedModel, ids: Sequence[int], labels: Sequence[
 
 
 def obeys(text: str, right: str, candidates: Collection[str]) -> bool:
-    """Whether an answer has the tags of the right one, each once, in order and around something, and names a candidate.
+    """Return whether a completion has the tags of the right one, each once, in order, with text, and names a candidate.
 
     It need not be the right candidate.
     """

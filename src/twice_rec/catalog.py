@@ -1,4 +1,4 @@
-"""The one map between item ids, indices and items. Index 0 is padding; items are 1..N in file order."""
+"""The one map between item ids, indices and items. Index 0 is padding; items are 1..N in the order of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PADDING = 0
 
 
 class Outcome(Enum):
-    """What an answer recommends, seen from the candidate list it was asked about."""
+    """What an answer recommends, judged by the candidate list of its prompt."""
 
     HIT = "hit"  # the target
     MISS = "miss"  # another candidate
@@ -26,7 +26,7 @@ class Outcome(Enum):
 
 
 class ItemCatalog:
-    """A frozen, ordered set of items.
+    """A frozen, ordered set of N items; its length is N, padding not counted.
 
     Args:
         items: in index order; the first gets index 1.
@@ -40,14 +40,11 @@ class ItemCatalog:
         self._index: dict[str, int] = {}
         for index, item in enumerate(self._items, start=1):
             if not item.item_id or not item.title:
-                raise InputError(
-                    f"catalogue row {index}: an item needs an id and a title, found id {item.item_id!r}, "
-                    f"title {item.title!r}"
-                )
+                found = f"found id {item.item_id!r}, title {item.title!r}"
+                raise InputError(f"catalogue row {index}: an item needs an id and a title, {found}")
             if item.item_id in self._index:
-                raise InputError(
-                    f"catalogue row {index}: id {item.item_id} stands in row {self._index[item.item_id]} too"
-                )
+                first = self._index[item.item_id]
+                raise InputError(f"catalogue row {index}: id {item.item_id} is in row {first} too")
             self._index[item.item_id] = index
         if not self._items:
             raise InputError("the catalogue has no items")
@@ -55,18 +52,17 @@ class ItemCatalog:
 
     @classmethod
     def load(cls, path: Path | str) -> ItemCatalog:
-        """Read `catalog.jsonl`; InputError names the file."""
+        """Read `catalog.jsonl`; an InputError names the file."""
         try:
             return cls(read_records(path, Item))
         except InputError as error:
             raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
 
     def save(self, path: Path | str) -> None:
-        """Write `catalog.jsonl`, line i holding the item of index i."""
+        """Write `catalog.jsonl`; line i holds the item of index i."""
         write_records(path, self._items)
 
     def __len__(self) -> int:
-        """Number of items N, padding not counted."""
         return len(self._items)
 
     def __iter__(self) -> Iterator[Item]:
@@ -76,19 +72,19 @@ class ItemCatalog:
         return item_id in self._index
 
     def __getitem__(self, item_id: str) -> Item:
-        """The item of an id; KeyError for an unknown one."""
+        """Return the item of an id; KeyError if it is unknown."""
         return self._items[self._index[item_id] - 1]
 
     def index(self, item_id: str) -> int:
-        """The index of an id, 1..N; KeyError for an unknown one."""
+        """Return the index of an id, 1..N; KeyError if it is unknown."""
         return self._index[item_id]
 
     def indices(self, item_ids: Iterable[str]) -> list[int]:
-        """The indices of several ids, in their order."""
+        """Return the indices of several ids, in their order."""
         return [self._index[item_id] for item_id in item_ids]
 
     def at(self, index: int) -> Item:
-        """The item of an index 1..N; IndexError for padding and beyond."""
+        """Return the item of an index 1..N; IndexError for padding and beyond."""
         if not 1 <= index <= len(self._items):
             raise IndexError(f"item indices are 1..{len(self._items)}, got {index}")
         return self._items[index - 1]
@@ -100,19 +96,19 @@ class ItemCatalog:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the ids in order: two catalogues with it assign the same index to the same id."""
+        """SHA-256 of the ids in order: catalogues that share it give every id the same index."""
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()
 
     @property
     def ambiguous_titles(self) -> int:
-        """How many titles, compared without case and spacing, are shared by two items or more."""
+        """The number of titles that several items share, compared without case and spacing."""
         return sum(count > 1 for count in self._titles.values())
 
     def outcome(self, answer: ParsedAnswer, candidates: Sequence[str], target: str) -> Outcome:
         """Judge an answer. The id decides; a title that belongs to other items only makes the answer malformed.
 
-        One rule for rewards, evaluation and data checks (the release decides a match by id but looks
-        confidence up by title, which 15 pairs of items share).
+        The same rule serves rewards, evaluation and data checks. (The release decides a hit by id, but looks the
+        confidence up by title, which 15 pairs of items share.)
         """
         item_id = answer.item_id
         if not item_id:

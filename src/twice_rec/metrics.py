@@ -1,7 +1,7 @@
 """Ranking metrics from ranks, and the bootstrap.
 
-Everything here takes ranks: whoever produced them (a CF model, an LLM's votes, likelihoods), a hit means the same.
-Rank 1 is best. Ties count against the target, and every user counts: nothing is dropped, capped or averaged twice.
+Everything here takes ranks, so a hit means the same for a CF model, an LLM's votes and likelihoods. Rank 1 is best.
+Ties count against the target. Every user counts: nothing is dropped, capped or averaged twice.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# What every evaluation reports, in the order of its tables.
+# What every evaluation reports, in the order of the tables.
 METRICS: tuple[str, ...] = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
 
 
 def ranks_from_scores(scores: ArrayLike, target: ArrayLike) -> IntArray:
-    """Rank of one target column per row: the number of columns that score at least as high as it, itself included.
+    """Return the rank of each row's target: the number of columns that score at least as high, itself included.
 
     Args:
         scores: float [B, C]; `-inf` marks columns that must not be recommended.
@@ -30,31 +30,30 @@ def ranks_from_scores(scores: ArrayLike, target: ArrayLike) -> IntArray:
         int64 [B], 1 is best. A target tied with m others ranks behind all m of them.
 
     Raises:
-        ValueError: for NaN scores, which would compare as if they were low.
+        ValueError: if a score is NaN, which would compare as if it were low.
     """
-    matrix = np.asarray(scores)
-    columns = np.asarray(target)
+    matrix, columns = np.asarray(scores), np.asarray(target)  # [B, C], [B]
     if matrix.ndim != 2 or columns.shape != (matrix.shape[0],):
         raise ValueError(f"scores {matrix.shape} and target {columns.shape} are not [B, C] and [B]")
     if np.isnan(matrix).any():
         raise ValueError(f"{int(np.isnan(matrix).sum())} of {matrix.size} scores are NaN")
-    of_target = matrix[np.arange(len(columns)), columns]
+    of_target = matrix[np.arange(len(columns)), columns]  # [B]
     return (matrix >= of_target[:, None]).sum(axis=1).astype(np.int64)
 
 
 def hit_rate(ranks: ArrayLike, k: int) -> FloatArray:
-    """HR@k per user: 1 where the target is among the first k. Returns float64 [B]."""
+    """Return HR@k per user, float64 [B]: 1 if the target is among the first k, else 0."""
     return (np.asarray(ranks) <= k).astype(np.float64)
 
 
 def ndcg(ranks: ArrayLike, k: int) -> FloatArray:
-    """NDCG@k per user with one relevant item: 1 / log2(1 + rank) within the first k, else 0. Returns float64 [B]."""
+    """Return NDCG@k per user with one relevant item, float64 [B]: 1 / log2(1 + rank) within the first k, else 0."""
     r = np.asarray(ranks, dtype=np.float64)
     return np.where(r <= k, 1.0 / np.log2(1.0 + r), 0.0)
 
 
 def reciprocal_rank(ranks: ArrayLike) -> FloatArray:
-    """1 / rank per user, whose mean is MRR. Returns float64 [B]."""
+    """Return 1 / rank per user, float64 [B]; its mean is MRR."""
     return 1.0 / np.asarray(ranks, dtype=np.float64)
 
 
@@ -62,7 +61,7 @@ _WITH_CUTOFF: Mapping[str, Callable[[ArrayLike, int], FloatArray]] = {"hr": hit_
 
 
 def per_user(name: str, ranks: ArrayLike) -> FloatArray:
-    """The named metric of each user, float64 [B]; `name` is `hr@k`, `ndcg@k` or `mrr`.
+    """Return the named metric of each user, float64 [B]; `name` is `hr@k`, `ndcg@k` or `mrr`.
 
     Raises:
         ValueError: for another name, or a rank below 1.
@@ -79,14 +78,14 @@ def per_user(name: str, ranks: ArrayLike) -> FloatArray:
 
 
 def summarise(ranks: ArrayLike, names: Sequence[str] = METRICS) -> dict[str, float]:
-    """Means over users of the named metrics. Raises ValueError without users, where a mean says nothing."""
+    """Return the named metrics' means over users; ValueError if there is no user."""
     if np.asarray(ranks).size == 0:
         raise ValueError("no user to average over")
     return {name: float(per_user(name, ranks).mean()) for name in names}
 
 
 def random_ranking(num_candidates: int, names: Sequence[str] = METRICS) -> dict[str, float]:
-    """What a uniformly random order of `num_candidates` items is expected to reach."""
+    """Return the metrics that a uniformly random order of `num_candidates` items is expected to reach."""
     return summarise(np.arange(1, num_candidates + 1), names)
 
 
@@ -100,33 +99,26 @@ class Difference:
 
 
 def _bootstrap_means(values: FloatArray, samples: int, seed: int) -> FloatArray:
-    """Means of `samples` resamples of the users, with replacement: [n, M] -> [samples, M].
+    """Resample the users with replacement and return the means: [n, M] -> [samples, M].
 
     All M columns see the same resamples, as counts of how often each user was drawn.
     """
     n = len(values)
     if values.ndim != 2 or n == 0:
-        raise ValueError(f"the bootstrap takes one row a user, got an array of shape {values.shape}")
+        raise ValueError(f"the bootstrap takes one row per user, got an array of shape {values.shape}")
     rng = np.random.default_rng(seed)
-    means = np.empty((samples, values.shape[1]))
+    means = np.empty((samples, values.shape[1]))  # [samples, M]
     chunk = max(1, 2_000_000 // n)  # bounds the memory of the counts
     for start in range(0, samples, chunk):
         rows = min(chunk, samples - start)
-        drawn = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        drawn = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]  # [rows, n], row r from n * r on
         counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
         means[start : start + rows] = counts @ values / n
     return means
 
 
 def bootstrap_intervals(values: ArrayLike, samples: int = 1000, seed: int = 0) -> FloatArray:
-    """95 % percentile intervals of the means of several values a user, resampling users.
-
-    Args:
-        values: float [n, M].
-
-    Returns:
-        float64 [M, 2], low and high.
-    """
+    """Return 95 % percentile intervals of the means over users: float [n, M] -> float64 [M, 2], low and high."""
     means = _bootstrap_means(np.asarray(values, dtype=np.float64), samples, seed)
     return np.quantile(means, [0.025, 0.975], axis=0).T
 
@@ -135,8 +127,8 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 1000, seed: int 
     """Compare two models on the same users, resampling users.
 
     Args:
-        a: one value a user, float [n].
-        b: the same users' values under the other model, float [n], in the same order.
+        a: float [n], one value per user.
+        b: float [n], the other model's values of the same users in the same order.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:

@@ -1,4 +1,4 @@
-"""The project's progress bar: rate and time left on everything that takes long, few lines where output is a file."""
+"""The progress bar: rate and time left of everything that takes long; few lines if the output is a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tqdm import tqdm
 
 
 def progress(iterable: Any = None, *, desc: str, **options: Any) -> Any:
-    """A tqdm bar that appears after two seconds and goes when done; in a log file it writes a line every 15 seconds."""
+    """Return a tqdm bar: it appears after two seconds and goes at the end; a log file gets a line every 15 seconds."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(iterable, desc=desc, delay=2, mininterval=interval, maxinterval=interval, leave=False, **options)

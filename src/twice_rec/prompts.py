@@ -1,22 +1,22 @@
-"""Every template. The three tasks of stage 2 are also what stages 3 and 4 ask, word for word.
+"""Every prompt text. Stages 2, 3 and 4 ask their tasks in the same words.
 
 Task 1: title -> id, description, details. Task 2: history + candidates -> item. Task 3: the same -> rationale, item.
-Stage 1 asks a strong model for rationales and for checks of them; `rationales/answers.py` reads what it answers.
-How much of an item and a review a prompt shows is a `PromptFormat`, fixed once by stage 0, so that a rationale rests on
-nothing the trained model will not see.
+Stage 1 asks a strong model for rationales and for checks of them. Stage 0 fixes once, as a `PromptFormat`, how much of
+an item and a review a prompt shows, so that a rationale rests on nothing that the trained model will not see.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
 
 from twice_rec import answer_format
+from twice_rec.recipe import Settings, key, one_of, rule
 from twice_rec.records import Example, Interaction, Item
 
-# Ratings 1 to 5 in words (the release's scale).
+# Ratings 1 to 5 in words, from the release.
 RATING_WORDS = ("Terrible", "Bad", "Okay", "Good", "Excellent")
 
 
@@ -33,39 +33,47 @@ class ItemLookup(Protocol):
     def __getitem__(self, item_id: str) -> Item: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PromptFormat:
-    """What prompts show; see the `prompt_*` keys of `config.PrepareRecipe`. None means no limit."""
-
-    history_items: int | None
-    history_fields: tuple[str, ...]
-    review_fields: tuple[str, ...]
-    candidate_fields: tuple[str, ...]
-    description_chars: int | None
-    details_chars: int | None
-    review_chars: int | None
-
-    @classmethod
-    def of(cls, recipe: Any) -> PromptFormat:
-        """The format that the `prompt_*` keys of a `config.PrepareRecipe` describe."""
-        values = {name: getattr(recipe, f"prompt_{name}") for name in cls.__slots__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-_LABELS = {
-    "title": "title",
-    "item_id": "id",
-    "brand": "brand",
-    "category": "category",
-    "price": "price",
-    "description": "description",
-    "details": "details",
-    "rating": "rating",
-    "review_title": "review",
-    "review_text": "review text",
+# Field of an item, field of a review -> (its label in a prompt, its text).
+ITEM_FIELDS: Mapping[str, tuple[str, Callable[[Item, PromptFormat], str]]] = {
+    "title": ("title", lambda item, _: item.title),
+    "item_id": ("id", lambda item, _: item.item_id),
+    "brand": ("brand", lambda item, _: item.brand),
+    "category": ("category", lambda item, _: item.categories[-1] if item.categories else ""),
+    "price": ("price", lambda item, _: item.price),
+    "description": ("description", lambda item, shown: _cut(item.description, shown.prompt_description_chars)),
+    "details": ("details", lambda item, shown: _cut(item.details, shown.prompt_details_chars)),
+}
+REVIEW_FIELDS: Mapping[str, tuple[str, Callable[[Interaction, PromptFormat], str]]] = {
+    "rating": ("rating", lambda review, _: rating_word(review.rating)),
+    "review_title": ("review", lambda review, shown: _cut(review.review_title, shown.prompt_review_chars)),
+    "review_text": ("review text", lambda review, shown: _cut(review.review_text, shown.prompt_review_chars)),
 }
 
-# What an annotator answers: key of the JSON object -> what it holds. `rationales/answers.py` has the schema.
+ItemField, ReviewField = one_of(ITEM_FIELDS), one_of(REVIEW_FIELDS)
+_DEFAULT_FIELDS = ["title", "item_id", "description", "details"]
+
+
+class PromptFormat(Settings):
+    """What prompts show."""
+
+    prompt_history_items: int | None = key(None, "most recent interactions that prompts show; null for all", ge=1)
+    prompt_history_fields: list[ItemField] = key(_DEFAULT_FIELDS, "fields of a past item that prompts show")
+    prompt_review_fields: list[ReviewField] = key(["review_title", "rating"], "fields of a review that prompts show")
+    prompt_candidate_fields: list[ItemField] = key(_DEFAULT_FIELDS, "fields of a candidate that prompts show")
+    prompt_description_chars: int | None = key(300, "longest description in characters; null for no cut", ge=1)
+    prompt_details_chars: int | None = key(300, "longest details in characters; null for no cut", ge=1)
+    prompt_review_chars: int | None = key(300, "longest review title or text in characters; null for no cut", ge=1)
+
+    @rule
+    def candidates_can_be_named(self) -> str | None:
+        """An answer names a candidate by title and id."""
+        if {"title", "item_id"} <= set(self.prompt_candidate_fields):
+            return None
+        found = f"prompt_candidate_fields is {self.prompt_candidate_fields}"
+        return f"{found}; answers name a candidate by title and item_id, so both must be shown"
+
+
+# What an annotator writes: key of the JSON object -> what it holds. `rationales/answers.py` has the schema.
 ANNOTATION_FIELDS: Mapping[str, str] = {
     "rationale": "the reasoning, as one plain paragraph",
     "verdict": "relevant, weak or irrelevant",
@@ -123,104 +131,73 @@ ANSWER_IN_THIS_FORM = "Answer in this form:"
 
 
 def rating_word(rating: float | None) -> str:
-    """`Good` for 4; empty where the rating is unknown. Halves round up."""
-    if rating is None:
-        return ""
-    return RATING_WORDS[min(5, max(1, int(rating + 0.5))) - 1]
+    """Return the rating in words, `Good` for 4; empty if it is unknown. Halves round up."""
+    return "" if rating is None else RATING_WORDS[min(5, max(1, int(rating + 0.5))) - 1]
 
 
 def describe_item(item: Item, fields: Sequence[str], shown: PromptFormat) -> str:
-    """One line: `title: ... | id: ... | details: ...`; fields without content are left out."""
-    values = {
-        "title": item.title,
-        "item_id": item.item_id,
-        "brand": item.brand,
-        "category": item.categories[-1] if item.categories else "",
-        "price": item.price,
-        "description": _cut(item.description, shown.description_chars),
-        "details": _cut(item.details, shown.details_chars),
-    }
-    return " | ".join(f"{_LABELS[name]}: {values[name]}" for name in fields if values[name])
+    """Return one line, `title: ... | id: ... | details: ...`; fields without text are left out."""
+    labelled = [(label, text(item, shown)) for label, text in map(ITEM_FIELDS.__getitem__, fields)]
+    return " | ".join(f"{label}: {text}" for label, text in labelled if text)
 
 
-def describe_purchase(purchase: Interaction, item: Item, shown: PromptFormat) -> str:
-    """The item's line with what the user said of it."""
-    values = {
-        "rating": rating_word(purchase.rating),
-        "review_title": _cut(purchase.review_title, shown.review_chars),
-        "review_text": _cut(purchase.review_text, shown.review_chars),
-    }
-    said = [f"{_LABELS[name]}: {values[name]}" for name in shown.review_fields if values[name]]
-    return " | ".join([describe_item(item, shown.history_fields, shown), *said])
+def describe_interaction(interaction: Interaction, item: Item, shown: PromptFormat) -> str:
+    """Return the item's line with what the user said of it."""
+    labels = map(REVIEW_FIELDS.__getitem__, shown.prompt_review_fields)
+    said = [f"{label}: {text}" for label, read in labels if (text := read(interaction, shown))]
+    return " | ".join([describe_item(item, shown.prompt_history_fields, shown), *said])
 
 
 def show_lists(example: Example, catalog: ItemLookup, shown: PromptFormat) -> list[str]:
-    """The lines of the history and of the candidates, each numbered from 1, as every prompt about a user shows them."""
-    history = example.history[-shown.history_items :] if shown.history_items else example.history
-    purchases = [
-        f"{number}. {describe_purchase(purchase, catalog[purchase.item_id], shown)}"
-        for number, purchase in enumerate(history, start=1)
-    ]
-    candidates = [
-        f"{number}. {describe_item(catalog[item_id], shown.candidate_fields, shown)}"
-        for number, item_id in enumerate(example.candidates, start=1)
-    ]
-    return ["Purchase history, oldest first:", *purchases, "", "Candidates:", *candidates]
+    """Return the lines of the history and of the candidates, each numbered from 1, as every prompt shows them."""
+    history = example.history[-shown.prompt_history_items :] if shown.prompt_history_items else example.history
+    past = [describe_interaction(entry, catalog[entry.item_id], shown) for entry in history]
+    ahead = [describe_item(catalog[item_id], shown.prompt_candidate_fields, shown) for item_id in example.candidates]
+    return ["Purchase history, oldest first:", *_numbered(past), "", "Candidates:", *_numbered(ahead)]
 
 
 def recommend(
     example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool, item_first: bool = False
 ) -> list[Message]:
-    """The prompt of task 3 (`with_rationale`, asked for before or after the item) or task 2 for one user."""
+    """Return the prompt for one user: task 3, its rationale asked for before or after the item, or task 2."""
     expected, instruction = answer_format.ITEM_ONLY, _CHOOSE
     if with_rationale:
         expected = answer_format.ITEM_FIRST if item_first else answer_format.WITH_RATIONALE
         instruction = f"{_CHOOSE} {_REASON_LAST if item_first else _REASON_FIRST}"
-    content = "\n".join(
-        [*show_lists(example, catalog, shown), "", instruction, ANSWER_IN_THIS_FORM, answer_format.describe(expected)]
-    )
-    return [{"role": "system", "content": _RECOMMENDER}, {"role": "user", "content": content}]
+    lines = [*show_lists(example, catalog, shown), "", instruction]
+    return _conversation(_RECOMMENDER, "\n".join([*lines, ANSWER_IN_THIS_FORM, answer_format.describe(expected)]))
 
 
 def item_info(item: Item) -> list[Message]:
-    """The prompt of task 1 for one item."""
-    content = "\n".join(
-        [
-            f"Product: {item.title}",
-            "",
-            "Give its id, description and details.",
-            ANSWER_IN_THIS_FORM,
-            answer_format.describe(answer_format.ITEM_INFO),
-        ]
-    )
-    return [{"role": "system", "content": EXPERT}, {"role": "user", "content": content}]
+    """Return the prompt of task 1 for one item."""
+    lines = [f"Product: {item.title}", "", "Give its id, description and details.", ANSWER_IN_THIS_FORM]
+    return _conversation(EXPERT, "\n".join([*lines, answer_format.describe(answer_format.ITEM_INFO)]))
 
 
 def item_answer(item: Item) -> str:
-    """The answer of task 2."""
+    """Return the right completion of task 2."""
     return answer_format.render({"item_nm": item.title, "item_id": item.item_id})
 
 
 def rationale_answer(rationale: str, item: Item, item_first: bool = False) -> str:
-    """The answer of task 3."""
+    """Return the right completion of task 3."""
     values: dict[answer_format.Field, str] = {"think": rationale, "item_nm": item.title, "item_id": item.item_id}
-    return answer_format.render(
-        {field: values[field] for field in (answer_format.ITEM_FIRST if item_first else answer_format.WITH_RATIONALE)}
-    )
+    fields = answer_format.ITEM_FIRST if item_first else answer_format.WITH_RATIONALE
+    return answer_format.render({field: values[field] for field in fields})
 
 
 def item_info_answer(item: Item, shown: PromptFormat) -> str:
-    """The answer of task 1."""
+    """Return the right completion of task 1."""
     return answer_format.render({"item_info": describe_item(item, ("item_id", "description", "details"), shown)})
 
 
 @dataclass(frozen=True, slots=True)
 class Exemplar:
-    """One worked annotation for the prompt; `rationales/exemplars.py` reads them from a file.
+    """One worked annotation that the prompt shows; `rationales/exemplars.py` reads them from a file.
 
     Args:
-        rationale, forward_rationale: the text when looking back, and the one that leaves the target unnamed.
-        evidence: numbers of the purchases, counted from 1 as prompts show them.
+        rationale, forward_rationale: the text that looks back, and the text that leaves the target unnamed.
+        evidence: numbers of the interactions, counted from 1 as prompts show them.
     """
 
     history: tuple[tuple[Interaction, Item], ...]
@@ -235,7 +212,7 @@ class Exemplar:
 def annotation_instructions(
     shown: PromptFormat, exemplars: Sequence[Exemplar], words: int, forward_looking: bool
 ) -> list[Message]:
-    """What every request for a rationale begins with: the task and the exemplars.
+    """Return what every request for a rationale begins with: the task and the exemplars.
 
     Args:
         words: length to aim at.
@@ -254,44 +231,48 @@ def annotation_instructions(
 
 
 def annotation_question(history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat) -> Message:
-    """The purchase a rationale is asked for. Ids are shown to nobody: they explain nothing.
+    """Return the question for a rationale. It shows no ids, because they explain nothing.
 
     Args:
-        history: what the prompt shows, oldest first; the answer's evidence counts it from 1.
+        history: what the prompt shows, oldest first; the evidence counts it from 1.
     """
-    return {"role": "user", "content": _purchases(history, target, shown)}
+    return {"role": "user", "content": _history_and_target(history, target, shown)}
 
 
 def self_check(
     history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat, rationale: str
 ) -> list[Message]:
-    """Ask whether a rationale meets each point of the rubric."""
+    """Return the prompt that asks whether a rationale meets each point of the rubric."""
     rubric = "\n".join(f"{name}: {meaning}." for name, meaning in RUBRIC.items())
     form = json.dumps(dict.fromkeys(RUBRIC, "true or false"), indent=1)
-    content = "\n\n".join(
-        [_purchases(history, target, shown), f"Explanation:\n{rationale}", f"Points:\n{rubric}", _AS_JSON, form]
+    lists = _history_and_target(history, target, shown)
+    return _conversation(
+        _CHECKER, "\n\n".join([lists, f"Explanation:\n{rationale}", f"Points:\n{rubric}", _AS_JSON, form])
     )
-    return [{"role": "system", "content": _CHECKER}, {"role": "user", "content": content}]
 
 
-def ask_again(messages: Sequence[Message], answer: str, fault: str) -> list[Message]:
-    """The same question once more, with the answer that could not be used and what is wrong with it."""
+def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[Message]:
+    """Return the same question once more, with the completion that could not be used and what is wrong with it."""
     complaint = f"This answer cannot be used: {fault}. Give the whole JSON object again, with that put right."
-    return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": complaint}]
+    return [*messages, {"role": "assistant", "content": completion}, {"role": "user", "content": complaint}]
 
 
-def _purchases(history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat) -> str:
-    """The history, numbered from 1, and the next product, without ids."""
-    past = tuple(name for name in shown.history_fields if name != "item_id")
-    ahead = tuple(name for name in shown.candidate_fields if name != "item_id")
-    without_ids = replace(shown, history_fields=past)
-    lines = [
-        f"{number}. {describe_purchase(purchase, item, without_ids)}"
-        for number, (purchase, item) in enumerate(history, start=1)
-    ]
-    return "\n".join(
-        ["Past purchases, oldest first:", *lines, "", "Next product:", describe_item(target, ahead, shown)]
-    )
+def _history_and_target(history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat) -> str:
+    """Return the history, numbered from 1, and the next product, without ids."""
+    past_fields = [name for name in shown.prompt_history_fields if name != "item_id"]
+    next_fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
+    without_ids = shown.model_copy(update={"prompt_history_fields": past_fields})
+    past = [describe_interaction(interaction, item, without_ids) for interaction, item in history]
+    lines = ["Past purchases, oldest first:", *_numbered(past), "", "Next product:"]
+    return "\n".join([*lines, describe_item(target, next_fields, shown)])
+
+
+def _conversation(system: str, user: str) -> list[Message]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _numbered(lines: Sequence[str]) -> list[str]:
+    return [f"{number}. {line}" for number, line in enumerate(lines, start=1)]
 
 
 def _cut(text: str, limit: int | None) -> str:

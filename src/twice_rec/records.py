@@ -1,19 +1,21 @@
 """The frozen records that travel between the parts of the project.
 
-Every record that is stored as a line of JSON has the same field names there. `artifacts.read_records` and
-`artifacts.write_records` do the conversion; nothing else builds records from dictionaries.
+A record that is stored as a line of JSON has the same field names there. `files.read_records` and
+`files.write_records` convert it; nothing else builds records from dictionaries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# What an annotator says of its own rationale: does the history lead to the target?
 Verdict = Literal["relevant", "weak", "irrelevant"]
-VERDICTS: tuple[Verdict, ...] = ("relevant", "weak", "irrelevant")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 # Lists in which a target is ranked, in the order of tables -> what the report says of them.
 RANKED_LISTS: Mapping[str, str] = {
@@ -29,13 +31,13 @@ class Item:
     """One product, as text.
 
     Args:
-        item_id: the id that prompts show and answers name (`parent_asin` on Amazon).
+        item_id: the id that prompts show and completions name (`parent_asin` on Amazon).
         title: the name shown to users; titles need not be unique.
         description: free text, possibly empty.
         details: attributes as JSON members without the outer braces, `"Brand": "Yogi", "Size": "16 oz"`.
         brand: the store or brand, possibly empty.
         categories: from the widest to the narrowest.
-        price: as written in the source, since its type varies there.
+        price: as written in the source, because its type varies there.
     """
 
     item_id: str
@@ -49,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Interaction:
-    """One purchase: `timestamp` in milliseconds (0 where the source has none), `rating` 1 to 5 or None."""
+    """One user-item event: `timestamp` in milliseconds (0 if unknown), `rating` 1 to 5 (None if unknown)."""
 
     item_id: str
     timestamp: int = 0
@@ -62,8 +64,10 @@ class Interaction:
 class UserSequence:
     """A user's interactions in time order, and where the splits fall in them.
 
-    `interactions[:num_train]` may be trained on. `valid` and `test` are the positions of the two targets, None
-    where the user has none. Leave-one-out gives `num_train == valid == n - 2` and `test == n - 1`.
+    Args:
+        num_train: `interactions[:num_train]` may be trained on.
+        valid, test: positions of the two targets, None if the user has none. Leave-one-out gives
+            `num_train == valid == n - 2` and `test == n - 1`.
     """
 
     user_id: str
@@ -73,17 +77,20 @@ class UserSequence:
     test: int | None
 
     def target_position(self, split: Split) -> int | None:
-        """Position of the split's target. The training target is the last training interaction, if it has a history."""
+        """Return the position of the split's target, None if there is none.
+
+        The training target is the last training interaction, if it has a history.
+        """
         if split == "train":
             return self.num_train - 1 if self.num_train >= 2 else None
         return self.valid if split == "valid" else self.test
 
     def history(self, split: Split) -> tuple[Interaction, ...]:
-        """Everything before the split's target; raises ValueError where the user has no target in it."""
+        """Return everything before the split's target; ValueError if the user has no target in it."""
         return self.interactions[: self._require(split)]
 
     def target(self, split: Split) -> Interaction:
-        """The interaction to predict; raises ValueError where the user has none in this split."""
+        """Return the interaction to predict; ValueError if the user has none in this split."""
         return self.interactions[self._require(split)]
 
     def _require(self, split: Split) -> int:
@@ -104,7 +111,7 @@ class CandidateLists:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question to a recommender: which of `candidates` follows `history`? The answer is `target`."""
+    """One question to a recommender: which of `candidates` follows `history`? It is `target`."""
 
     user_id: str
     history: tuple[Interaction, ...]
@@ -114,7 +121,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Rationale:
-    """A post-hoc rationale for one user's training target, and the annotator's own verdict on it (stage 1)."""
+    """A post-hoc rationale for one user's training target (stage 1), with the annotator's own verdict.
+
+    `evidence` holds positions in the history, from 0; `confidence` is the annotator's in its verdict, 0 to 1.
+    """
 
     user_id: str
     target: str
@@ -127,13 +137,13 @@ class Rationale:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one model did with one user: the target's rank per kind of list, and for an LLM what it said.
+    """What one model did with one user: the target's rank per kind of list, and what an LLM wrote.
 
     Args:
         ranks: list kind (`uniform`, `popularity`, `hard`, `full`) -> rank of the target, 1 is best.
-        seed: of the model's training run, so that several runs can stand in one file.
+        seed: seed of the model's training run; one file may hold several runs.
         ranking: the candidates from best to worst (LLMs only).
-        answers: the generated texts (LLMs only).
+        answers: the completions (LLMs only).
     """
 
     user_id: str
@@ -141,4 +151,4 @@ class Prediction:
     ranks: dict[str, int]
     seed: int = 0
     ranking: tuple[str, ...] = ()
-    answers: tuple[str, ...] = field(default=())
+    answers: tuple[str, ...] = ()

@@ -8,18 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.candidates import draw_candidates, training_counts
+from twice_rec.data.candidates import CANDIDATE_LISTS, CandidateConfig, draw_candidates, training_counts
 from twice_rec.data.sequences import leave_one_out
 from twice_rec.errors import InputError
 from twice_rec.records import Interaction, Item, UserSequence
 
-KINDS = ("uniform", "popularity", "hard")
+KINDS = list(CANDIDATE_LISTS)
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(40)])
 
 
 def sequence(user_id, item_ids):
-    points = leave_one_out(len(item_ids))
-    return UserSequence(user_id, tuple(map(Interaction, item_ids)), points.num_train, points.valid, points.test)
+    return UserSequence(user_id, tuple(map(Interaction, item_ids)), *leave_one_out(len(item_ids)))
 
 
 def score(histories):
@@ -28,7 +27,9 @@ def score(histories):
 
 
 def draw(sequences, split="test", kinds=KINDS, num_candidates=10, seed=0, hard_pool=15):
-    return list(draw_candidates(sequences, CATALOG, split, kinds, num_candidates, seed, hard_pool, score))
+    lists = {"candidate_lists": list(kinds), "prompt_list": kinds[0]}
+    config = CandidateConfig(num_candidates=num_candidates, hard_pool=hard_pool, **lists)
+    return list(draw_candidates(config, sequences, CATALOG, split, seed, score))
 
 
 histories = st.lists(
@@ -40,18 +41,28 @@ histories = st.lists(
 @given(histories, st.integers(0, 5), st.sampled_from(["train", "valid", "test"]), st.integers(2, 25))
 def test_lists_are_sound(item_lists, seed, split, num_candidates):
     sequences = [sequence(f"u{i}", item_ids) for i, item_ids in enumerate(item_lists)]
-    drawn = draw(sequences, split, KINDS, num_candidates, seed, hard_pool=num_candidates)
+    for kinds in [[kind] for kind in KINDS] if split == "train" else [KINDS]:
+        lists_are_sound(sequences, seed, split, num_candidates, kinds)
+
+
+def lists_are_sound(sequences, seed, split, num_candidates, kinds):
+    drawn = draw(sequences, split, kinds, num_candidates, seed, hard_pool=num_candidates)
     with_target = [s for s in sequences if s.target_position(split) is not None]
     assert [entry.user_id for entry in drawn] == [s.user_id for s in with_target]
     for entry, user in zip(drawn, with_target, strict=True):
         own = {interaction.item_id for interaction in user.interactions}
         assert entry.target == user.target(split).item_id
-        for kind in KINDS:
-            shown = entry.lists[kind]
+        assert list(entry.lists) == kinds
+        for shown in entry.lists.values():
             assert len(shown) == len(set(shown)) == num_candidates
             assert shown.count(entry.target) == 1
             assert own & set(shown) == {entry.target}
-    assert draw(sequences, split, KINDS, num_candidates, seed, hard_pool=num_candidates) == drawn
+    assert draw(sequences, split, kinds, num_candidates, seed, hard_pool=num_candidates) == drawn
+
+
+def test_training_draws_the_list_that_prompts_show():
+    (entry,) = draw([sequence("u", CATALOG.ids[:5])], split="train", kinds=["popularity", "uniform"])
+    assert list(entry.lists) == ["popularity"]
 
 
 def test_a_list_depends_on_its_own_user_only():

@@ -50,7 +50,7 @@ def test_fingerprint_depends_on_order():
         ([], "no items"),
         ([Item("", "Tea")], "row 1: an item needs an id and a title"),
         ([Item("A", "")], "row 1: an item needs an id and a title"),
-        ([Item("A", "Tea"), Item("A", "Rice")], "row 2: id A stands in row 1 too"),
+        ([Item("A", "Tea"), Item("A", "Rice")], "row 2: id A is in row 1 too"),
     ],
 )
 def test_bad_catalogues(rows, message):

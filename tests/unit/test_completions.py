@@ -14,7 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from tiny_base.model import BaseSettings, build_model, train_tokenizer
+from tiny_base.model import build_model, train_tokenizer
+from tiny_models import base_shape
 from twice_rec.catalog import ItemCatalog
 from twice_rec.grpo.completion_log import PATIENCE, CompletionLog, step_figures
 from twice_rec.grpo.rewards import RewardSettings, StepRewards
@@ -225,7 +226,7 @@ def tokenizer():
 
 
 def train(tokenizer, folder, steps, resume=None, names=("match", "tags", "rank"), **keys):
-    model = build_model(tokenizer, BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1))
+    model = build_model(tokenizer, base_shape(), seed=1)
     settings = RewardSettings(3, 0.3, "ndcg")
     purchases = np.arange(len(CATALOG) + 1)
     step = StepRewards(

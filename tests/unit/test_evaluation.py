@@ -24,7 +24,11 @@ from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Interaction, Item, Prediction, UserSequence
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 7)])
-SHOWN = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
+SHOWN = PromptFormat(
+    prompt_history_items=None, prompt_history_fields=["title"], prompt_review_fields=["rating"],
+    prompt_candidate_fields=["title", "item_id"], prompt_description_chars=None, prompt_details_chars=None,
+    prompt_review_chars=None,
+)  # fmt: skip
 WRITER = PromptBuilder(CATALOG, SHOWN, None, PromptConfig())
 SEQUENCES = [
     UserSequence("u", tuple(map(Interaction, ("I1", "I2", "I3", "I4"))), 2, 2, 3),

@@ -8,28 +8,33 @@ import torch
 
 from tiny_base import exercises
 from tiny_base.exercises import ExerciseWriter, Lengths
-from tiny_base.model import BaseSettings, build_model, train_tokenizer
-from tiny_base.pretraining import Muon, PretrainSettings, encode_conversation, orthogonalised, pretrain, schedule
+from tiny_base.model import build_model, train_tokenizer
+from tiny_base.pretraining import Muon, encode_conversation, orthogonalised, pretrain, schedule
 from tiny_base.probe import greedy_answers, obeys
+from tiny_base.recipe import PretrainingConfig, ShapeConfig
 from tiny_models import gemma3
 from twice_rec.answer_format import parse
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.sources.synthetic import PRODUCT_TYPES, World, WorldSettings
+from twice_rec.data.sources.synthetic import PRODUCT_TYPES, SyntheticConfig, SyntheticDomain
 from twice_rec.prompts import PromptFormat
 from twice_rec.rationales.reading import called_for, last_note, opinion, review_note
 from twice_rec.records import Interaction, Item
 from twice_rec.sft.encoding import IGNORED
 
-CANDIDATE_FIELDS = ("brand", "title", "item_id", "category")
-SHOWN = PromptFormat(6, ("title", "category"), ("review_title", "rating"), CANDIDATE_FIELDS, 99, 99, 60)
+SHOWN = PromptFormat(
+    prompt_history_items=6, prompt_history_fields=["title", "category"],
+    prompt_review_fields=["review_title", "rating"],
+    prompt_candidate_fields=["brand", "title", "item_id", "category"], prompt_description_chars=99,
+    prompt_details_chars=99, prompt_review_chars=60,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def catalog():
-    world = World(WorldSettings(users=1, items=200, taste=1, complement=1, cohort=1, popularity=1, brand=0, seed=1))
+    domain = SyntheticDomain(SyntheticConfig(synthetic_users=1, synthetic_items=200), 1)
     return ItemCatalog(
         Item(row["parent_asin"], row["title"], row["description"][0], categories=tuple(row["categories"]))
-        for row in world.metadata()
+        for row in domain.metadata()
     )
 
 
@@ -171,7 +176,11 @@ def learner(catalog):
     writer, rng = ExerciseWriter(catalog, SHOWN), np.random.default_rng(3)
     made = [writer.document(rng, 1, 3, 3) for _ in range(6)]
     tokenizer = train_tokenizer([m["content"] for d in made for m in d.prompt], 1700)
-    model = build_model(tokenizer, BaseSettings(1700, 32, 48, 2, 2, 1, 16, 64, 2, 2048, seed=1))
+    shape = ShapeConfig(
+        vocab_size=1700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=64, full_attention_every=2, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = build_model(tokenizer, shape, seed=1)
     turns = [[(turn.question, turn.answer) for turn in document.turns] for document in made]
     return (
         tokenizer,
@@ -198,8 +207,11 @@ def test_labels_are_the_answers_and_the_ends_of_turns(learner):
 def test_it_learns_and_a_resumed_training_is_the_same(learner, tmp_path):
     _, model, encoded, _ = learner
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = PretrainSettings(12, 1500, 2e-2, 2, 0.3, 0.0, 6, 1)
-    losses = pretrain(model, lambda step: encoded[step % 2 :: 2], settings, tmp_path / "a")
+    config = PretrainingConfig(
+        steps=12, tokens_per_step=1500, learning_rate=2e-2, warmup_steps=2, decay_fraction=0.3, weight_decay=0.0,
+        save_steps=6,
+    )  # fmt: skip
+    losses = pretrain(model, lambda step: encoded[step % 2 :: 2], config, tmp_path / "a")
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     assert [step for step, _ in losses] == [12]
     assert losses[0][1] < 6.5 < np.log(1700)
@@ -214,9 +226,9 @@ def test_it_learns_and_a_resumed_training_is_the_same(learner, tmp_path):
 
     model.load_state_dict(start)
     with pytest.raises(Killed):
-        pretrain(model, until_nine, settings, tmp_path / "b")
+        pretrain(model, until_nine, config, tmp_path / "b")
     model.load_state_dict(start)
-    pretrain(model, lambda step: encoded[step % 2 :: 2], settings, tmp_path / "b")
+    pretrain(model, lambda step: encoded[step % 2 :: 2], config, tmp_path / "b")
     assert all(torch.equal(trained[name], value) for name, value in model.state_dict().items())
 
 
@@ -248,15 +260,15 @@ def test_muon_moves_along_orthogonal_updates():
 
 
 def test_learning_rate_rises_stays_and_falls():
-    settings = PretrainSettings(100, 1, 1.0, 10, 0.2, 0.0, 1, 1)
-    assert [schedule(step, settings) for step in (0, 9, 50, 80, 90, 99)] == [0.1, 1.0, 1.0, 1.0, 0.5, 0.05]
+    config = PretrainingConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_fraction=0.2)
+    assert [schedule(step, config) for step in (0, 9, 50, 80, 90, 99)] == [0.1, 1.0, 1.0, 1.0, 0.5, 0.05]
 
 
 def test_questions_stand_behind_the_lists():
     (system, user) = exercises.exercise(["a", "b"], "What?")
     assert user["content"] == "a\nb\n\nWhat?"
     assert system["role"] == "system"
-    assert exercises.in_form("What?", ("item_id",)).splitlines() == [
+    assert exercises.with_format("What?", ("item_id",)).splitlines() == [
         "What?", "Answer in this form:", "<item_id> id of the recommended item </item_id>",
     ]  # fmt: skip
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tiny_base.model import BaseSettings, build_model, train_tokenizer
+from tiny_base.model import build_model, train_tokenizer
+from tiny_models import base_shape
 from twice_rec.errors import InputError
 from twice_rec.files import hash_file
 from twice_rec.llm.generation import TransformersGenerator
@@ -26,7 +27,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     texts = ["green tea and black tea, which one do you like?"] * 50 + [string.printable]
     tokenizer = train_tokenizer(texts, 300)
-    model = build_model(tokenizer, BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1))
+    model = build_model(tokenizer, base_shape(), seed=1)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         for parameter in model.parameters():
@@ -72,8 +73,7 @@ def test_stop_tokens_are_eos_and_end_of_turn(base):
 
 def test_same_seed_same_weights():
     tokenizer = train_tokenizer(["tea"], 300)
-    shape = BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1)
-    a, b = build_model(tokenizer, shape).state_dict(), build_model(tokenizer, shape).state_dict()
+    a, b = (build_model(tokenizer, base_shape(), seed=1).state_dict() for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

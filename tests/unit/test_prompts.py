@@ -34,7 +34,12 @@ SAUCE = Item(
 )
 TEA = Item("B3", "Birch Keto Chai", "", '"Brand": "Birch", "Diet": "Keto"', "Birch", ("Food", "Tea"))
 CATALOG = ItemCatalog([PASTA, SAUCE, TEA])
-SHOWN = PromptFormat(2, ("title", "category"), ("review_title", "rating"), ("title", "item_id", "price"), 10, 12, 8)
+SHOWN = PromptFormat(
+    prompt_history_items=2, prompt_history_fields=["title", "category"],
+    prompt_review_fields=["review_title", "rating"],
+    prompt_candidate_fields=["title", "item_id", "price"], prompt_description_chars=10, prompt_details_chars=12,
+    prompt_review_chars=8,
+)  # fmt: skip
 HISTORY = (
     Interaction("B3", 1, 1.0, "Never again, truly"),
     Interaction("B1", 2, 5.0, "Great"),
@@ -86,7 +91,11 @@ def test_recommendation_prompt():
 
 
 def test_review_text_and_long_reviews_are_cut():
-    shown = PromptFormat(None, ("title",), ("review_title",), ("title", "item_id"), None, None, 8)
+    shown = PromptFormat(
+        prompt_history_items=None, prompt_history_fields=["title"], prompt_review_fields=["review_title"],
+        prompt_candidate_fields=["title", "item_id"], prompt_description_chars=None, prompt_details_chars=None,
+        prompt_review_chars=8,
+    )  # fmt: skip
     content = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=False)[1]["content"]
     assert "1. title: Birch Keto Chai | review: Never ag\n" in content
 
@@ -168,14 +177,11 @@ class Words:
 
 class TestPromptTruncation:
     shown = PromptFormat(
-        None,
-        ("title", "description"),
-        ("review_title",),
-        ("title", "item_id", "description", "details"),
-        None,
-        None,
-        None,
-    )
+        prompt_history_items=None, prompt_history_fields=["title", "description"],
+        prompt_review_fields=["review_title"],
+        prompt_candidate_fields=["title", "item_id", "description", "details"], prompt_description_chars=None,
+        prompt_details_chars=None, prompt_review_chars=None,
+    )  # fmt: skip
     whole = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=True)
 
     def write(self, limit):
@@ -183,7 +189,8 @@ class TestPromptTruncation:
         return builder, builder.recommend(EXAMPLE, with_rationale=True)
 
     def shorter(self, **limits):
-        return prompts.recommend(EXAMPLE, CATALOG, dataclasses.replace(self.shown, **limits), with_rationale=True)
+        shown = self.shown.model_copy(update={f"prompt_{name}": limit for name, limit in limits.items()})
+        return prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=True)
 
     def test_a_prompt_that_fits_stays_as_it_is(self):
         builder, prompt = self.write(words(self.whole))

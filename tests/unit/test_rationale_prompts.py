@@ -19,7 +19,11 @@ from twice_rec.records import Example, Interaction, Item, Rationale
 TEA = Item("B1", "Quiet Chamomile", "Mild.", brand="Quiet", categories=("Food", "Tea"))
 HONEY = Item("B2", "Clover Honey", categories=("Food", "Honey"))
 CATALOG = ItemCatalog([TEA, HONEY])
-SHOWN = PromptFormat(2, ("title", "item_id"), ("rating",), ("title", "item_id", "category"), None, None, None)
+SHOWN = PromptFormat(
+    prompt_history_items=2, prompt_history_fields=["title", "item_id"], prompt_review_fields=["rating"],
+    prompt_candidate_fields=["title", "item_id", "category"], prompt_description_chars=None,
+    prompt_details_chars=None, prompt_review_chars=None,
+)  # fmt: skip
 HISTORY = (Interaction("B2", rating=1.0), Interaction("B1", rating=5.0), Interaction("B1"))
 EXAMPLE = Example("u", HISTORY, ("B1", "B2"), "B2")
 EXEMPLAR = Exemplar(((Interaction("", rating=2.0), TEA),), HONEY, "looking back", "looking ahead", "weak", (1,), 0.5)

@@ -248,7 +248,11 @@ def test_the_policy_is_asked_only_where_a_recipe_names_rank():
 
 def test_rank_is_that_of_evaluation_by_likelihood():
     """The same generated text, the same ranking, in training and in evaluation; ties against the target."""
-    shown = PromptFormat(None, ("title",), ("rating",), ("title", "item_id"), None, None, None)
+    shown = PromptFormat(
+        prompt_history_items=None, prompt_history_fields=["title"], prompt_review_fields=["rating"],
+        prompt_candidate_fields=["title", "item_id"], prompt_description_chars=None, prompt_details_chars=None,
+        prompt_review_chars=None,
+    )  # fmt: skip
     writer = PromptBuilder(CATALOG, shown, None, PromptConfig())
     policy, ranks = HashPolicy(), []
     for number in range(40):

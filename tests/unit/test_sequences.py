@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sequences import (
+    SequenceConfig,
     assemble,
     core,
     in_time_order,
@@ -16,7 +17,8 @@ from twice_rec.data.sequences import (
     temporal_cuts,
     without_duplicates,
 )
-from twice_rec.data.sources.base import Problems, TableBuilder
+from twice_rec.data.sources import base
+from twice_rec.data.sources.base import Problems
 from twice_rec.errors import InputError
 from twice_rec.records import SPLITS, Interaction, Item, UserSequence
 
@@ -26,10 +28,11 @@ rows = st.lists(
 
 
 def table_of(given_rows):
-    builder = TableBuilder()
-    for line, (user, item, time) in enumerate(given_rows):
-        builder.add(user, item, time, None, line)
-    return builder.build()
+    return base.table_of((user, item, time, None, line) for line, (user, item, time) in enumerate(given_rows))
+
+
+def config_of(untitled_items="drop", min_history=3, **others):
+    return SequenceConfig(untitled_items=untitled_items, k_core=1, min_history=min_history, max_history=None, **others)
 
 
 def listed(table):
@@ -39,14 +42,14 @@ def listed(table):
 
 
 class MemorySource:
-    """Purchases and items from lists, for tests of what comes after a source."""
+    """Interactions and items from lists, for tests of what comes after a source."""
 
     def __init__(self, given_rows, titles=None):
         self.problems = Problems()
         self._table = table_of(given_rows)
         self._titles = titles
 
-    def purchases(self):
+    def interactions(self):
         return self._table
 
     def titled(self, wanted):
@@ -69,7 +72,7 @@ def test_without_times_the_source_order_stands():
     assert listed(table) == [("u", "C", 0), ("u", "A", 0), ("v", "B", 0)]
 
 
-def test_first_purchase_of_an_item_counts():
+def test_first_interaction_with_an_item_counts():
     problems = Problems()
     table = without_duplicates(
         in_time_order(table_of([("u", "A", 9), ("u", "B", 5), ("u", "A", 1), ("v", "A", 2)])), problems
@@ -101,7 +104,7 @@ def test_core_drops_until_all_limits_hold():
 
 
 def test_nobody_left_says_the_limits():
-    with pytest.raises(InputError, match=r"no user is left of 2 purchases.*lower k_core \(3\) or min_history \(5\)"):
+    with pytest.raises(InputError, match=r"no user is left of 2 interactions.*lower k_core \(3\) or min_history \(5\)"):
         core(table_of([("u", "A", 1), ("u", "B", 2)]), 3, 5, None)
 
 
@@ -124,7 +127,7 @@ def test_core_holds_all_limits(given_rows, k_core, min_history, max_history):
 @given(rows)
 def test_leave_one_out_has_no_target_in_its_own_history(given_rows):
     try:
-        _, sequences = assemble(MemorySource(given_rows), "drop", 1, 3, None)
+        _, sequences = assemble(MemorySource(given_rows), config_of())
     except InputError:
         return
     for sequence in sequences:
@@ -143,7 +146,8 @@ def test_leave_one_out_has_no_target_in_its_own_history(given_rows):
 @given(rows, st.floats(0.05, 0.4), st.floats(0.05, 0.4))
 def test_temporal_split_trains_on_nothing_later_than_a_target(given_rows, valid_share, test_share):
     try:
-        _, sequences = assemble(MemorySource(given_rows), "drop", 1, 2, None, (valid_share, test_share))
+        config = config_of(min_history=2, split="temporal", temporal_valid=valid_share, temporal_test=test_share)
+        _, sequences = assemble(MemorySource(given_rows), config)
     except InputError:
         return
     trained = [e.timestamp for s in sequences for e in s.interactions[: s.num_train]]
@@ -165,12 +169,9 @@ def test_too_short_for_leave_one_out():
 
 def test_temporal_points():
     times = np.array([1, 2, 5, 6, 9])
-    points = temporal(times, valid_from=5, test_from=9)
-    assert (points.num_train, points.valid, points.test) == (2, 2, 4)
-    only_test = temporal(times[[0, 4]], valid_from=5, test_from=9)
-    assert (only_test.num_train, only_test.valid, only_test.test) == (1, None, 1)
-    new_user = temporal(times[[4]], valid_from=5, test_from=9)
-    assert (new_user.num_train, new_user.valid, new_user.test) == (0, None, None)
+    assert temporal(times, valid_from=5, test_from=9) == (2, 2, 4)
+    assert temporal(times[[0, 4]], valid_from=5, test_from=9) == (1, None, 1)  # no interaction in between
+    assert temporal(times[[4]], valid_from=5, test_from=9) == (0, None, None)  # a new user
 
 
 def test_temporal_needs_times_that_differ():
@@ -183,11 +184,11 @@ def test_temporal_needs_times_that_differ():
 def test_items_without_title_are_dropped_or_kept_by_id():
     given_rows = [(u, i, t) for u in "uv" for t, i in enumerate("ABCD", 1)]
     source = MemorySource(given_rows, titles={"A", "B", "C"})
-    catalog, sequences = assemble(source, "drop", 1, 3, None)
+    catalog, sequences = assemble(source, config_of())
     assert catalog.ids == ("A", "B", "C")
     assert [len(sequence.interactions) for sequence in sequences] == [3, 3]
     assert source.problems.counts == {"purchase of an item without title, dropped": 2}
-    catalog, sequences = assemble(MemorySource(given_rows, titles={"A", "B", "C"}), "keep", 1, 3, None)
+    catalog, sequences = assemble(MemorySource(given_rows, titles={"A", "B", "C"}), config_of("keep"))
     assert catalog["D"].title == "D"
     assert sequences[0].interactions[3] == Interaction("D", 4, None, "review 3", "")
 

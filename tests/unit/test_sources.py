@@ -1,4 +1,4 @@
-"""Every source of purchases, with what real files throw at it."""
+"""Every source of interactions, with what real files throw at it."""
 
 import gzip
 import json
@@ -6,12 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from twice_rec.data.sequences import assemble
-from twice_rec.data.sources.amazon import SCHEMA_2014, SCHEMA_2023, AmazonSource
+from twice_rec.data.sequences import SequenceConfig, assemble
+from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
 from twice_rec.data.sources.base import clean_text
-from twice_rec.data.sources.recbole import AtomicSource
+from twice_rec.data.sources.recbole import RecBoleSource
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
+
+KEEP_ALL = SequenceConfig(untitled_items="keep", k_core=1, min_history=3, max_history=None)
 
 
 def review(user="U1", item="A", time=1000, rating=5.0, **others):
@@ -36,12 +38,11 @@ def write_lines(path, rows):
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-def amazon(tmp_path, reviews, metadata=(), schema=SCHEMA_2023, **options):
-    name = "D.jsonl" if schema is SCHEMA_2023 else "reviews_D.json.gz"
-    write_lines(tmp_path / name, reviews)
+def amazon(tmp_path, reviews, metadata=(), kind=Amazon2023, **options):
+    write_lines(tmp_path / ("D.jsonl" if kind is Amazon2023 else "reviews_D.json.gz"), reviews)
     if metadata:
-        write_lines(tmp_path / ("meta_D.jsonl" if schema is SCHEMA_2023 else "meta_D.json.gz"), metadata)
-    return AmazonSource(tmp_path, "D", schema, **options)
+        write_lines(tmp_path / ("meta_D.jsonl" if kind is Amazon2023 else "meta_D.json.gz"), metadata)
+    return kind(tmp_path, "D", **options)
 
 
 class TestAmazon2023:
@@ -56,7 +57,7 @@ class TestAmazon2023:
             price=7.5,
         )
         source = amazon(tmp_path, [review(title="So &quot;good&quot;", text="a<br />b")], [item])
-        table = source.purchases()
+        table = source.interactions()
         assert (table.users, table.items, table.timestamp.tolist(), table.rating.tolist()) == (
             ["U1"],
             ["A"],
@@ -100,7 +101,7 @@ class TestAmazon2023:
             review(item="D", title=None, text=["x"]),
         ]
         source = amazon(tmp_path, rows, [meta()])
-        table = source.purchases()
+        table = source.interactions()
         assert table.items == ["A", "B", "C", "D"]
         assert np.isnan(table.rating).tolist() == [False, True, True, False]
         assert source.problems.counts == {
@@ -129,24 +130,24 @@ class TestAmazon2023:
 
     def test_other_schema_is_named(self, tmp_path):
         with pytest.raises(InputError, match=r"no record fits the Amazon Reviews 2023 schema.*reviewerID.*amazon2014"):
-            amazon(tmp_path, [{"reviewerID": "U", "asin": "A", "unixReviewTime": 1}], [meta()]).purchases()
+            amazon(tmp_path, [{"reviewerID": "U", "asin": "A", "unixReviewTime": 1}], [meta()]).interactions()
 
     def test_missing_and_empty_files(self, tmp_path):
         with pytest.raises(InputError, match=r"no file with reviews; looked for D.jsonl, D.jsonl.gz"):
-            AmazonSource(tmp_path, "D", SCHEMA_2023)
+            Amazon2023(tmp_path, "D")
         (tmp_path / "D.jsonl").touch()
         with pytest.raises(InputError, match=r"D.jsonl: the file is empty"):
-            AmazonSource(tmp_path, "D", SCHEMA_2023)
+            Amazon2023(tmp_path, "D")
         write_lines(tmp_path / "D.jsonl", [review()])
         with pytest.raises(InputError, match=r"no file with item metadata; looked for meta_D.jsonl"):
-            AmazonSource(tmp_path, "D", SCHEMA_2023)
+            Amazon2023(tmp_path, "D")
         with pytest.raises(InputError, match=r"nowhere: no such folder; pass --source_dir"):
-            AmazonSource(tmp_path / "nowhere", "D", SCHEMA_2023)
+            Amazon2023(tmp_path / "nowhere", "D")
 
     def test_without_metadata_ids_become_titles(self, tmp_path):
         rows = [review(f"U{u}", item, time) for u in range(5) for time, item in enumerate("ABC")]
         source = amazon(tmp_path, rows, metadata_required=False)
-        catalog, sequences = assemble(source, "keep", 1, 3, None)
+        catalog, sequences = assemble(source, KEEP_ALL)
         assert [item.title for item in catalog] == ["A", "B", "C"]
         assert len(sequences) == 5
 
@@ -154,8 +155,8 @@ class TestAmazon2023:
         whole = gzip.compress("".join(json.dumps(review(f"U{i}", f"I{i}")) + "\n" for i in range(2000)).encode())
         (tmp_path / "D.jsonl.gz").write_bytes(whole[: len(whole) // 2])
         write_lines(tmp_path / "meta_D.jsonl", [meta()])
-        source = AmazonSource(tmp_path, "D", SCHEMA_2023)
-        assert 100 < len(source.purchases()) < 2000
+        source = Amazon2023(tmp_path, "D")
+        assert 100 < len(source.interactions()) < 2000
         assert source.problems.counts == {"file that is cut off or damaged, read up to there": 1}
 
     def test_damaged_gzip(self, tmp_path):
@@ -164,7 +165,7 @@ class TestAmazon2023:
         (tmp_path / "D.jsonl.gz").write_bytes(whole)
         write_lines(tmp_path / "meta_D.jsonl", [meta()])
         with pytest.raises(InputError, match="no record fits"):
-            AmazonSource(tmp_path, "D", SCHEMA_2023).purchases()
+            Amazon2023(tmp_path, "D").interactions()
 
 
 def test_amazon_2014(tmp_path):
@@ -175,8 +176,8 @@ def test_amazon_2014(tmp_path):
         "{'asin': 'A', 'title': \"Memory o' Trees\", 'price': 9.49, 'categories': [['Music', 'New Age'], ['X']]}",
         b"{'as",
     ]
-    source = amazon(tmp_path, reviews, items, SCHEMA_2014)
-    table = source.purchases()
+    source = amazon(tmp_path, reviews, items, Amazon2014)
+    table = source.interactions()
     assert (table.timestamp.tolist(), source.reviews({0})) == ([10_000], {0: ("s", "r")})
     assert source.titled({"A"}) == {"A"}
     (item,) = source.items({"A"})
@@ -190,20 +191,20 @@ def test_python_literals_are_never_run(tmp_path):
     assert source.problems.counts == {"line that does not parse": 1}
 
 
-class TestAtomic:
+class TestRecBole:
     def source(self, tmp_path, inter, item=None, name="ml.inter"):
         (tmp_path / name).write_text(inter)
         if item is not None:
             (tmp_path / "ml.item").write_text(item)
-        return AtomicSource(tmp_path, "ml")
+        return RecBoleSource(tmp_path, "ml")
 
-    def test_one_purchase_a_row(self, tmp_path):
+    def test_one_interaction_per_row(self, tmp_path):
         source = self.source(
             tmp_path,
             "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ta\t4\t881250949\nu\tb\t\tx\nbroken\nu\t\t1\t1\n",
             "item_id:token\tmovie_title:token_seq\tgenre:token_seq\na\tToy Story\tComedy Drama\nb\t\t\n",
         )
-        table = source.purchases()
+        table = source.interactions()
         assert table.timestamp.tolist() == [881250949000, 0]
         assert source.titled({"a", "b"}) == {"a"}
         (item,) = (i for i in source.items({"a"}))
@@ -219,7 +220,7 @@ class TestAtomic:
         header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
         for part, rows in (("train", "u\ta b\tc\nv\tb\tc\n"), ("valid", "u\ta b c\td\n"), ("test", "u\ta b c d\te\n")):
             (tmp_path / f"ml.{part}.inter").write_text(header + rows)
-        table = AtomicSource(tmp_path, "ml").purchases()
+        table = RecBoleSource(tmp_path, "ml").interactions()
         by_user = {
             u: [table.items[i] for i, w in zip(table.item, table.user, strict=True) if table.users[w] == u]
             for u in "uv"
@@ -229,18 +230,18 @@ class TestAtomic:
     @pytest.mark.parametrize(
         ("inter", "message"),
         [
-            ("user_id,item_id\n1,2\n", "ml.inter, line 1: not the header of an atomic file"),
+            ("user_id,item_id\n1,2\n", "ml.inter, line 1: not the header of a RecBole file"),
             ("item_id:token\n1\n", "with the columns user_id"),
             ("user_id:token\titem_id:token\n", "no interaction"),
         ],
     )
     def test_wrong_files(self, tmp_path, inter, message):
         with pytest.raises(InputError, match=message):
-            self.source(tmp_path, inter).purchases()
+            self.source(tmp_path, inter).interactions()
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(InputError, match=r"looked for ml.inter"):
-            AtomicSource(tmp_path, "ml")
+            RecBoleSource(tmp_path, "ml")
 
 
 class TestRelease:
@@ -279,7 +280,7 @@ class TestRelease:
 
     def test_sequences_items_and_reviews(self, tmp_path):
         self.write(tmp_path)
-        catalog, (sequence,) = assemble(ReleaseSource(tmp_path, "D"), "keep", 1, 3, None)
+        catalog, (sequence,) = assemble(ReleaseSource(tmp_path, "D"), KEEP_ALL)
         assert catalog.ids == ("B1", "B2", "B3", "B4")
         assert (catalog["B2"].title, catalog["B2"].description, catalog["B2"].details) == (
             "rice",
@@ -305,7 +306,7 @@ class TestRelease:
     def test_files_that_do_not_fit(self, tmp_path, options, message):
         self.write(tmp_path, **options)
         with pytest.raises(InputError, match=message):
-            ReleaseSource(tmp_path, "D").purchases()
+            ReleaseSource(tmp_path, "D").interactions()
 
     def test_user_with_too_few_items(self, tmp_path):
         self.write(
@@ -313,8 +314,8 @@ class TestRelease:
             train=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
             test=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
         )
-        with pytest.raises(InputError, match=r"no user is left of 2 purchases.*at least 3 items"):
-            assemble(ReleaseSource(tmp_path, "D"), "keep", 1, 3, None)
+        with pytest.raises(InputError, match=r"no user is left of 2 interactions.*at least 3 items"):
+            assemble(ReleaseSource(tmp_path, "D"), KEEP_ALL)
 
     def test_missing_and_doubled_files(self, tmp_path):
         with pytest.raises(InputError, match=r"no file named amazon_D_sasrec_train\*.json"):

@@ -1,1 +1,1 @@
-"""Stage 0's library: sources of purchases, sequences and splits, candidate lists, and the training rows of stage 2."""
+"""Stage 0: sources of interactions, sequences and splits, candidate lists, and the files that later stages read."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
 from twice_rec.files import read_json, read_records, write_json
@@ -18,18 +20,30 @@ PROMPT = "prompt.json"
 ORACLE = "oracle.npz"
 STATISTICS = "statistics.json"
 
+# Key of `prompt.json` -> key of the recipe.
+_KEYS_OF_PROMPT = {key.removeprefix("prompt_"): key for key in PromptFormat.model_fields}
+
 
 def candidates_file(split: Split) -> str:
-    """Name of the split's candidate lists."""
+    """Return the name of the file of a split's candidate lists."""
     return f"candidates.{split}.jsonl"
 
 
-class PreparedData:
-    """Reads `data/` of a run, each file once and when it is needed.
+def required_files(run_path: Path, *names: str) -> list[Path]:
+    """Return the paths of files in `data/` of a run, which a later stage lists as its inputs.
 
-    Args:
-        folder: the `data` folder.
+    Raises:
+        InputError: if one is not there, with the launcher that makes it.
     """
+    paths = [run_path / "data" / name for name in names]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder; it is made by prepare.sh, which must run first")
+    return paths
+
+
+class PreparedData:
+    """Reads the folder `data/` of a run, each file once and when it is needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -41,11 +55,7 @@ class PreparedData:
 
     @cached_property
     def sequences(self) -> list[UserSequence]:
-        """All users, in the files' order.
-
-        Raises:
-            InputError: for an item that is not in the catalogue, with the line.
-        """
+        """All users, in the order of the file; InputError if an item is not in the catalogue, with the line."""
         path, sequences = self.folder / SEQUENCES, []
         for line, sequence in enumerate(read_records(path, UserSequence), start=1):
             for entry in sequence.interactions:
@@ -58,21 +68,23 @@ class PreparedData:
         return sequences
 
     def candidates(self, split: Split) -> list[CandidateLists]:
-        """The stored lists of a split."""
+        """Read the stored lists of a split."""
         return list(read_records(self.folder / candidates_file(split), CandidateLists))
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        """How much prompts show."""
+        """What prompts show."""
         path = self.folder / PROMPT
         values = read_json(path)
+        if values.keys() != _KEYS_OF_PROMPT.keys():
+            raise InputError(f"{path}: expected the keys {', '.join(_KEYS_OF_PROMPT)}; run prepare.sh again")
         try:
-            return PromptFormat(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-        except TypeError as error:
-            raise InputError(f"{path}: {error}; run prepare.sh again") from None
+            return PromptFormat.model_validate({_KEYS_OF_PROMPT[name]: value for name, value in values.items()})
+        except ValidationError as error:
+            raise InputError(f"{path}: {error.errors()[0]['msg']}; run prepare.sh again") from None
 
     def examples(self, split: Split, kind: str) -> Iterator[Example]:
-        """The questions of a split with one kind of candidate list, in the files' order of users."""
+        """Yield the questions of a split with one kind of list, in the order of the file; InputError without it."""
         by_user = {sequence.user_id: sequence for sequence in self.sequences}
         for entry in self.candidates(split):
             if kind not in entry.lists:
@@ -84,15 +96,15 @@ class PreparedData:
             yield Example(entry.user_id, sequence.history(split), entry.lists[kind], entry.target)
 
     def training_examples(self) -> Iterator[Example]:
-        """The training questions; their candidates are the kind that prompts show, the only one stored for them."""
+        """Yield the training questions, with the only kind of list that is stored for them: `prompt_list`."""
         (kind,) = self.candidates("train")[0].lists
         return self.examples("train", kind)
 
     def training_histories(self) -> list[list[int]]:
-        """Every user's training part as item indices, in the files' order."""
+        """Return every user's training part as item indices, in the order of the file."""
         return [self.catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in self.sequences]
 
 
 def save_prompt_format(path: Path, shown: PromptFormat) -> None:
     """Write `prompt.json`."""
-    write_json(path, {name: getattr(shown, name) for name in PromptFormat.__slots__})
+    write_json(path, {name: getattr(shown, key) for name, key in _KEYS_OF_PROMPT.items()})

@@ -29,12 +29,6 @@ class PrepareRecipe(Recipe, SequenceConfig, CandidateConfig, PromptFormat, Synth
 
     @rule
     def source_has_a_folder(self) -> str | None:
-        if self.source != "synthetic" and self.source_dir is None:
+        if SOURCES[self.source].reads_folder and self.source_dir is None:
             return f"source {self.source} reads files: set source_dir, or pass --source_dir FOLDER"
-        return None
-
-    @rule
-    def prompts_show_a_stored_list(self) -> str | None:
-        if self.prompt_list not in self.candidate_lists:
-            return f"prompt_list is {self.prompt_list}; candidate_lists has only {', '.join(self.candidate_lists)}"
         return None

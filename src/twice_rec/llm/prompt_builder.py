@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from twice_rec.catalog import ItemCatalog
@@ -84,12 +83,13 @@ class PromptBuilder:
 
 def _shown_interactions(example: Example, shown: PromptFormat) -> int:
     """Return how many interactions the whole prompt shows."""
-    return min(len(example.history), shown.history_items or len(example.history))
+    return min(len(example.history), shown.prompt_history_items or len(example.history))
 
 
 def _shortened(shown: PromptFormat, interactions: int, chars: int | None = None) -> PromptFormat:
     """Return the format with fewer interactions, and with `chars` as another limit of descriptions and details."""
-    if chars is None:
-        return replace(shown, history_items=interactions)
-    description, details = (min(chars, limit or chars) for limit in (shown.description_chars, shown.details_chars))
-    return replace(shown, history_items=interactions, description_chars=description, details_chars=details)
+    update = {"prompt_history_items": interactions}
+    if chars is not None:
+        update["prompt_description_chars"] = min(chars, shown.prompt_description_chars or chars)
+        update["prompt_details_chars"] = min(chars, shown.prompt_details_chars or chars)
+    return shown.model_copy(update=update)

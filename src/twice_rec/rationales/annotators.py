@@ -43,7 +43,7 @@ def open_annotator(
         Stopped: if completions are missing and cannot be had now; those that came are stored.
     """
     if recipe.annotator == "offline":
-        yield Annotator(recipe.annotator, OfflineAnnotator(catalog, shown.history_items).annotate)
+        yield Annotator(recipe.annotator, OfflineAnnotator(catalog, shown.prompt_history_items).annotate)
     elif released is not None:
         yield Annotator(recipe.annotator, released.annotate)
     else:

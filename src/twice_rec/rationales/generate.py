@@ -92,7 +92,8 @@ class Questions:
 
     def _history(self, example: Example) -> tuple[list[tuple[Interaction, Item]], int]:
         """Return the interactions that are shown, and the position of the first of them in the whole history."""
-        first = max(0, len(example.history) - self.shown.history_items) if self.shown.history_items else 0
+        most = self.shown.prompt_history_items or len(example.history)
+        first = max(0, len(example.history) - most)
         return [(entry, self.catalog[entry.item_id]) for entry in example.history[first:]], first
 
     def _talk(

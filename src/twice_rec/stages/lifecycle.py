@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 def about(recipe: Recipe, trainer_keys: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Any]:
     """Command and whole recipe, for the manifest. Recipes hold no secrets: keys come from the environment."""
-    return {"command": sys.argv, "recipe": {**dataclasses.asdict(recipe), **trainer_keys}}
+    everything = dataclasses.asdict(recipe) if dataclasses.is_dataclass(recipe) else recipe.everything()
+    return {"command": sys.argv, "recipe": {**everything, **trainer_keys}}
 
 
 # Keys of a trainer's configuration that a stage sets itself -> what to use instead.

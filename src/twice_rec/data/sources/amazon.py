@@ -1,7 +1,7 @@
-"""Amazon reviews in the raw 2023 schema and in the older one of 2014 and 2018.
+"""Amazon reviews in the raw schema of 2023, and in the older one of 2014 and 2018.
 
-Files are JSON lines, plain or gzip, read as a stream. What cannot be used is counted by kind and reported; only a
-file in which nothing fits the schema is an error. A gzip stream that ends early is read up to its end.
+Files are JSON lines, plain or gzip, read as a stream. What cannot be used is counted by kind and reported. Only a file
+in which nothing fits the schema is an error. A gzip stream that ends early is read up to its end.
 """
 
 from __future__ import annotations
@@ -11,153 +11,161 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twice_rec.data.sources.base import Problems, PurchaseTable, TableBuilder, clean_text, find_file, titled_among
+from twice_rec.data.sources.base import Problems, Row, Source, clean_text, find_file, source
 from twice_rec.errors import InputError
 from twice_rec.progress import progress
 from twice_rec.records import Item
 
+if TYPE_CHECKING:
+    from twice_rec.data.recipe import PrepareRecipe
+
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Schema:
-    """The keys of one generation of the data set, and its usual file names."""
-
-    name: str
-    user: str
-    item: str
-    time: str
-    rating: str
-    review_title: str
-    review_text: str
-    milliseconds: int  # per unit of `time`
-    reviews: tuple[str, ...]
-    metadata: tuple[str, ...]
-    read_item: Callable[[Record], Item]
-
-
-class AmazonSource:
-    """Reviews and item metadata of one domain in one folder.
+@source("amazon2023")
+class Amazon2023(Source):
+    """Reviews and item metadata of one domain of Amazon Reviews 2023.
 
     Args:
-        folder: where the files are.
         domain: fills the usual file names, `Grocery_and_Gourmet_Food`.
-        schema: `SCHEMA_2023` or `SCHEMA_2014`.
-        reviews_file, metadata_file: other names; without a metadata file no item has a title.
-        metadata_required: whether a missing metadata file is an error (it is where untitled items are dropped).
+        reviews_file, metadata_file: other names.
+        metadata_required: whether a missing metadata file is an error; without one no item has a title.
     """
+
+    schema = "Amazon Reviews 2023"
+    usual_reviews: tuple[str, ...] = ("{domain}.jsonl", "{domain}.jsonl.gz")
+    usual_metadata: tuple[str, ...] = ("meta_{domain}.jsonl", "meta_{domain}.jsonl.gz")
+    # The keys of a review, and of an item.
+    user_key, item_key, time_key, rating_key = "user_id", "parent_asin", "timestamp", "rating"
+    milliseconds = 1  # per unit of time
+    review_title_key, review_text_key = "title", "text"
+    brand_key, features_key, category_keys = "store", "features", ["categories"]
 
     def __init__(
         self,
         folder: Path,
         domain: str,
-        schema: Schema,
         reviews_file: str | None = None,
         metadata_file: str | None = None,
         metadata_required: bool = True,
     ):
-        self.problems = Problems()
-        self._schema = schema
-        names = [reviews_file] if reviews_file else [name.format(domain=domain) for name in schema.reviews]
-        self._reviews = find_file(folder, names, "reviews")
-        names = [metadata_file] if metadata_file else [name.format(domain=domain) for name in schema.metadata]
+        super().__init__(folder, domain)
+        names = [reviews_file] if reviews_file else [name.format(domain=domain) for name in self.usual_reviews]
+        self.interaction_files = [find_file(folder, names, "reviews")]
+        names = [metadata_file] if metadata_file else [name.format(domain=domain) for name in self.usual_metadata]
         try:
-            self._metadata: Path | None = find_file(folder, names, "item metadata")
+            self.item_files = [find_file(folder, names, "item metadata")]
         except InputError:
             if metadata_required or metadata_file:
                 raise
-            self._metadata = None
+            self.without_title = "item without title (there is no metadata file)"
 
-    @property
-    def files(self) -> list[Path]:
-        """The files that are read."""
-        return [self._reviews] + ([self._metadata] if self._metadata else [])
+    @classmethod
+    def open(cls, recipe: PrepareRecipe) -> Source:
+        """Find the files; metadata are required if untitled items are dropped."""
+        folder, required = Path(recipe.source_dir or "."), recipe.untitled_items == "drop"
+        return cls(folder, recipe.domain, recipe.reviews_file, recipe.metadata_file, required)
 
-    def purchases(self) -> PurchaseTable:
-        """Read the reviews without their texts; `line` counts from 0."""
-        schema, table, usable = self._schema, TableBuilder(), 0
+    def rows(self) -> Iterator[Row]:
+        """Yield the reviews without their texts; `line` counts from 0.
+
+        Raises:
+            InputError: if no record fits the schema.
+        """
+        (path,), usable = self.interaction_files, 0
         keys_seen: set[str] = set()
-        for line, record in _records(self._reviews, self.problems):
+        for line, record in _records(path, self.problems):
             keys_seen.update(record.keys() if len(keys_seen) < 50 else ())
-            user, item, time = record.get(schema.user), record.get(schema.item), record.get(schema.time)
-            fault = _fault(user, item, time, schema)
-            if fault is not None:
-                self.problems.add(fault, f"{self._reviews.name}, line {line + 1}")
+            if fault := self._fault(record):
+                self.problems.add(fault, f"{path.name}, line {line + 1}")
                 continue
             usable += 1
-            rating = record.get(schema.rating)
+            rating = record.get(self.rating_key)
             if not isinstance(rating, (int, float)) or not 1 <= rating <= 5:
-                self.problems.add(
-                    "review with a rating that is not 1 to 5, kept without", f"line {line + 1}: {rating!r}"
-                )
+                kind = "review with a rating that is not 1 to 5, kept without"
+                self.problems.add(kind, f"line {line + 1}: {rating!r}")
                 rating = None
-            table.add(user, item, int(time * schema.milliseconds), rating, line)
+            time = int(record[self.time_key] * self.milliseconds)
+            yield record[self.user_key], record[self.item_key], time, rating, line
         if not usable:
             raise InputError(
-                f"{self._reviews}: no record fits the {schema.name} schema; expected the keys {schema.user}, "
-                f"{schema.item}, {schema.time}; found {', '.join(sorted(keys_seen)[:12]) or 'no JSON object'}. "
+                f"{path}: no record fits the {self.schema} schema; expected the keys {self.user_key}, "
+                f"{self.item_key}, {self.time_key}; found {', '.join(sorted(keys_seen)[:12]) or 'no JSON object'}. "
                 f"Another generation of the data? Sources are amazon2023 and amazon2014"
             )
-        return table.build()
 
-    def titled(self, wanted: set[str]) -> set[str]:
-        """Which of the wanted ids the metadata give a title; the others are counted."""
-        described = self._described(wanted, self.problems)
-        kind = "item without title" if self._metadata else "item without title (there is no metadata file)"
-        return titled_among(wanted, described, self.problems, kind)
+    def _fault(self, record: Record) -> str | None:
+        """Return why a review cannot be used, None if it can."""
+        for name in (self.user_key, self.item_key):
+            value = record.get(name)
+            if value is None or value == "":
+                return f"review without {name}"
+            if not isinstance(value, str) or not value.isprintable():
+                return f"review whose {name} is not plain text"
+        time = record.get(self.time_key)
+        if time is None:
+            return f"review without {self.time_key}"
+        if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time < 1e15:
+            return f"review whose {self.time_key} is not a time"
+        return None
 
-    def items(self, wanted: set[str]) -> list[Item]:
-        """The wanted items that have metadata, sorted by id; titles may be empty."""
-        return sorted(self._described(wanted, Problems()), key=lambda item: item.item_id)
-
-    def _described(self, wanted: set[str], problems: Problems) -> Iterator[Item]:
-        """Wanted items as they stand in the metadata, the first record of an id only."""
+    def described(self, wanted: set[str], problems: Problems) -> Iterator[Item]:
+        """Yield the wanted items of the metadata, the first record of each."""
         seen: set[str] = set()
-        for line, record in _records(self._metadata, problems) if self._metadata else ():
-            item_id = record.get(self._schema.item)
-            if not isinstance(item_id, str) or not item_id:
-                problems.add("item without id", f"{self._metadata.name}, line {line + 1}")  # type: ignore[union-attr]
-            elif item_id in wanted:
-                if item_id in seen:
+        for path in self.item_files:
+            for line, record in _records(path, problems):
+                item_id = record.get(self.item_key)
+                if not isinstance(item_id, str) or not item_id:
+                    problems.add("item without id", f"{path.name}, line {line + 1}")
+                elif item_id in seen:
                     problems.add("item described twice, first kept", f"line {line + 1}: {item_id}")
-                    continue
-                seen.add(item_id)
-                yield self._schema.read_item(record)
+                elif item_id in wanted:
+                    seen.add(item_id)
+                    yield self._item(item_id, record)
+
+    def _item(self, item_id: str, record: Record) -> Item:
+        price = record.get("price")
+        categories = next((record[name] for name in self.category_keys if record.get(name)), None)
+        if isinstance(categories, list) and isinstance(categories[0], list):
+            categories = categories[0]  # 2014 lists several paths; the first is the main one
+        return Item(
+            item_id=item_id,
+            title=_text(record.get("title")),
+            description=_text(record.get("description")) or _text(record.get(self.features_key)),
+            details=_details(record.get("details")),
+            brand=_text(record.get(self.brand_key)),
+            categories=tuple(map(_text, categories)) if isinstance(categories, list) else (),
+            price=str(price) if isinstance(price, (str, int, float)) and not isinstance(price, bool) else "",
+        )
 
     def reviews(self, lines: set[int]) -> Mapping[int, tuple[str, str]]:
         """Read the reviews again for the texts of the wanted lines."""
-        schema = self._schema
-        wanted = _records(self._reviews, Problems(), lines)
-        return {
-            line: (_text(record.get(schema.review_title)), _text(record.get(schema.review_text)))
-            for line, record in wanted
-        }
+        (path,), keys = self.interaction_files, (self.review_title_key, self.review_text_key)
+        wanted = _records(path, Problems(), lines)
+        return {line: (_text(record.get(keys[0])), _text(record.get(keys[1]))) for line, record in wanted}
 
 
-def _fault(user: object, item: object, time: object, schema: Schema) -> str | None:
-    for name, value in ((schema.user, user), (schema.item, item)):
-        if value is None or value == "":
-            return f"review without {name}"
-        if not isinstance(value, str) or not value.isprintable():
-            return f"review whose {name} is not plain text"
-    if time is None:
-        return f"review without {schema.time}"
-    if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time < 1e15:
-        return f"review whose {schema.time} is not a time"
-    return None
+@source("amazon2014")
+class Amazon2014(Amazon2023):
+    """The same of the data sets of 2014 and 2018."""
+
+    schema = "Amazon 2014/2018"
+    usual_reviews = ("reviews_{domain}_5.json.gz", "reviews_{domain}.json.gz", "{domain}_5.json.gz", "{domain}.json.gz")
+    usual_metadata = ("meta_{domain}.json.gz", "meta_{domain}.json")
+    user_key, item_key, time_key, rating_key = "reviewerID", "asin", "unixReviewTime", "overall"
+    milliseconds = 1000
+    review_title_key, review_text_key = "summary", "reviewText"
+    brand_key, features_key, category_keys = "brand", "feature", ["categories", "category"]
 
 
 def _records(path: Path, problems: Problems, only: set[int] | None = None) -> Iterator[tuple[int, Record]]:
     """Yield (line from 0, object), counting lines that are not objects. `only` skips the parsing of other lines."""
     for line, text in enumerate(_lines(path, problems)):
-        if only is not None and line not in only:
-            continue
-        if not text.strip():
+        if (only is not None and line not in only) or not text.strip():
             continue
         try:
             record = _parse(text)
@@ -174,13 +182,13 @@ def _parse(text: bytes) -> object:
     try:
         return json.loads(text)
     except ValueError:
-        if text.lstrip()[:2] != b"{'":  # the 2014 metadata are Python literals
+        if text.lstrip()[:2] != b"{'":  # the metadata of 2014 are Python literals
             raise
         return ast.literal_eval(text.decode("utf-8"))
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[bytes]:
-    """The lines of a plain or gzip file; a damaged end is counted, not raised."""
+    """Yield the lines of a plain or gzip file; a damaged end is counted, not raised."""
     with open(path, "rb") as raw:
         magic = raw.read(2)
         raw.seek(0)
@@ -196,78 +204,17 @@ def _lines(path: Path, problems: Problems) -> Iterator[bytes]:
 
 
 def _text(value: object) -> str:
-    """Clean text of a string or a list of strings; anything else is empty."""
+    """Return the clean text of a string or a list of strings; empty for anything else."""
     if isinstance(value, list):
         value = " ".join(part for part in value if isinstance(part, str))
     return clean_text(value) if isinstance(value, str) else ""
 
 
 def _details(value: object) -> str:
-    """Details as JSON members; the 2023 set has them as an object or as JSON text of one."""
+    """Return details as JSON members; the 2023 set has them as an object or as the JSON text of one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
             return _text(value)
     return clean_text(json.dumps(value, ensure_ascii=False)[1:-1]) if isinstance(value, dict) else ""
-
-
-def _price(value: object) -> str:
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
-
-
-def _item_2023(record: Record) -> Item:
-    categories = record.get("categories")
-    return Item(
-        item_id=record["parent_asin"],
-        title=_text(record.get("title")),
-        description=_text(record.get("description")) or _text(record.get("features")),
-        details=_details(record.get("details")),
-        brand=_text(record.get("store")),
-        categories=tuple(map(_text, categories)) if isinstance(categories, list) else (),
-        price=_price(record.get("price")),
-    )
-
-
-def _item_2014(record: Record) -> Item:
-    categories = record.get("categories") or record.get("category") or []
-    if categories and isinstance(categories[0], list):
-        categories = categories[0]  # 2014 lists several paths; the first is the main one
-    return Item(
-        item_id=record["asin"],
-        title=_text(record.get("title")),
-        description=_text(record.get("description")) or _text(record.get("feature")),
-        details=_details(record.get("details")),
-        brand=_text(record.get("brand")),
-        categories=tuple(map(_text, categories)) if isinstance(categories, list) else (),
-        price=_price(record.get("price")),
-    )
-
-
-SCHEMA_2023 = Schema(
-    name="Amazon Reviews 2023",
-    user="user_id",
-    item="parent_asin",
-    time="timestamp",
-    rating="rating",
-    review_title="title",
-    review_text="text",
-    milliseconds=1,
-    reviews=("{domain}.jsonl", "{domain}.jsonl.gz"),
-    metadata=("meta_{domain}.jsonl", "meta_{domain}.jsonl.gz"),
-    read_item=_item_2023,
-)
-
-SCHEMA_2014 = Schema(
-    name="Amazon 2014/2018",
-    user="reviewerID",
-    item="asin",
-    time="unixReviewTime",
-    rating="overall",
-    review_title="summary",
-    review_text="reviewText",
-    milliseconds=1000,
-    reviews=("reviews_{domain}_5.json.gz", "reviews_{domain}.json.gz", "{domain}_5.json.gz", "{domain}.json.gz"),
-    metadata=("meta_{domain}.json.gz", "meta_{domain}.json"),
-    read_item=_item_2014,
-)

@@ -1,36 +1,43 @@
-"""What every source of purchases offers, so that filtering and splitting are written once.
+"""What every source of interactions offers, so that filters and splits are written once.
 
 A source is read twice: first as a table of integers (users, items, times, ratings), which fits in memory for tens of
-millions of purchases, then for the texts of the few that the filters keep.
+millions of interactions, then for the texts of the few that the filters keep.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
-from twice_rec.records import Item
+from twice_rec.records import Item, UserSequence
 
+if TYPE_CHECKING:
+    from twice_rec.data.recipe import PrepareRecipe
+
+S = TypeVar("S", bound="type[Source]")
+
+REGISTERED: dict[str, type[Source]] = {}  # name in the recipe -> class
 _MARKUP = re.compile(r"<[^<>]{1,200}>")
 
 
-def clean_text(text: str) -> str:
-    """Unescape HTML, drop its elements (Amazon texts hold `<br />`), fold white space.
+def source(name: str) -> Callable[[S], S]:
+    """Register a class as the source that recipes call `name`."""
 
-    What is left cannot contain an answer tag, so no title or review can break the answer format.
-    """
-    plain = html.unescape(text).encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
-    while (without := _MARKUP.sub(" ", plain)) != plain:
-        plain = without
-    return " ".join(plain.split())
+    def register(cls: S) -> S:
+        REGISTERED[name] = cls
+        return cls
+
+    return register
 
 
 @dataclass
@@ -46,133 +53,135 @@ class Problems:
         self.first.setdefault(kind, example)
 
     def lines(self) -> list[str]:
-        """One readable line a kind, the most frequent first."""
+        """Return one readable line per kind, the most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda pair: -pair[1])
         return [f"{count:,} x {kind} (first: {self.first[kind]})" for kind, count in ordered]
 
 
 @dataclass(frozen=True)
-class PurchaseTable:
-    """One row a purchase, in the source's order.
+class InteractionTable:
+    """One row per interaction, in the order of the source."""
 
-    Args:
-        users, items: the ids behind the codes.
-        user, item: int32 [n], positions in `users` and `items`.
-        timestamp: int64 [n], milliseconds; all 0 where the source has no times.
-        rating: float32 [n], NaN where unknown.
-        line: int64 [n], the key by which the source finds the row's review again.
-    """
-
-    users: list[str]
+    users: list[str]  # the ids behind the codes in `user`
     items: list[str]
-    user: NDArray[np.int32]
-    item: NDArray[np.int32]
-    timestamp: NDArray[np.int64]
-    rating: NDArray[np.float32]
-    line: NDArray[np.int64]
+    user: NDArray[np.int32]  # [n], position in `users`
+    item: NDArray[np.int32]  # [n], position in `items`
+    timestamp: NDArray[np.int64]  # [n], milliseconds; all 0 if the source has no times
+    rating: NDArray[np.float32]  # [n], NaN if unknown
+    line: NDArray[np.int64]  # [n], the key by which the source finds the review again
 
     def __len__(self) -> int:
         return len(self.user)
 
-    def take(self, rows: NDArray[np.int64]) -> PurchaseTable:
-        """The table of some rows (positions or a mask), with the same codes."""
-        return PurchaseTable(
-            self.users,
-            self.items,
-            self.user[rows],
-            self.item[rows],
-            self.timestamp[rows],
-            self.rating[rows],
-            self.line[rows],
-        )
+    def take(self, rows: NDArray[Any]) -> InteractionTable:
+        """Return the table of some rows (positions or a mask), with the same codes."""
+        columns: list[NDArray[Any]] = [self.user, self.item, self.timestamp, self.rating, self.line]
+        return InteractionTable(self.users, self.items, *(column[rows] for column in columns))
 
 
-class TableBuilder:
-    """Collects purchases row by row into compact arrays."""
-
-    def __init__(self) -> None:
-        self._users: dict[str, int] = {}
-        self._items: dict[str, int] = {}
-        self._blocks: list[np.ndarray] = []
-        self._rows: list[tuple[int, int, int, float, int]] = []
-
-    _DTYPE = np.dtype([("user", "i4"), ("item", "i4"), ("timestamp", "i8"), ("rating", "f4"), ("line", "i8")])
-
-    def add(self, user_id: str, item_id: str, timestamp: int, rating: float | None, line: int) -> None:
-        """Append one purchase."""
-        user = self._users.setdefault(user_id, len(self._users))
-        item = self._items.setdefault(item_id, len(self._items))
-        self._rows.append((user, item, timestamp, float("nan") if rating is None else rating, line))
-        if len(self._rows) == 200_000:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._blocks.append(np.array(self._rows, dtype=self._DTYPE))
-        self._rows = []
-
-    def build(self) -> PurchaseTable:
-        """The table of everything added."""
-        self._flush()
-        rows = np.concatenate(self._blocks)
-        return PurchaseTable(
-            list(self._users),
-            list(self._items),
-            *(np.ascontiguousarray(rows[name]) for name in self._DTYPE.names or ()),
-        )
+Row = tuple[str, str, int, float | None, int]  # user id, item id, timestamp, rating, line
+_COLUMNS = np.dtype([("user", "i4"), ("item", "i4"), ("timestamp", "i8"), ("rating", "f4"), ("line", "i8")])
 
 
-def titled_among(
-    wanted: set[str], described: Iterable[Item], problems: Problems, without_title: str = "item without title"
-) -> set[str]:
-    """The wanted ids that the metadata's items give a title; the others are counted under `without_title`."""
-    titled = {item.item_id for item in described if item.title}
-    if missing := wanted - titled:
-        problems.add(without_title, min(missing), len(missing))
-    return titled
+def table_of(rows: Iterable[Row]) -> InteractionTable:
+    """Collect rows into compact columns; ids are numbered in the order of their first row."""
+    users, items = dict[str, int](), dict[str, int]()
+
+    def coded() -> Iterator[tuple[int, int, int, float, int]]:
+        for user, item, time, rating, line in rows:
+            known = np.nan if rating is None else rating
+            yield users.setdefault(user, len(users)), items.setdefault(item, len(items)), time, known, line
+
+    table = np.fromiter(coded(), dtype=_COLUMNS)  # [n]
+    return InteractionTable(list(users), list(items), *(table[name].copy() for name in _COLUMNS.names or ()))
 
 
-class Source(Protocol):
-    """A folder of files in one of the known forms."""
+class Source(ABC):
+    """A place that interactions come from, by default files in a folder whose names hold the name of the domain.
 
-    problems: Problems
+    Raises:
+        InputError: if there is no such folder.
+    """
 
-    def purchases(self) -> PurchaseTable:
-        """Read all purchases; records that cannot be used are counted in `problems`."""
-        ...
+    reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
+    without_title = "item without title"  # what `problems` calls an item without title
+
+    def __init__(self, folder: Path, domain: str):
+        if not folder.is_dir():
+            raise InputError(f"source_dir {folder.resolve()}: no such folder; pass --source_dir FOLDER")
+        self.folder, self.domain = folder, domain
+        self.problems = Problems()  # what could not be used as it is
+        self.interaction_files: list[Path] = []
+        self.item_files: list[Path] = []
+
+    @classmethod
+    def open(cls, recipe: PrepareRecipe) -> Source:
+        """Return the source that a recipe describes."""
+        return cls(Path(recipe.source_dir or "."), recipe.domain)
 
     @property
     def files(self) -> list[Path]:
         """The files that are read, for the manifest."""
-        ...
+        return [*self.interaction_files, *self.item_files]
+
+    def generate(self, folder: Path) -> None:  # noqa: B027 - an optional step
+        """Write the raw files of made-up data to `folder`, before anything is read. Other sources do nothing."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """Yield the interactions in the order of the source; records that cannot be used go to `problems`."""
+
+    @abstractmethod
+    def described(self, wanted: set[str], problems: Problems) -> Iterable[Item]:
+        """Yield what the source says of the wanted items, each once; titles may be empty."""
+
+    def interactions(self) -> InteractionTable:
+        """Read all interactions."""
+        return table_of(self.rows())
 
     def titled(self, wanted: set[str]) -> set[str]:
-        """Which of the wanted ids have a title; the others are counted in `problems`."""
-        ...
+        """Return the ids that have a title; the wanted ones without are counted in `problems`."""
+        titled = {item.item_id for item in self.described(wanted, self.problems) if item.title}
+        if missing := wanted - titled:
+            self.problems.add(self.without_title, min(missing), len(missing))
+        return titled
 
     def items(self, wanted: set[str]) -> list[Item]:
-        """The wanted items that the source describes, in the order the catalogue is to have; titles may be empty.
+        """Return the described items in the order of the catalogue, by id; titles may be empty.
 
-        A source with a numbering of its own returns all its items, wanted or not, so that indices agree with it.
+        A source with its own numbering returns all its items, wanted or not, so that indices agree with it.
         """
-        ...
+        return sorted(self.described(wanted, Problems()), key=lambda item: item.item_id)
 
     def reviews(self, lines: set[int]) -> Mapping[int, tuple[str, str]]:
-        """(review title, review text) by `line`, for the wanted lines that have a review."""
-        ...
+        """Return (review title, review text) by `line`, for the wanted lines that have a review."""
+        return {}
+
+    def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32] | None:
+        """Return the true log-probabilities of the test targets [users, items], None if nobody knows them."""
+        return None
 
 
-def find_file(folder: Path, names: Iterable[str], what: str) -> Path:
-    """The first of `names` that exists in `folder` and is not empty.
+def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
+    """Return the first of `names` that exists in `folder` and is not empty.
 
     Raises:
-        InputError: naming the folder, every name that was tried, and the remedy.
+        InputError: with the folder, every name that was tried, and the remedy.
     """
-    if not folder.is_dir():
-        raise InputError(f"source_dir {folder.resolve()}: no such folder; pass --source_dir FOLDER")
-    tried = list(names)
-    for name in tried:
+    for name in names:
         if (folder / name).is_file():
             if (folder / name).stat().st_size == 0:
                 raise InputError(f"{folder / name}: the file is empty; fetch it again")
             return folder / name
-    raise InputError(f"{folder}: no file with {what}; looked for {', '.join(tried)}")
+    raise InputError(f"{folder}: no file with {what}; looked for {', '.join(names)}")
+
+
+def clean_text(text: str) -> str:
+    """Unescape HTML, drop its elements (Amazon texts hold `<br />`), fold white space.
+
+    What is left holds no answer tag, so no title or review can break the answer format.
+    """
+    plain = html.unescape(text).encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
+    while (without := _MARKUP.sub(" ", plain)) != plain:
+        plain = without
+    return " ".join(plain.split())

@@ -1,37 +1,40 @@
-"""A synthetic grocery domain in the Amazon Reviews 2023 raw schema, with known true next-item probabilities.
+"""The synthetic domain: a made-up grocery shop in the raw schema of Amazon Reviews 2023, with known true probabilities.
 
-A user's next purchase is drawn from softmax(u) over the items not bought yet, where for user p and item i
+The next interaction of a user is drawn from softmax(u) over the items the user has not had yet. For user p and item i
 
-    u(p, i) = taste * t(p, i) + complement * [category of i completes the last purchase's] + cohort * [same cohort]
+    u(p, i) = taste * t(p, i) + complement * [category of i completes the last interaction's] + cohort * [same cohort]
               + popularity * b(i) + brand * f(brand of i)
 
 - t: liked diets and brands count +1 each, disliked ones -1. Ratings and reviews say so in words.
 - complements: each category calls for two others; item descriptions name them.
 - cohort: users and items carry one of a few hidden labels that no text shows; only interactions reveal it.
-- b: a standard normal draw for each item.
+- b: a standard normal draw per item.
 - f: how sought-after a brand is by everyone, of mean 0 and variance 1 over the brands; no text shows it.
 
-The five strengths are recipe values. Everything is drawn from one seed. Only the oracle may look at
+The five strengths are recipe keys. Everything is drawn from one seed. Only the oracle may look at
 `next_item_log_probabilities`; a model sees what the raw files hold.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.errors import InputError
-from twice_rec.files import atomic_path
+from twice_rec.data.sources.amazon import Amazon2023
+from twice_rec.data.sources.base import Source, source
+from twice_rec.files import write_jsonl
 from twice_rec.progress import progress
+from twice_rec.recipe import Settings, key
 from twice_rec.records import UserSequence
+
+if TYPE_CHECKING:
+    from twice_rec.data.recipe import PrepareRecipe
 
 T = TypeVar("T")
 
@@ -57,134 +60,147 @@ BRANDS = (
 DIETS = ("Organic", "Vegan", "Gluten Free", "Sugar Free", "Keto", "Low Sodium")
 SIZES = ("Small Bag", "Large Bag", "Gift Box", "Value Box", "Twin Pack", "Family Pack", "Sampler")
 COHORTS = 8
+MIN_INTERACTIONS, MAX_INTERACTIONS = 6, 15  # per user
 MAX_ITEMS = len(DIETS) * len(SIZES) * sum(map(len, PRODUCT_TYPES.values()))  # as many as there are titles
 
-# Review titles by (what the user feels about the diet or the brand, which of the two).
+# Review titles; x is a diet or a brand.
 PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x}")
 BLAME = ("{x} is not for me", "I do not like {x}", "Never again {x}")
 NEUTRAL_GOOD = ("Good product", "Does the job", "Would buy again")
 NEUTRAL_BAD = ("Nothing special", "Expected more", "Just okay")
 _START_MS = 1_577_836_800_000  # 2020-01-01
 _DAY_MS = 86_400_000
+_BATCH = 4096  # users at a time; bounds the memory of [B, N]
 
 
-@dataclass(frozen=True, slots=True)
-class WorldSettings:
-    """Size, seed and the strength of each of the five forces; 0 switches one off."""
+class SyntheticConfig(Settings):
+    """The size of the synthetic domain, and the strengths of its five forces; 0 switches one off."""
 
-    users: int
-    items: int
-    taste: float
-    complement: float
-    cohort: float
-    popularity: float
-    brand: float
-    seed: int
-    min_purchases: int = 6
-    max_purchases: int = 15
+    synthetic_users: int = key(20_000, "number of users of the synthetic domain", ge=1)
+    synthetic_items: int = key(500, "number of items of the synthetic domain, no more than titles", ge=50, le=MAX_ITEMS)
+    synthetic_taste: float = key(2.2, "strength of taste for diets and brands, which text shows")
+    synthetic_complement: float = key(2.4, "strength of complements between categories, which text shows")
+    synthetic_cohort: float = key(2.6, "strength of the hidden cohort, which only interactions show")
+    synthetic_popularity: float = key(0.5, "strength of the popularity of single items")
+    synthetic_brand: float = key(1.0, "strength of the popularity of brands, which only interactions show")
 
 
-class World:
-    """The domain: items and users with all that is hidden about them.
+@source("synthetic")
+class SyntheticSource(Amazon2023):
+    """The synthetic domain, written as raw files and then read as any domain of 2023 is."""
 
-    Attributes:
-        category, brand, diet, cohort: int [N], of each item (position j, not a catalogue index).
-        complements: bool [C, C], whether a purchase in the row's category calls for the column's.
-        diet_taste, brand_taste: float [U, D] and [U, B], +1 liked, -1 disliked, else 0.
-        user_cohort: int [U].
-        appeal: float [N], to everyone: the last two terms of the module's formula.
-        item_ids: ASIN-like ids. user_ids: ids of Amazon's form.
-    """
+    reads_folder = False
 
-    def __init__(self, settings: WorldSettings):
-        self.settings = settings
-        # One generator a purpose, so that the items of a world do not depend on the number of its users.
-        item_seed, user_seed, self._purchase_seed, self._review_seed = np.random.SeedSequence(settings.seed).spawn(4)
+    def __init__(self, config: SyntheticConfig, domain: str, seed: int):
+        Source.__init__(self, Path(), domain)  # the files that Amazon2023 looks for are not there yet
+        self._config, self._seed = config, seed
+
+    @classmethod
+    def open(cls, recipe: PrepareRecipe) -> Source:
+        """Return the domain that the `synthetic_*` keys and the seed describe."""
+        return cls(recipe, recipe.domain, recipe.seed)
+
+    def generate(self, folder: Path) -> None:
+        """Draw the domain and write its raw files."""
+        self._drawn = SyntheticDomain(self._config, self._seed)
+        self._drawn.write(folder, self.domain)
+        super().__init__(folder, self.domain)
+
+    def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
+        """See `SyntheticDomain.test_log_probabilities`."""
+        return self._drawn.test_log_probabilities(sequences, catalog)
+
+
+class SyntheticDomain:
+    """N items and U users with all that is hidden about them; an item is named by its position, not by an index."""
+
+    def __init__(self, config: SyntheticConfig, seed: int):
+        self.config = config
+        # One generator per purpose, so that the items do not depend on the number of users.
+        item_seed, user_seed, self._interaction_seed, self._review_seed = np.random.SeedSequence(seed).spawn(4)
         self._make_items(np.random.default_rng(item_seed))
         self._make_users(np.random.default_rng(user_seed))
 
     def _make_items(self, rng: np.random.Generator) -> None:
-        n, categories = self.settings.items, list(PRODUCT_TYPES)
-        if n > MAX_ITEMS:
-            raise InputError(f"world_items is {n:,}; the synthetic domain has words for {MAX_ITEMS:,} titles at most")
+        n, categories = self.config.synthetic_items, list(PRODUCT_TYPES)
         titles: dict[tuple[int, int, int, int], None] = {}  # a title does not name the brand: each is used once
         while len(titles) < n:
             category = int(rng.integers(len(categories)))
             kind = int(rng.integers(len(PRODUCT_TYPES[categories[category]])))
             titles[category, kind, int(rng.integers(len(DIETS))), int(rng.integers(len(SIZES)))] = None
-        self.category, self._kind, self.diet, self._size = np.array(list(titles)).T
-        self.brand = rng.integers(len(BRANDS), size=n)
-        self.cohort = rng.integers(COHORTS, size=n)
-        base = rng.standard_normal(n)
+        self.category, self._kind, self.diet, self._size = np.array(list(titles)).T  # int [N] each
+        self.brand = rng.integers(len(BRANDS), size=n)  # [N]
+        self.cohort = rng.integers(COHORTS, size=n)  # [N]
+        base = rng.standard_normal(n)  # [N], b of the formula
         self.price = rng.integers(200, 2500, size=n) / 100
-        self.item_ids = _ids(rng, n, "B0", 8)
-        self.complements = np.zeros((len(categories), len(categories)), dtype=bool)
+        self.item_ids = _ids(rng, n, "B0", 8)  # like Amazon's ASINs
+        self.complements = np.zeros((len(categories), len(categories)), dtype=bool)  # [C, C], row calls for column
         for row in range(len(categories)):
             others = [c for c in range(len(categories)) if c != row]
             self.complements[row, rng.choice(others, size=2, replace=False)] = True
-        fame = rng.standard_normal(len(BRANDS))
+        fame = rng.standard_normal(len(BRANDS))  # [B], f of the formula
         fame = (fame - fame.mean()) / fame.std()
-        self.appeal = self.settings.popularity * base + self.settings.brand * fame[self.brand]
+        self.appeal = self.config.synthetic_popularity * base + self.config.synthetic_brand * fame[self.brand]  # [N]
 
     def _make_users(self, rng: np.random.Generator) -> None:
-        u = self.settings.users
-        self.user_cohort = rng.integers(COHORTS, size=u)
-        # Two diets liked and one disliked, three brands liked and two disliked.
-        self.diet_taste = _likes_and_dislikes(rng, u, len(DIETS), 2, 1)
-        self.brand_taste = _likes_and_dislikes(rng, u, len(BRANDS), 3, 2)
-        self.num_purchases = rng.integers(self.settings.min_purchases, self.settings.max_purchases + 1, size=u)
+        u = self.config.synthetic_users
+        self.user_cohort = rng.integers(COHORTS, size=u)  # [U]
+        self.diet_taste = _likes_and_dislikes(rng, u, len(DIETS), 2, 1)  # [U, D]
+        self.brand_taste = _likes_and_dislikes(rng, u, len(BRANDS), 3, 2)  # [U, B]
+        self.num_interactions = rng.integers(MIN_INTERACTIONS, MAX_INTERACTIONS + 1, size=u)  # [U]
         self.user_ids = _ids(rng, u, "A", 27)
 
     def taste(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
-        """t(p, i) of the module's formula: float32 [len(users), N], between -2 and 2."""
-        both = self.diet_taste[users][:, self.diet] + self.brand_taste[users][:, self.brand]
+        """Return t(p, i) of the formula: float32 [len(users), N], between -2 and 2."""
+        both = self.diet_taste[users][:, self.diet] + self.brand_taste[users][:, self.brand]  # [B, N]
         return both.astype(np.float32)
 
     def next_item_log_probabilities(
         self, users: Sequence[int] | NDArray[np.int64], histories: Sequence[Sequence[int]]
     ) -> NDArray[np.float32]:
-        """The true log-probabilities of each user's next purchase.
+        """Return the true log-probabilities of each user's next interaction.
 
         Args:
             users: positions in `user_ids`.
-            histories: item positions (0..N-1) bought so far, in order; may be empty.
+            histories: item positions (0..N-1) so far, in order; may be empty.
 
         Returns:
             float32 [B, N]; items in the history have -inf.
         """
-        s, people = self.settings, np.asarray(users, dtype=np.int64)
-        utility = s.taste * self.taste(people)
-        utility += s.cohort * (self.user_cohort[people][:, None] == self.cohort[None, :])
+        config, people = self.config, np.asarray(users, dtype=np.int64)  # [B]
+        utility = config.synthetic_taste * self.taste(people)  # [B, N]
+        utility += config.synthetic_cohort * (self.user_cohort[people][:, None] == self.cohort[None, :])
         utility += self.appeal.astype(np.float32)[None, :]
         for row, history in enumerate(histories):
             if len(history):
-                utility[row] += s.complement * self.complements[self.category[history[-1]], self.category]
+                called_for = self.complements[self.category[history[-1]], self.category]  # [N]
+                utility[row] += config.synthetic_complement * called_for
                 utility[row, list(history)] = -np.inf
-        top = utility.max(axis=1, keepdims=True)
+        top = utility.max(axis=1, keepdims=True)  # [B, 1]
         return utility - top - np.log(np.exp(utility - top).sum(axis=1, keepdims=True))
 
     @cached_property
-    def purchases(self) -> list[list[int]]:
-        """Every user's purchases in order, as item positions. Users are drawn together, one purchase at a time."""
-        rng = np.random.default_rng(self._purchase_seed)
-        histories: list[list[int]] = [[] for _ in range(self.settings.users)]
-        for step in range(int(self.num_purchases.max())):
-            active = np.flatnonzero(self.num_purchases > step)
-            for start in range(0, len(active), 4096):  # bounds the memory of [B, N]
-                part = active[start : start + 4096]
-                logs = self.next_item_log_probabilities(part, [histories[user] for user in part])
+    def histories(self) -> list[list[int]]:
+        """Every user's interactions in order, as item positions. Users are drawn together, one step at a time."""
+        rng = np.random.default_rng(self._interaction_seed)
+        histories: list[list[int]] = [[] for _ in range(self.config.synthetic_users)]
+        for step in range(int(self.num_interactions.max())):
+            active = np.flatnonzero(self.num_interactions > step)
+            for start in range(0, len(active), _BATCH):
+                part = active[start : start + _BATCH]  # [B]
+                logs = self.next_item_log_probabilities(part, [histories[user] for user in part])  # [B, N]
                 # Adding Gumbel noise and taking the largest draws from the softmax.
-                noise = rng.gumbel(size=logs.shape).astype(np.float32)
+                noise = rng.gumbel(size=logs.shape).astype(np.float32)  # [B, N]
                 for user, item in zip(part.tolist(), (logs + noise).argmax(axis=1).tolist(), strict=True):
                     histories[user].append(item)
         return histories
 
     def test_log_probabilities(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
-        """The oracle's scores: true log-probabilities of each user's test target, in the files' order.
+        """Return the oracle's scores: true log-probabilities of each user's test target, in the order of the file.
 
         Returns:
             float32 [len(sequences), len(catalog)], column j for catalogue index j + 1; a user without a test target
-            gets those of the purchase after the last.
+            gets those of the interaction after the last.
         """
         user_at = {user_id: position for position, user_id in enumerate(self.user_ids)}
         item_at = {item_id: position for position, item_id in enumerate(self.item_ids)}
@@ -192,18 +208,17 @@ class World:
         users = [user_at[sequence.user_id] for sequence in sequences]
         histories = []
         for user, sequence in zip(users, sequences, strict=True):
-            bought = self.purchases[user]
+            past = self.histories[user]
             if sequence.test is not None:
-                bought = bought[: bought.index(item_at[sequence.target("test").item_id])]
-            histories.append(bought)
-        parts = [
-            self.next_item_log_probabilities(users[start : start + 4096], histories[start : start + 4096])[:, columns]
-            for start in range(0, len(users), 4096)
-        ]
-        return np.concatenate(parts)
+                past = past[: past.index(item_at[sequence.target("test").item_id])]
+            histories.append(past)
+        parts = (slice(start, start + _BATCH) for start in range(0, len(users), _BATCH))
+        return np.concatenate(
+            [self.next_item_log_probabilities(users[part], histories[part])[:, columns] for part in parts]
+        )
 
     def metadata(self) -> Iterator[dict[str, Any]]:
-        """One record an item, in the schema of the raw 2023 metadata."""
+        """Yield one record per item, in the schema of the raw metadata of 2023."""
         categories = list(PRODUCT_TYPES)
         for j, item_id in enumerate(self.item_ids):
             category = categories[self.category[j]]
@@ -228,9 +243,9 @@ class World:
             }
 
     def reviews(self) -> Iterator[dict[str, Any]]:
-        """One record a purchase, in the schema of the raw 2023 reviews, user after user."""
+        """Yield one record per interaction, in the schema of the raw reviews of 2023, user after user."""
         rng = np.random.default_rng(self._review_seed)
-        for user, history in enumerate(self.purchases):
+        for user, history in enumerate(self.histories):
             draws = rng.random((len(history) + 1, 8)).tolist()
             noise = rng.standard_normal(len(history)).tolist()
             time = _START_MS + int(draws[-1][0] * 365 * _DAY_MS)
@@ -251,10 +266,10 @@ class World:
                 }
 
     def _review(self, user: int, item: int, deviation: float, draw: Sequence[float]) -> tuple[int, str, str]:
-        """Rating, title and text that agree with the user's taste for the item's diet and brand.
+        """Return rating, title and text that agree with the user's taste for the item's diet and brand.
 
         Args:
-            deviation: a standard normal draw, what else moves the rating.
+            deviation: a standard normal draw, for whatever else moves the rating.
             draw: five uniform draws that choose words.
         """
         diet = float(self.diet_taste[user, self.diet[item]])
@@ -267,28 +282,25 @@ class World:
             title = _pick(PRAISE if feeling > 0 else BLAME, draw[1]).format(x=name)
         else:
             title = _pick(NEUTRAL_GOOD if rating >= 4 else NEUTRAL_BAD, draw[1])
-        # The text speaks of the user's taste at large, whatever the item.
+        # The text is about the user's taste at large, whatever the item.
         names, taste = _pick(((DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])), draw[2])
-        spoken = _pick(np.flatnonzero(taste), draw[3])
+        spoken: int = _pick(np.flatnonzero(taste), draw[3])
         verb = "I usually buy" if taste[spoken] > 0 else "I usually avoid"
         return rating, title, f"{title}. {verb} {names[spoken]}."
 
     def write(self, folder: Path, domain: str) -> None:
-        """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, as the 2023 set has them."""
+        """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, the files of the 2023 set."""
         for name, rows in ((f"meta_{domain}.jsonl", self.metadata()), (f"{domain}.jsonl", self.reviews())):
-            rows = progress(rows, desc=f"writing {name}", unit="row")
-            with atomic_path(folder / name) as temporary, open(temporary, "w", encoding="utf-8") as out:
-                for row in rows:
-                    out.write(json.dumps(row) + "\n")
+            write_jsonl(folder / name, progress(rows, desc=f"writing {name}", unit="row"))
 
 
 def _pick(options: Sequence[T] | NDArray[Any], draw: float) -> T:
-    """The option that a uniform draw in [0, 1) falls on."""
+    """Return the option that a uniform draw in [0, 1) falls on."""
     return options[int(draw * len(options))]
 
 
 def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list[str]:
-    """Distinct ids of capital letters and digits behind a prefix."""
+    """Return distinct ids of capital letters and digits behind a prefix."""
     alphabet = np.array(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     ids: dict[str, None] = {}
     while len(ids) < count:
@@ -299,7 +311,7 @@ def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list
 def _likes_and_dislikes(
     rng: np.random.Generator, users: int, things: int, liked: int, disliked: int
 ) -> NDArray[np.float32]:
-    """float32 [users, things]: +1 for `liked` random things of each user, -1 for `disliked` others."""
+    """Return float32 [users, things]: +1 for `liked` random things of each user, -1 for `disliked` others."""
     order = rng.permuted(np.tile(np.arange(things), (users, 1)), axis=1)
     taste = np.zeros((users, things), dtype=np.float32)
     np.put_along_axis(taste, order[:, :liked], 1.0, axis=1)
