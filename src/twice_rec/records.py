@@ -131,3 +131,6 @@ class Prediction:
     seed: int = 0
     ranking: tuple[str, ...] = ()
     answers: tuple[str, ...] = field(default=())
+
+
+RANKED_LISTS = ("uniform", "popularity", "hard", "full")  # stand-in until the cf and data rooms are merged

@@ -201,3 +201,6 @@ def fit_baseline(
     model, chosen, reached = choose_item_similarity(kind, interaction_matrix(training, num_items), validate)
     logger.info("%s: %s chosen, validation %.4f", kind, chosen, reached)
     return model
+
+
+BASELINES = ("random", "popularity", "itemknn", "ease")  # stand-in until the registry of the cf room is merged
