@@ -24,7 +24,15 @@ LEVELS = {
     "stages": 4,
 }  # fmt: skip
 HEAVY = {"trl", "vllm", "openai", "deepspeed"}
-MAY_IMPORT_HEAVY = ("twice_rec.llm", "twice_rec.rationales.client", "twice_rec.recipe", "twice_rec.stages")
+IMPORTED_LATE = {"twice_rec.grpo.trainer"}  # by the stage, since its class inherits from TRL's
+MAY_IMPORT_HEAVY = (
+    "twice_rec.grpo.trainer",
+    "twice_rec.grpo.trl_private",
+    "twice_rec.llm",
+    "twice_rec.rationales.client",
+    "twice_rec.recipe",
+    "twice_rec.stages",
+)
 
 
 def imports_of(module):
@@ -75,7 +83,7 @@ def watch(event, arguments):
         raise SystemExit(f"importing writes {{arguments}}")
 import torch, transformers, peft, datasets, scipy.sparse, tokenizers  # what other packages do is theirs
 sys.addaudithook(watch)
-for name in {MODULES!r}:
+for name in {[module for module in MODULES if module not in IMPORTED_LATE]!r}:
     importlib.import_module(name)
 loaded = {HEAVY!r} & set(sys.modules)
 assert not loaded, loaded

@@ -1,8 +1,8 @@
 """Stage 3b: the rollout servers with the stage-2 model (grpo_step1.sh).
 
-Starts those of `rollout_servers` that are this machine's, says how to start the trainer once they answer, and ends with
-them. Model and addresses come from the same grpo.yaml as the trainer's. Whoever reaches a server can load adapters into
-it: bind it to loopback or a private network only.
+Starts those of `rollout_servers` that are this machine's. The process becomes the last one; the others are its children
+and end with it. Model and addresses come from the same grpo.yaml as the trainer's. Whoever reaches a server can load
+adapters into it: bind it to loopback or a private network only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("serve")
 
 def serve(loaded: tuple[GrpoRecipe, dict]) -> None:
     """Run the servers."""
-    from twice_rec.grpo.rollout.vllm_command import run_servers
+    from twice_rec.grpo.rollout.vllm_command import become_server
 
     recipe, _ = loaded
     if recipe.rollout in ("transformers", "trl_colocate"):
@@ -33,7 +33,7 @@ def serve(loaded: tuple[GrpoRecipe, dict]) -> None:
         raise InputError("vllm is not installed; pip install -r requirements-gpu.txt, or use --rollout transformers")
     model = grpo_start(recipe)
     step2 = f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}"
-    run_servers(recipe, model, f"the rollout servers are ready; start the training with: {step2}")
+    become_server(recipe, model, f"start the training with: {step2}; it waits for the servers")
 
 
 def load(path: str, flags: Sequence[str]) -> tuple[GrpoRecipe, dict]:

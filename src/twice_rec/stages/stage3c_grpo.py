@@ -20,7 +20,8 @@ from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
-from twice_rec.grpo.rewards import StepRewards
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.scoring import StepRewards
 from twice_rec.llm import models
 from twice_rec.run import Work
 from twice_rec.stages.command_line import IS_MAIN, run_stage
@@ -44,11 +45,11 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     """Train, save, merge."""
     import torch
     from datasets import Dataset
-    from trl import GRPOConfig
+    from trl import GRPOConfig, GRPOTrainer
 
     from twice_rec.grpo.completion_log import CompletionLog
-    from twice_rec.grpo.rollout.base import attach_rollouts, make_rollouts, trl_arguments
-    from twice_rec.grpo.trainer import grpo_trainer
+    from twice_rec.grpo.rollout import make_rollouts, trl_arguments
+    from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer
     from twice_rec.llm.generation import Policy
 
     recipe, trainer_keys = loaded
@@ -61,20 +62,22 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     if work.is_finished():
         say_finished(work.path)
         return
+    config = as_new_recipe(recipe)
     data = PreparedData(run / "data")
     scorer = SasRecScorer.load(cf_model, data.catalog, torch_device("auto"))
-    trainer_keys |= trl_arguments(recipe, start)
+    trainer_keys |= trl_arguments(config, start)
     if IS_MAIN:
         work.begin(recipe.overwrite)
     tokenizer = models.load_tokenizer(start, recipe.model_revision)
-    rollouts = make_rollouts(recipe, tokenizer, start)
+    rollouts = make_rollouts(config, tokenizer, start)
     model = models.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
-    rewards = StepRewards.of(recipe, data, scorer, Policy(model, tokenizer))
+    rewards = StepRewards.of(config, data, scorer, Policy(model, tokenizer))
     writer = prompt_writer(data, recipe, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
-    logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.settings.tau)
+    logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.config.reward_tau)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
-    trainer = grpo_trainer(recipe.share_prefixes)(
+    trainer_class = SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer
+    trainer = trainer_class(
         rollout_func=rollouts,
         model=model,
         reward_funcs=rewards.functions,
@@ -83,14 +86,23 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
         processing_class=tokenizer,
         peft_config=models.lora_config(recipe),
     )
-    attach_rollouts(trainer)
+    if rollouts is not None:
+        rollouts.attach(trainer)
     trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
     train_and_save(trainer, work.path, models.last_checkpoint(work.path))
     if trainer.is_world_process_zero():
         merged = work.path / "merged"
         models.write_merged(start, work.path, merged, recipe.dtype, recipe.model_revision)
         outputs = [*models.saved_weights(work.path), work.path / "trainer_state.json", merged]
-        work.finish(outputs, {"tau": rewards.settings.tau, **trainer_figures(trainer)}, about(recipe, trainer_keys))
+        work.finish(
+            outputs, {"tau": rewards.config.reward_tau, **trainer_figures(trainer)}, about(recipe, trainer_keys)
+        )
+
+
+def as_new_recipe(recipe: GrpoRecipe) -> GRPORecipe:
+    """Copy a recipe of config.py; goes with config.py."""
+    values = {name: getattr(recipe, name) for name in GRPORecipe.model_fields if hasattr(recipe, name)}
+    return GRPORecipe(**values, cf_model=recipe.cf_variant)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
