@@ -230,8 +230,8 @@ def train(tokenizer, folder, steps, resume=None, names=("match", "tags", "rank")
     model = build_model(tokenizer, BaseSettings(300, 32, 48, 2, 4, 2, 8, 16, 2, 512, seed=1))
     chosen = {"reward_funcs": list(names), "reward_weights": [1.0] * len(names), "reward_rank": "ndcg"}
     config = GRPORecipe(run_dir="r", domain="D", seed=1, **chosen)
-    interactions = np.arange(len(CATALOG) + 1)
-    step = StepRewards(config, CATALOG, Confidences(), interactions, Policy(model, tokenizer))
+    data = SimpleNamespace(catalog=CATALOG, training_histories=lambda: [[1, 2], [2]])
+    step = StepRewards(config, data, Confidences(), Policy(model, tokenizer))
     row = {"candidates": ["I1", "I2"], "target": "I1", "history": ["I0"]}
     rows = [{"prompt": [{"role": "user", "content": f"which item {i}?"}], **row} for i in range(8)]
     arguments = {

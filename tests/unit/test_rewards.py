@@ -32,7 +32,6 @@ from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSe
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(6)])
-INTERACTIONS = np.arange(7)
 PAPER = RewardConfig(reward_lambda=3.0, reward_tau=0.3, reward_rank="reciprocal_rank")
 COMPLETE = "<think> because </think> <item_nm> item 1 </item_nm> <item_id> I1 </item_id>"
 
@@ -122,12 +121,17 @@ def answer(item_id, title):
     return render({"think": "r", "item_nm": title, "item_id": item_id})
 
 
+def data_of(catalog):
+    """Item 1 has one training interaction, item 2 has two, and so on."""
+    return SimpleNamespace(catalog=catalog, training_histories=lambda: [[i] * i for i in range(1, len(catalog) + 1)])
+
+
 def recipe_of(names, **keys):
     return GRPORecipe(run_dir="r", domain="D", seed=1, reward_funcs=names, reward_weights=[1.0] * len(names), **keys)
 
 
 def step_rewards(names, model=None, policy=None, **keys):
-    return StepRewards(recipe_of(names, **keys), CATALOG, model or FixedConfidences(), INTERACTIONS, policy)
+    return StepRewards(recipe_of(names, **keys), data_of(CATALOG), model or FixedConfidences(), policy)
 
 
 def call(texts, candidates, targets, histories=None, **others):
@@ -304,14 +308,14 @@ def test_rewards_of_a_recipe(tmp_path):
     model, kept = FixedConfidences(), {}
     keys = {"reward_tau": None, "reward_tau_quantile": 0.75, "confidence": "softmax", "reward_lambda": 2.0}
     recipe = recipe_of(["match", "cf"], reward_rank="ndcg", **keys)
-    step = StepRewards.of(recipe, PreparedData(tmp_path), model, HashPolicy())
+    step = StepRewards(recipe, PreparedData(tmp_path), model, HashPolicy())
     assert (step.config.reward_lambda, step.config.reward_rank) == (2.0, "ndcg")
     assert step.config.reward_tau == pytest.approx(5 / 10)  # of 2/10, 3/10, 4/10, 5/10, 6/10
     assert model.asked == [(2, "softmax", False)]
     assert [function.__name__ for function in step.functions] == ["match", "cf"]
     step.functions[0](**call([answer("I1", "item 1")], [["I1", "I2"]], ["I1"], log_extra=kept.__setitem__))
     assert kept["log_popularity"] == [pytest.approx(math.log(1 + 2))]
-    fixed = StepRewards.of(recipe_of(["match"], reward_tau=0.25), PreparedData(tmp_path), model, HashPolicy())
+    fixed = StepRewards(recipe_of(["match"], reward_tau=0.25), PreparedData(tmp_path), model, HashPolicy())
     assert fixed.config.reward_tau == 0.25
     assert len(model.asked) == 2
 
@@ -396,7 +400,7 @@ def test_the_paper_recipe_earns_what_the_release_pays_but_for_the_listed_differe
     assert len(rows) == 200
 
     config = recipe_of(names, reward_lambda=lambda_, reward_tau=tau, reward_rank=recipe["reward_rank"])
-    step = StepRewards(config, SHOP, SasRecScorer(model), np.zeros(len(SHOP) + 1, np.int64))
+    step = StepRewards(config, data_of(SHOP), SasRecScorer(model), None)
     columns = list(zip(*rows, strict=True))
     ours = [function(**call(*columns[1:5])) for function in step.functions]
     differing = {kind: set() for kind in DIFFERENCES}

@@ -68,17 +68,11 @@ RewardFunction = Callable[[ScoredCompletion, RewardConfig], float]
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A registered reward.
-
-    Args:
-        function: computes it.
-        depends_on_item: it depends on the recommended item and on nothing else in the text.
-        needs_policy: it reads `ScoredCompletion.target_rank`, for which the policy is asked.
-    """
+    """A registered reward."""
 
     function: RewardFunction
-    depends_on_item: bool
-    needs_policy: bool
+    depends_on_item: bool  # on the recommended item, and on nothing else in the text
+    needs_policy: bool  # it reads `ScoredCompletion.target_rank`, for which the policy is asked
 
 
 REWARDS: dict[str, Reward] = {}  # name -> reward, in the order of this file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -43,6 +43,18 @@ class AnswerScorer(Protocol):
         ...
 
 
+def _confidences(
+    asked: Iterable[tuple[Iterable[str], Iterable[str]]],
+    catalog: ItemCatalog,
+    model: ConfidenceModel,
+    config: ConfidenceConfig,
+) -> NDArray[np.float32]:
+    """Return the confidences for pairs of history and candidates, which are item ids: [pairs, C]."""
+    pairs = [(catalog.indices(history), catalog.indices(candidates)) for history, candidates in asked]
+    histories, candidates = zip(*pairs, strict=True)
+    return model.confidences(list(histories), np.array(candidates), config.confidence, config.confidence_debiased)
+
+
 def score_completions(
     texts: Sequence[str], columns: Columns, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> list[ScoredCompletion]:
@@ -61,12 +73,7 @@ def score_completions(
         prompts.setdefault((tuple(history), tuple(shown)), len(prompts))
         for history, shown in zip(columns["history"], columns["candidates"], strict=True)
     ]
-    confidences = model.confidences(
-        [catalog.indices(history) for history, _ in prompts],
-        np.array([catalog.indices(shown) for _, shown in prompts]),
-        config.confidence,
-        config.confidence_debiased,
-    )  # [prompts, C]
+    confidences = _confidences(prompts, catalog, model, config)  # [prompts, C]
     lengths = [len(ids) for ids in columns["completion_ids"]] if "completion_ids" in columns else [None] * len(texts)
     scored = []
     parts = zip(texts, columns["candidates"], columns["target"], rows, lengths, strict=True)
@@ -110,41 +117,26 @@ class StepRewards:
     candidate's training interactions; NaN without one), and those of `ROLLOUT_COLUMNS` that the rollout gives.
 
     Args:
-        config: the rewards, with tau as a value.
-        catalog: of all items.
+        recipe: names the rewards and has their parameters; a tau that is given as a quantile is resolved in `config`.
+        data: the catalogue, the training histories, and the validation candidates for that quantile.
         model: gives the confidences.
-        interactions: int64 [N + 1], training interactions of each item index.
         policy: the model in training; only a reward that needs the policy asks it.
 
     Raises:
         ValueError: if a reward needs the policy and there is none.
     """
 
-    def __init__(
-        self,
-        config: GRPORecipe,
-        catalog: ItemCatalog,
-        model: ConfidenceModel,
-        interactions: NDArray[np.int64],
-        policy: AnswerScorer | None = None,
-    ):
-        asking = [name for name in config.reward_funcs if REWARDS[name].needs_policy]
+    def __init__(self, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: AnswerScorer | None):
+        asking = [name for name in recipe.reward_funcs if REWARDS[name].needs_policy]
         if asking and policy is None:
             raise ValueError(f"the reward {asking[0]} needs the policy")
-        self.config = config
-        self._catalog = catalog
-        self._model = model
+        self.config = recipe.model_copy(update={"reward_tau": tau_of(recipe, data, model)})
+        self._catalog, self._model = data.catalog, model
         self._policy = policy if asking else None
-        self._log_popularity = np.log1p(interactions)  # [N + 1]
-        self._last: tuple[Any, list[ScoredCompletion]] | None = None
-        self.functions = [self._named(name) for name in config.reward_funcs]
-
-    @classmethod
-    def of(cls, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: AnswerScorer) -> StepRewards:
-        """Make the rewards of a recipe; a tau that is given as a quantile is resolved."""
-        config = recipe.model_copy(update={"reward_tau": tau_of(recipe, data, model)})
         items = [index for history in data.training_histories() for index in history]
-        return cls(config, data.catalog, model, np.bincount(items, minlength=len(data.catalog) + 1), policy)
+        self._log_popularity = np.log1p(np.bincount(items, minlength=len(data.catalog) + 1))  # [N + 1]
+        self._last: tuple[Any, list[ScoredCompletion]] | None = None
+        self.functions = [self._named(name) for name in recipe.reward_funcs]
 
     def _named(self, name: str) -> Callable[..., list[float]]:
         def reward(prompts: Any, completions: Sequence[Any], log_extra: Any = None, **columns: Any) -> list[float]:
@@ -189,10 +181,6 @@ def tau_of(recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel) -> fl
         return recipe.reward_tau
     (kind,) = data.candidates("train")[0].lists
     examples = list(data.examples("valid", kind))
-    confidences = model.confidences(
-        [data.catalog.indices(interaction.item_id for interaction in example.history) for example in examples],
-        np.array([data.catalog.indices(example.candidates) for example in examples]),
-        recipe.confidence,
-        recipe.confidence_debiased,
-    )  # [users, C]
+    asked = [([interaction.item_id for interaction in one.history], one.candidates) for one in examples]
+    confidences = _confidences(asked, data.catalog, model, recipe)  # [users, C]
     return float(np.quantile(confidences, recipe.reward_tau_quantile))

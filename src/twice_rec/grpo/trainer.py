@@ -16,40 +16,6 @@ from twice_rec.grpo.trl_private import Batch, TrainerHooks, is_dense_text_model
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 
 
-class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
-    """TRL's `GRPOTrainer` that computes what the completions of a group begin with once.
-
-    Logprobs and entropies of the policy, the old policy and the reference are those of the parent. Rewards, advantages
-    and the loss are the parent's own code. With dropout, the shared beginning draws once per group instead of once per
-    completion.
-
-    Completions of one prompt are brought together within each optimizer step, for the parent's shuffle would leave a
-    group little to share. The step's gradient stays the same: the losses average over completions, or divide by a
-    number of tokens that is fixed per step, and the gradients of micro-batches add up. Only bnpo, the loss of TRL 0.16,
-    counts the tokens of a micro-batch; TRL 0.16 did not shuffle, so it had micro-batches of whole groups too.
-
-    Raises:
-        InputError: if the model takes images or has experts.
-    """
-
-    def __init__(self, *arguments: Any, **keywords: Any):
-        super().__init__(*arguments, **keywords)
-        if not is_dense_text_model(self):
-            raise InputError(
-                f"share_prefixes is for dense models of text, found {type(self.model).__name__}; set it to false"
-            )
-
-    def completion_scores(
-        self, model: torch.nn.Module, input_ids: Tensor, mask: Tensor, completion_length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `padded_scores`."""
-        return padded_scores(model, input_ids, mask, completion_length)
-
-    def regrouped(self, batches: list[Batch]) -> list[Batch]:
-        """See `groups_together`."""
-        return groups_together(batches)
-
-
 def padded_scores(
     model: torch.nn.Module, input_ids: Tensor, mask: Tensor, completion_length: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -107,3 +73,30 @@ def groups_together(batches: list[Batch]) -> list[Batch]:
 
     columns = {name: rearranged(name) for name in batches[0]}
     return [{name: values[i] for name, values in columns.items()} for i in range(len(batches))]
+
+
+class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
+    """TRL's `GRPOTrainer` that computes what the completions of a group begin with once.
+
+    Logprobs and entropies of the policy, the old policy and the reference are those of the parent. Rewards, advantages
+    and the loss are the parent's own code. With dropout, the shared beginning draws once per group instead of once per
+    completion.
+
+    Completions of one prompt are brought together within each optimizer step, for the parent's shuffle would leave a
+    group little to share. The step's gradient stays the same: the losses average over completions, or divide by a
+    number of tokens that is fixed per step, and the gradients of micro-batches add up. Only bnpo, the loss of TRL 0.16,
+    counts the tokens of a micro-batch; TRL 0.16 did not shuffle, so it had micro-batches of whole groups too.
+
+    Raises:
+        InputError: if the model takes images or has experts.
+    """
+
+    completion_scores = staticmethod(padded_scores)
+    regrouped = staticmethod(groups_together)
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        if not is_dense_text_model(self):
+            raise InputError(
+                f"share_prefixes is for dense models of text, found {type(self.model).__name__}; set it to false"
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ def newest_completions(trainer: Any) -> dict[str, Sequence[Any]]:
     name, and advantages, each as long as one sampled batch.
     """
     logs = trainer._logs
-    first = {"prompt": logs["prompt"], "completion": logs["completion"]}
-    return {**first, **logs["rewards"], **logs["extra"], "advantage": logs["advantages"]}
+    columns = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["rewards"], **logs["extra"]}
+    return columns | {"advantage": logs["advantages"]}
 
 
 def save_checkpoint(trainer: Any) -> None:
@@ -106,11 +106,16 @@ def is_dense_text_model(trainer: Any) -> bool:
 
 
 class TrainerHooks:
-    """Public hooks in TRL's GRPOTrainer: inherit this first, then the trainer, and write the two hooks.
+    """Two public hooks in TRL's GRPOTrainer: inherit this first, then the trainer, and set them.
 
     Relies on, beside the two overridden methods: `_buffered_inputs`, the micro-batches of the newest sampled batch;
     `_step`, the number of micro-batches so far; `_entropy_bonus_enabled`.
     """
+
+    # (model, ids [B, P + T], mask [B, P + T], T) -> logprobs and entropies of the completions, [B, T] each
+    completion_scores: Callable[[torch.nn.Module, Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+    # micro-batches of one optimizer step -> the same completions in another order
+    regrouped: Callable[[list[Batch]], list[Batch]]
 
     accelerator: Any
     args: Any
@@ -118,16 +123,6 @@ class TrainerHooks:
     _buffered_inputs: Any
     _entropy_bonus_enabled: bool
     _step: int
-
-    def completion_scores(
-        self, model: torch.nn.Module, input_ids: Tensor, mask: Tensor, completion_length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return logprobs and entropies of completions, [B, T] each; the arguments are those of `padded_scores`."""
-        raise NotImplementedError
-
-    def regrouped(self, batches: list[Batch]) -> list[Batch]:
-        """Return the micro-batches of one optimizer step with the same completions in another order."""
-        raise NotImplementedError
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -139,7 +134,7 @@ class TrainerHooks:
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Return [B, T] logprobs and entropies, T = logits_to_keep, and no loss of experts, as the parent does."""
+        """As the parent's: logprobs and entropies, [B, T] each with T = logits_to_keep; no loss of experts."""
         size = batch_size or len(input_ids)
         parts = []
         for ids, mask in zip(input_ids.split(size), attention_mask.bool().split(size), strict=True):

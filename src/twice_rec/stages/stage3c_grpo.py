@@ -71,7 +71,7 @@ def grpo(loaded: tuple[GrpoRecipe, dict]) -> None:
     tokenizer = models.load_tokenizer(start, recipe.model_revision)
     rollouts = make_rollouts(config, tokenizer, start)
     model = models.load_model(start, recipe.dtype, recipe.attn_implementation, recipe.model_revision)
-    rewards = StepRewards.of(config, data, scorer, Policy(model, tokenizer))
+    rewards = StepRewards(config, data, scorer, Policy(model, tokenizer))
     writer = prompt_writer(data, recipe, tokenizer)
     rows = prompt_rows(writer, list(data.training_examples()), recipe.train_fraction, recipe.seed)
     logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.config.reward_tau)

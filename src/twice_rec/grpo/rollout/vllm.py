@@ -34,6 +34,11 @@ RETRY_SECONDS = 2.0  # between two tries
 SAY_SECONDS = 30.0  # between two warnings that a server is down
 QUIET_STEPS = 20  # between two warnings of a gap
 
+_DOWN = (
+    "the rollout server at %s does not answer (%s); waiting up to %g s (rollout_wait_seconds) for grpo_step1.sh to "
+    "start it"
+)
+
 
 class ServerGone(InputError):
     """A server did not come back in time."""
@@ -71,20 +76,11 @@ class Patience:
                 since = now if since is None else since
                 if now - since >= self._seconds:
                     raise ServerGone(f"no rollout server at {address} for {self._seconds:g} s: {error}") from None
-                self._say(now, address, error)
+                with self._lock:
+                    if now - self._said >= SAY_SECONDS:
+                        self._said = now
+                        logger.warning(_DOWN, address, error, self._seconds)
                 time.sleep(min(RETRY_SECONDS, self._seconds))
-
-    def _say(self, now: float, address: str, error: ServerDown) -> None:
-        with self._lock:
-            if now - self._said >= SAY_SECONDS:
-                self._said = now
-                logger.warning(
-                    "the rollout server at %s does not answer (%s); waiting up to %g s (rollout_wait_seconds) for "
-                    "grpo_step1.sh to start it",
-                    address,
-                    error,
-                    self._seconds,
-                )
 
 
 def await_servers(config: RolloutConfig, model_folder: Path) -> list[PolicyServer]:
@@ -100,7 +96,7 @@ def await_servers(config: RolloutConfig, model_folder: Path) -> list[PolicyServe
     servers = [PolicyServer(address, config.rollout_timeout_seconds) for address in config.rollout_servers]
     for server in servers:
         try:
-            facts = patience.retry(server.address, lambda server=server: server.check_base(base))  # type: ignore[misc]
+            facts = patience.retry(server.address, lambda server=server: server.facts(base))  # type: ignore[misc]
         except ServerGone as error:
             raise InputError(f"{error}. Start it with grpo_step1.sh and this recipe, then this again") from None
         logger.info("rollout server %s: vLLM %s, %s", server.address, facts.version, facts.base)
@@ -248,7 +244,7 @@ class ServerRollouts(Rollouts, TrainerCallback):
         """Make a request until the server answers; before each repetition the server gets the policy again."""
 
         def prepare() -> None:
-            server.check_base(self._base)
+            server.facts(self._base)
             policy = self._current(self._trainer.state.global_step)
             server.load(policy.name, policy.folder)
 

@@ -27,19 +27,12 @@ class ServerDown(InputError):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server says about itself.
+    """What a server says about itself."""
 
-    Args:
-        base: name of its base model.
-        max_model_len: longest prompt and completion together, in tokens.
-        adapters: name -> folder of each that is loaded.
-        version: of vLLM.
-    """
-
-    base: str
-    max_model_len: int
-    adapters: Mapping[str, str]
-    version: str
+    base: str  # name of its base model
+    max_model_len: int  # longest prompt and completion together, in tokens
+    adapters: Mapping[str, str]  # name -> folder of each that is loaded
+    version: str  # of vLLM
 
 
 def base_name(model_folder: Path) -> str:
@@ -62,33 +55,28 @@ class PolicyServer:
         self._timeout = timeout
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
-    def facts(self) -> ServerFacts:
+    def facts(self, base: str | None = None) -> ServerFacts:
         """Return what it serves.
 
+        Args:
+            base: name of the base model that it must have; None for any.
+
         Raises:
-            InputError: if it is no vLLM.
+            InputError: if it is no vLLM, or has another base model.
         """
         self._call("/health", timeout=QUICK_SECONDS)
         texts = [self._call(path, timeout=QUICK_SECONDS) for path in ("/v1/models", "/version")]
         try:
             cards = json.loads(texts[0])["data"]
-            base = next(card for card in cards if card["parent"] is None)
+            own = next(card for card in cards if card["parent"] is None)
             adapters = {card["id"]: card["root"] for card in cards if card["parent"] is not None}
-            return ServerFacts(base["id"], base["max_model_len"], adapters, json.loads(texts[1])["version"])
+            facts = ServerFacts(own["id"], own["max_model_len"], adapters, json.loads(texts[1])["version"])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise InputError(
                 f"what answers at {self.address} is no vLLM server: {texts[0][:200]}; start one with grpo_step1.sh, or "
                 "correct rollout_servers"
             ) from None
-
-    def check_base(self, base: str) -> ServerFacts:
-        """Return its facts.
-
-        Raises:
-            InputError: if it serves another base model.
-        """
-        facts = self.facts()
-        if facts.base != base:
+        if base is not None and facts.base != base:
             raise InputError(
                 f"the rollout server at {self.address} serves {facts.base!r}, the trainer's base model is {base!r}; "
                 "stop it and start it again with grpo_step1.sh and this recipe"
