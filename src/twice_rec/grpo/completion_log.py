@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,10 +185,8 @@ class CompletionLog(TrainerCallback):
         if to_wandb:
             import wandb
 
-            table = wandb.Table(columns=list(shown), data=[[_without_nan(v) for v in row.values()] for row in rows])
+            # The JSON of a table has no NaN, the only value that differs from itself.
+            table = wandb.Table(
+                list(shown), [[value if value == value else None for value in r.values()] for r in rows]
+            )
             wandb.log({"completions": table}, commit=False)
-
-
-def _without_nan(value: Any) -> Any:
-    """Return None for NaN, which the JSON of a wandb table cannot hold."""
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -32,7 +32,6 @@ class ConfidenceModel(Protocol):
         self, histories: Sequence[Sequence[int]], candidates: NDArray[np.int64], kind: str, debiased: bool
     ) -> NDArray[np.float32]:
         """Return the confidence in each candidate: item indices [B, C] -> float32 [B, C] in [0, 1]."""
-        ...
 
 
 class AnswerScorer(Protocol):
@@ -40,7 +39,6 @@ class AnswerScorer(Protocol):
 
     def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
         """Return the logprob of each answer to one prompt, up to a constant that all of them share."""
-        ...
 
 
 def _confidences(

@@ -38,16 +38,17 @@ def padded_scores(
         rows.setdefault(prompt, []).append(row)
         completions.append(ids[prompt_length:][kept[prompt_length:]].tolist())
     groups = [(prompt, [completions[row] for row in of_prompt]) for prompt, of_prompt in rows.items()]
-    scores = token_scores(model, SharedRows.of(groups, input_ids.device))  # [N] each, N tokens group by group
+    logprobs, entropies = token_scores(model, SharedRows.of(groups, input_ids.device))  # [N] each, group by group
 
     # Put the values into the kept places of rows in group order, then bring the rows back into their order.
     order = torch.tensor([row for of_prompt in rows.values() for row in of_prompt], device=input_ids.device)  # [B]
     kept = mask[order, prompt_length:]  # [B, T]
     back = order.argsort()  # [B]
-    logprobs, entropies = (
-        None if values is None else values.new_zeros(kept.shape).masked_scatter(kept, values)[back] for values in scores
-    )  # [B, T]
-    return logprobs, entropies
+
+    def padded(values: Tensor) -> Tensor:
+        return values.new_zeros(kept.shape).masked_scatter(kept, values)[back]  # [B, T]
+
+    return padded(logprobs), None if entropies is None else padded(entropies)
 
 
 def groups_together(batches: list[Batch]) -> list[Batch]:

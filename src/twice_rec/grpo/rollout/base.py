@@ -18,17 +18,11 @@ from twice_rec.llm.sampling import Sample as Completion
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The completions of one prompt in one process.
-
-    Args:
-        prompt_ids: token ids.
-        positions: places of the completions in the step, within this process.
-        number: of the group in the whole step, over all processes; the parts of a group that is split have one number.
-    """
+    """The completions of one prompt in one process."""
 
     prompt_ids: list[int]
-    positions: list[int]
-    number: int
+    positions: list[int]  # of the completions in the step, within this process
+    number: int  # in the whole step, over all processes; the parts of a group that is split have the same
 
 
 class Rollouts(ABC):

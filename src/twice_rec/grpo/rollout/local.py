@@ -19,13 +19,10 @@ from twice_rec.llm.sampling import Sample as Completion
 from twice_rec.llm.sampling import sample_answers as sample_completions
 
 # Sampling arguments of TRL -> their values that change nothing, the only ones that are possible here.
-_OFF = {
-    "top_p": (1.0,),
-    "top_k": (0, None),
-    "min_p": (0.0, None),
-    "repetition_penalty": (1.0,),
+_OFF: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,), "top_k": (0, None), "min_p": (0.0, None), "repetition_penalty": (1.0,),
     "generation_kwargs": (None, {}),
-}
+}  # fmt: skip
 
 
 class InProcessRollouts(Rollouts):

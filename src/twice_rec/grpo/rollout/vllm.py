@@ -104,11 +104,11 @@ def await_servers(config: RolloutConfig, model_folder: Path) -> list[PolicyServe
 
 
 class ServedPolicy(NamedTuple):
-    """A version of the policy on the servers: the adapter's name, its folder, optimizer steps that made it."""
+    """A version of the policy on the servers."""
 
-    name: str
+    name: str  # of the adapter
     folder: Path
-    version: int
+    version: int  # optimizer steps that made it
 
 
 class ServerRollouts(Rollouts, TrainerCallback):

@@ -5,6 +5,7 @@ Token ids go over the wire in both directions, and every sampling value is sent:
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -64,16 +65,15 @@ class PolicyServer:
         Raises:
             InputError: if it is no vLLM, or has another base model.
         """
-        self._call("/health", timeout=QUICK_SECONDS)
-        texts = [self._call(path, timeout=QUICK_SECONDS) for path in ("/v1/models", "/version")]
+        _, models, version = (self._call(path)[1] for path in ("/health", "/v1/models", "/version"))
         try:
-            cards = json.loads(texts[0])["data"]
+            cards = json.loads(models)["data"]
             own = next(card for card in cards if card["parent"] is None)
             adapters = {card["id"]: card["root"] for card in cards if card["parent"] is not None}
-            facts = ServerFacts(own["id"], own["max_model_len"], adapters, json.loads(texts[1])["version"])
+            facts = ServerFacts(own["id"], own["max_model_len"], adapters, json.loads(version)["version"])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise InputError(
-                f"what answers at {self.address} is no vLLM server: {texts[0][:200]}; start one with grpo_step1.sh, or "
+                f"what answers at {self.address} is no vLLM server: {models[:200]}; start one with grpo_step1.sh, or "
                 "correct rollout_servers"
             ) from None
         if base is not None and facts.base != base:
@@ -89,28 +89,22 @@ class PolicyServer:
         Raises:
             InputError: if it refuses the adapter, with its own words.
         """
-        try:
-            self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        except urllib.error.HTTPError as error:
-            words = _words(error)
-            if "already been loaded" in words:
-                return
-            if error.code >= 500:
-                self._call("/health", timeout=QUICK_SECONDS)  # down, or only unwilling?
-            raise InputError(
-                f"the rollout server at {self.address} does not load the adapter {folder}: HTTP {error.code}, {words}. "
-                "It must run with LoRA on and a rank limit of at least lora_r, as grpo_step1.sh starts it with this "
-                "recipe, and see this folder under the same name; on another machine set rollout_adapter_dir to a "
-                "shared folder"
-            ) from None
+        status, words = self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if status == 200 or "already been loaded" in words:
+            return
+        if status >= 500:
+            self._call("/health")  # down, or only unwilling?
+        raise InputError(
+            f"the rollout server at {self.address} does not load the adapter {folder}: HTTP {status}, {words}. It must "
+            "run with LoRA on and a rank limit of at least lora_r, as grpo_step1.sh starts it with this recipe, and "
+            "see this folder under the same name; on another machine set rollout_adapter_dir to a shared folder"
+        )
 
     def unload(self, name: str) -> None:
         """Forget an adapter, if it is there."""
-        try:
-            self._call("/v1/unload_lora_adapter", {"lora_name": name})
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise ServerDown(f"{self.address}: HTTP {error.code}, {_words(error)}") from None
+        status, words = self._call("/v1/unload_lora_adapter", {"lora_name": name})
+        if status not in (200, 404):
+            raise ServerDown(f"{self.address}: HTTP {status}, {words}")
 
     def complete(
         self,
@@ -135,11 +129,11 @@ class PolicyServer:
         """
         body = {"model": policy, "prompt": list(prompt), "n": num_generations, "stop_token_ids": sorted(stop)}
         asks = {"logprobs": 0, "return_token_ids": True, "stream": False}
-        try:
-            response = json.loads(self._call("/v1/completions", {**body, **sampling, **asks}))
-        except urllib.error.HTTPError as error:
-            what = f"the rollout server at {self.address} answers HTTP {error.code}, {_words(error)}"
-            raise (ServerDown if error.code == 404 or error.code >= 500 else InputError)(what) from None
+        status, text = self._call("/v1/completions", {**body, **sampling, **asks})
+        if status != 200:
+            what = f"the rollout server at {self.address} answers HTTP {status}, {text}"
+            raise ServerDown(what) if status == 404 or status >= 500 else InputError(what)
+        response = json.loads(text)
         if response["model"] != policy:
             raise InputError(
                 f"the rollout server at {self.address} answered as {response['model']!r}, asked for {policy!r}; "
@@ -168,26 +162,21 @@ class PolicyServer:
             )
         return Completion(ids, logprobs, truncated)
 
-    def _call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> str:
-        """Return the text of a response; of HTTP errors, those of requests with a body are the caller's business."""
+    def _call(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+        """Return status and text, of an error the server's own words; a request without a body must succeed."""
         data, url = None if body is None else json.dumps(body).encode(), f"http://{self.address}{path}"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
-            with self._opener.open(request, timeout=timeout or self._timeout) as response:
-                return response.read().decode()
+            with self._opener.open(request, timeout=QUICK_SECONDS if body is None else self._timeout) as response:
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
+            words = error.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                words = str(json.loads(words)["error"]["message"])
+            words = words[:500] or str(error.reason)
             if body is None:
-                raise ServerDown(f"{url}: HTTP {error.code}, {_words(error)}") from None
-            raise
+                raise ServerDown(f"{url}: HTTP {error.code}, {words}") from None
+            return error.code, words
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
             raise ServerDown(f"{url}: {reason}") from None
-
-
-def _words(error: urllib.error.HTTPError) -> str:
-    """Return the server's own error text."""
-    text = error.read().decode(errors="replace")
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:500] or str(error.reason)
