@@ -20,7 +20,8 @@ from reporting import paired, report
 from twice_rec.cf.recipe import SASRecConfig
 from twice_rec.cf.sasrec import SASRec, SASRecScorer
 from twice_rec.data.dataset import PreparedData
-from twice_rec.grpo.rewards import score_completions
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.scoring import score_completions
 from twice_rec.prompts import item_answer
 
 ROOT = Path(__file__).parents[1]
@@ -68,13 +69,12 @@ def main() -> None:
     texts = [item_answer(catalog[examples[p].candidates[c]]) for p, c in zip(prompt, column, strict=True)]
     asked = [examples[p] for p in prompt]
     start = time.perf_counter()
-    score_completions(
-        texts,
-        [example.candidates for example in asked],
-        [example.target for example in asked],
-        [[entry.item_id for entry in example.history] for example in asked],
-        catalog, scorer, "sigmoid", False,
-    )  # fmt: skip
+    columns = {
+        "candidates": [example.candidates for example in asked],
+        "target": [example.target for example in asked],
+        "history": [[interaction.item_id for interaction in example.history] for example in asked],
+    }
+    score_completions(texts, columns, catalog, scorer, GRPORecipe(run_dir="", domain="benchmark", seed=0))
     whole = time.perf_counter() - start
     more = {"completions": len(prompt), "whole_step_with_parsing": whole}
     report("confidences", "one forward pass a completion", *pair, "s", False, **more)

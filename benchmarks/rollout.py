@@ -19,6 +19,7 @@ import argparse
 import os
 import socket
 import statistics
+import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from reporting import report
 from tiny_base.model import train_tokenizer
-from twice_rec.config import GrpoRecipe
+from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown
-from twice_rec.grpo.rollout.vllm_command import child_group, server_command, server_environment
+from twice_rec.grpo.rollout.vllm_command import server_command, server_environment
 from twice_rec.llm.generation import sample_completions
 
 SHAPES = {
@@ -107,7 +108,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    recipe = GrpoRecipe(
+    recipe = GRPORecipe(
         run_dir=str(folder), domain="benchmark", seed=0, dtype=str(dtype).removeprefix("torch."), lora_r=RANK,
         rollout="vllm_server", rollout_max_model_len=longest, rollout_cpu_kvcache_gib=2,
         rollout_gpu_memory_utilization=0.4, rollout_server_args={} if gpu else {"enforce_eager": True},
@@ -116,10 +117,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     model = get_peft_model(model.to("cuda" if gpu else "cpu"), LoraConfig(r=RANK, target_modules=TARGETS))
     prompts = torch.randint(5, 4000, (arguments.prompts, arguments.prompt_tokens)).tolist()
     environment = {**server_environment(recipe, 0, 1), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with child_group(server_command(recipe, address, base), environment) as process:
+    process = subprocess.Popen(server_command(recipe, address, base), env=environment)
+    try:
         server = PolicyServer(address, 600)
         await_server(server, process)
         rows = [step(arguments, model, server, adapters, prompts, number) for number in range(arguments.steps + 1)]
+    finally:
+        process.terminate()
+        process.wait()
     rows = rows[1:]  # the first one warms up
     served, ours, generate, train, sync, request = (statistics.median(values) for values in zip(*rows, strict=True))
     more = {

@@ -43,10 +43,10 @@ def measure(who: str, options: argparse.Namespace) -> dict[str, float]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, TrainerCallback
-    from trl import GRPOConfig
+    from trl import GRPOConfig, GRPOTrainer
 
     from tiny_base.model import train_tokenizer
-    from twice_rec.grpo.trainer import grpo_trainer
+    from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer
 
     gpu, shape, draw = options.device == "cuda", SHAPES[options.shape], random.Random(0)
 
@@ -88,7 +88,7 @@ def measure(who: str, options: argparse.Namespace) -> dict[str, float]:
             max_completion_length=options.completion, temperature=0.9, beta=0.04, loss_type="grpo", disable_tqdm=True,
             gradient_checkpointing=options.gradient_checkpointing, logging_strategy="no",
         )  # fmt: skip
-        trainer = grpo_trainer(who == "ours")(
+        trainer = (SharedPrefixGRPOTrainer if who == "ours" else GRPOTrainer)(
             model=model,
             args=arguments,
             reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],

@@ -96,7 +96,7 @@ def vllm_server(model, folder, *flags, name="served", **environment):
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _is_up(f"http://127.0.0.1:{port}/health"):
+        while not is_up(f"http://127.0.0.1:{port}/health"):
             assert process.poll() is None, f"vLLM ended:\n{log.read_text()[-3000:]}"
             assert time.monotonic() < deadline, f"vLLM is not up after {START_SECONDS} s:\n{log.read_text()[-3000:]}"
             time.sleep(0.5)
@@ -111,7 +111,8 @@ def vllm_server(model, folder, *flags, name="served", **environment):
             process.wait()
 
 
-def _is_up(url):
+def is_up(url):
+    """Whether a URL answers."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return response.status == 200

@@ -14,12 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from servers.processes import NEEDS_VLLM, ROOT, START_SECONDS, free_port, is_alive
+from servers.processes import NEEDS_VLLM, ROOT, START_SECONDS, free_port, is_alive, is_up
 from stages.pipeline import run
 from twice_rec.grpo.rollout.vllm_client import PolicyServer
+from twice_rec.grpo.rollout.vllm_command import addresses_here
 from twice_rec.llm.generation import sample_completions
 from twice_rec.llm.models import load_model
-from twice_rec.llm.recipe import ModelConfig
 from twice_rec.llm.tokens import load_tokenizer, stop_token_ids
 from twice_rec.stages import stage3c_grpo
 
@@ -31,7 +31,7 @@ class Launched:
     """A launcher as a user starts it, its output in a file."""
 
     def __init__(self, name, run_dir, address, *flags):
-        self.log = run_dir / f"{name}.log"
+        self.log, self.address = run_dir / f"{name}.log", address
         words = [str(ROOT / "recipes" / "tiny" / "grpo_server.yaml"), "--run_dir", str(run_dir)]
         words += ["--rollout_servers", f"[{address}]", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -49,25 +49,25 @@ class Launched:
             time.sleep(0.02)
 
     def is_ready(self):
-        return "the rollout servers are ready; start the training with: bash grpo_step2.sh" in self.log.read_text()
+        return is_up(f"http://{self.address}/health")
 
-    def api_server(self):
-        """The process id of vLLM's HTTP server."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if "api_server" in Path(f"/proc/{pid}/cmdline").read_text())
-
-    def group(self):
-        """Everything that belongs to the server: what runs in its process group."""
-        leader, found = self.api_server(), []
+    def everything(self):
+        """The server, which the launcher has become, and the processes that descend from it."""
+        parents = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
-                if int(stat.read_text().rpartition(")")[2].split()[2]) == leader:
-                    found.append(int(stat.parent.name))
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        found = [self.process.pid]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
         return found
 
 
-def ended(pids):
-    return not any(is_alive(pid) for pid in pids)
+def wait_for_the_end(pids):
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "something of the server outlived it"
+        time.sleep(0.2)
 
 
 def trainer_flags():
@@ -90,14 +90,15 @@ def trained(tmp_path_factory):
         trainer = Launched("grpo_step2", run_dir, address, *trainer_flags())  # it waits for the server
         out = run_dir / "grpo_server"
         trainer.wait_for(lambda: list(out.glob("policy/policy-*-0")))
-        everything, api_server = server.group(), server.api_server()
+        everything = server.everything()
+        then = "start the training with: bash grpo_step2.sh"
+        assert then in server.log.read_text()
         trainer.wait_for(lambda: list(out.glob("policy/policy-*-1/adapter_model.safetensors")))
-        os.kill(api_server, signal.SIGKILL)
+        server.process.kill()
         assert not (out / "completions" / "completions_00002.parquet").exists(), "the second step was over already"
         assert len(everything) > 1
-        assert server.process.wait(60) == 2
-        assert ended(everything), "something of the server outlived it"
-        assert f"the server at {address} ended with status -9" in server.log.read_text()
+        assert server.process.wait(60) == -signal.SIGKILL
+        wait_for_the_end(everything)
         server = Launched("grpo_step1", run_dir, address)
         server.wait_for(server.is_ready)
         assert trainer.process.wait(START_SECONDS) == 0, trainer.log.read_text()[-4000:]
@@ -153,7 +154,7 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
             server.load(f"step-{step}", run_dir / "grpo_server" / f"checkpoint-{step}")
             for number, prompt in enumerate(prompts):
                 model = PeftModel.from_pretrained(
-                    load_model(base, ModelConfig(dtype="float32")), run_dir / "grpo_server" / f"checkpoint-{step}"
+                    load_model(base, "float32", "sdpa"), run_dir / "grpo_server" / f"checkpoint-{step}"
                 ).eval()
                 stop = stop_token_ids(model, tokenizer)
                 ((here,),) = sample_completions(model, [prompt], [1], stop, 16)
@@ -207,12 +208,18 @@ def test_preflight_against_the_real_server(trained, tmp_path, capfd, prepare, wo
     assert "Traceback" not in error
 
 
-def test_the_server_ends_with_a_launcher_that_is_killed(trained):
-    _, _, server = trained
-    everything = server.group()
-    server.process.kill()
-    server.process.wait()
-    deadline = time.monotonic() + 60
-    while not ended(everything):
-        assert time.monotonic() < deadline, "something of the server outlived its launcher"
-        time.sleep(0.2)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_signal_to_the_launcher_ends_all_of_the_server(trained, number):
+    run_dir, address, server = trained
+    if server.process.poll() is not None:  # ended by this test for another signal
+        server = Launched("grpo_step1", run_dir, address)
+    try:
+        server.wait_for(server.is_ready)
+        everything = server.everything()
+        server.process.send_signal(number)
+        server.process.wait(60)
+        wait_for_the_end(everything)
+    finally:
+        server.process.kill()
+        server.process.wait()
+    assert addresses_here([address]) == [address]  # the port is free again

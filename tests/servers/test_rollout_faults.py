@@ -231,9 +231,9 @@ def test_group_size_must_divide_the_batch(run_dir, fake, capfd):
             [7, 8],
             "stop",
             InputError,
-            "ended an answer with token 8 after 2 tokens, which is not one of the stop tokens",
+            "ended a completion with token 8 after 2 tokens, which is not one of the stop tokens",
         ),
-        ([7, 8], "abort", ServerDown, "ended an answer with 'abort'"),
+        ([7, 8], "abort", ServerDown, "ended a completion with 'abort'"),
         ([7], "length", InputError, "after 1 tokens"),
     ],
 )
@@ -262,6 +262,6 @@ def test_patience_has_a_limit_and_says_so_once(caplog):
         raise ServerDown("the server's words")
 
     with pytest.raises(ServerGone, match=r"no rollout server at h:1 for 0.3 s: the server's words"):
-        Patience(0.3).insist("h:1", fail)
+        Patience(0.3).retry("h:1", fail)
     assert len(tries) > 3
     assert sum("does not answer (the server's words); waiting up to 0.3 s" in text for text in caplog.messages) == 1

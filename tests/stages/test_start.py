@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from servers.processes import is_alive
+from servers.processes import free_port, is_alive
 from stages.pipeline import ROOT, run
 from twice_rec.errors import InputError
 from twice_rec.grpo.rollout import vllm_command
@@ -174,43 +174,57 @@ def test_a_machine_starts_its_own_servers_only():
         vllm_command.addresses_here(["192.0.2.1:8000"])
 
 
-# A "server" with a child of its own, which outlives it as vLLM's engine does.
-SERVER = """
-import signal, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(child.pid, flush=True)
-if "stubborn" in sys.argv:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# Takes vLLM's place: it listens at its address and computes in a child process, which it does not end itself.
+FAKE_SERVER = """
+import multiprocessing, os, runpy, socket, sys, time
+context = multiprocessing.get_context(os.environ["START_METHOD"])
+started = context.Event()
+sleeps = {"target": runpy.run_path, "args": (os.environ["FAKE_ENGINE"], {"started": started}), "daemon": True}
+engine = context.Process(**sleeps)
+engine.start()
+started.wait()
+listener = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
+print(os.getpid(), engine.pid, flush=True)
 time.sleep(600)
 """
 LAUNCHER = """
-import os, signal, sys, time
-from twice_rec.grpo.rollout.vllm_command import child_group
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-with child_group([sys.executable, "-c", *sys.argv[1:]], os.environ) as process:
-    print(process.pid, flush=True)
-    time.sleep(600)
+import pathlib, sys
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rollout.vllm_command import become_server
+recipe = GRPORecipe(run_dir="r", domain="D", seed=1, rollout="vllm_server", rollout_servers=sys.argv[1:])
+become_server(recipe, pathlib.Path("owner/model"), "then")
 """
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_servers_die_with_their_launcher(number):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    manner = ["stubborn"] if number == signal.SIGKILL else []
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, SERVER, *manner],
+def test_servers_die_with_their_launcher(tmp_path, number, method):
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE_SERVER)
+    (tmp_path / "engine.py").write_text("import time\nstarted.set()\ntime.sleep(600)\n")
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "START_METHOD": method}
+    environment["FAKE_ENGINE"] = str(tmp_path / "engine.py")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *addresses],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    pids = [int(process.stdout.readline()) for _ in range(2)]
+    pids = [int(word) for _ in addresses for word in launcher.stdout.readline().split()]
+    assert len(pids) == 4
+    assert launcher.pid in pids  # it became a server itself
     assert all(is_alive(pid) for pid in pids)
-    process.send_signal(number)
-    process.wait(60)
-    process.stdout.close()
+    launcher.send_signal(number)
+    launcher.wait(60)
+    launcher.stdout.close()
     deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert vllm_command.addresses_here(addresses) == addresses  # the ports are free again
 
 
 def test_a_server_needs_the_stage_2_model_and_vllm(tmp_path, monkeypatch, capfd):

@@ -18,7 +18,8 @@ from tiny_base.model import build_model, train_tokenizer
 from tiny_models import base_shape
 from twice_rec.catalog import ItemCatalog
 from twice_rec.grpo.completion_log import PATIENCE, CompletionLog, step_figures
-from twice_rec.grpo.rewards import RewardSettings, StepRewards
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.scoring import StepRewards
 from twice_rec.llm.generation import PolicyScorer
 from twice_rec.records import Item
 
@@ -100,6 +101,7 @@ class FakeTrainer:
     def __init__(self, folder, report_to=()):
         self.args = SimpleNamespace(output_dir=str(folder), report_to=list(report_to))
         self.reward_func_names, self.reward_weights, self.num_generations = list(WEIGHTS), torch.tensor([4.0, 1.0]), 3
+        self.model = SimpleNamespace(training=True)
         self._metrics = {"train": defaultdict(list)}
         self._logs = {name: deque(maxlen=6) for name in ("prompt", "completion", "advantages")}
         self._logs |= {name: defaultdict(lambda: deque(maxlen=6)) for name in ("rewards", "extra")}
@@ -227,11 +229,10 @@ def tokenizer():
 
 def train(tokenizer, folder, steps, resume=None, names=("match", "tags", "rank"), **keys):
     model = build_model(tokenizer, base_shape(), seed=1)
-    settings = RewardSettings(3, 0.3, "ndcg")
-    purchases = np.arange(len(CATALOG) + 1)
-    step = StepRewards(
-        names, settings, CATALOG, Confidences(), "sigmoid", False, purchases, PolicyScorer(model, tokenizer)
-    )
+    chosen = {"reward_funcs": list(names), "reward_weights": [1.0] * len(names), "reward_rank": "ndcg"}
+    config = GRPORecipe(run_dir="r", domain="D", seed=1, **chosen)
+    data = SimpleNamespace(catalog=CATALOG, training_histories=lambda: [[1, 2], [2]])
+    step = StepRewards(config, data, Confidences(), PolicyScorer(model, tokenizer))
     row = {"candidates": ["I1", "I2"], "target": "I1", "history": ["I0"]}
     rows = [{"prompt": [{"role": "user", "content": f"which item {i}?"}], **row} for i in range(8)]
     arguments = {

@@ -1,17 +1,21 @@
 """The shared-prefix GRPO trainer computes what TRL's own does, with less work."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
 
+import twice_rec
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
-from twice_rec.grpo.trainer import groups_together, grpo_trainer
+from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer, groups_together
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
 PROMPTS = [" ".join(WORDS[: 2 + i]) + " then?" for i in range(6)]
@@ -24,8 +28,6 @@ def reward(completion_ids, **_):
 
 def trained(trainer_class, make, folder, **settings):
     """Two optimizer steps: losses, adapter weights, and the tokens that went through the model with gradients."""
-    from trl import GRPOConfig
-
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
     model = make(vocab_size=len(tokenizer), max_position_embeddings=512)
     model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # completions of many lengths
@@ -73,8 +75,8 @@ CASES = {
 
 def assert_alike(folder, make, settings):
     """Both trainers take the same steps, ours with less work."""
-    expected, plain_updates, plain_tokens = trained(grpo_trainer(False), make, folder, **settings)
-    found, updates, tokens = trained(grpo_trainer(True), make, folder, **settings)
+    expected, plain_updates, plain_tokens = trained(GRPOTrainer, make, folder, **settings)
+    found, updates, tokens = trained(SharedPrefixGRPOTrainer, make, folder, **settings)
     assert expected[0]["completions/min_length"] < expected[0]["completions/max_length"]
     assert expected[0]["completions/clipped_ratio"] > 0 or "mask_truncated_completions" not in settings
     for a, b in zip(found, expected, strict=True):
@@ -117,6 +119,13 @@ def test_groups_come_together_and_stay_whole():
     for batch in together:
         assert batch["num_items_in_batch"] == 40
         assert batch["prompt_ids"][:, 0].equal(prompts[batch["advantages"].long()])
+
+
+def test_private_parts_of_trl_are_touched_in_one_module():
+    private = re.compile(r"trainer\._[a-z]|from trl\.|def _(get_per_token|prepare_inputs|save_checkpoint|compute_loss)")
+    folder = Path(twice_rec.__file__).parent
+    found = [path.name for path in folder.rglob("*.py") if private.search(path.read_text())]
+    assert found == ["trl_private.py"]
 
 
 if __name__ == "__main__":  # one of the two processes

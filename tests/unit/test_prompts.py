@@ -122,8 +122,8 @@ def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
             continue
         assert CATALOG.outcome(answer, EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
         if row.task == "rationale":
-            scored = rewards.Scored(answer, Outcome.HIT, 0.5)
-            settings = rewards.RewardSettings(3.0, 0.3, "reciprocal_rank")
+            scored = rewards.ScoredCompletion(row.answer, answer, Outcome.HIT, 0.5)
+            settings = rewards.RewardConfig()
             assert [
                 reward(scored, settings)
                 for reward in (rewards.structure, rewards.tags, rewards.tags_release, rewards.only_expected_tags)

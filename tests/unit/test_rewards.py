@@ -18,13 +18,14 @@ from twice_rec.answer_format import parse, render
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.cf.recipe import SASRecConfig
 from twice_rec.cf.sasrec import SASRec, SASRecScorer
-from twice_rec.config import GrpoRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.llm_ranking import ask
 from twice_rec.files import write_records
 from twice_rec.grpo import rewards
-from twice_rec.grpo.rewards import REWARDS, RewardSettings, Scored, StepRewards, score_completions
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rewards import REWARDS, RewardConfig, ScoredCompletion
+from twice_rec.grpo.scoring import StepRewards, score_completions
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
 from twice_rec.prompts import PromptFormat, rationale_answer
@@ -32,13 +33,12 @@ from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSe
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(6)])
-PURCHASES = np.arange(7)
-PAPER = RewardSettings(lambda_=3.0, tau=0.3, rank_metric="reciprocal_rank")
+PAPER = RewardConfig(reward_lambda=3.0, reward_tau=0.3, reward_rank="reciprocal_rank")
 COMPLETE = "<think> because </think> <item_nm> item 1 </item_nm> <item_id> I1 </item_id>"
 
 
 def scored(outcome=Outcome.HIT, confidence=0.5, text=COMPLETE, target_rank=None):
-    return Scored(parse(text), outcome, confidence, target_rank)
+    return ScoredCompletion(text, parse(text), outcome, confidence, target_rank)
 
 
 @pytest.mark.parametrize("lambda_", range(6))
@@ -58,7 +58,7 @@ def scored(outcome=Outcome.HIT, confidence=0.5, text=COMPLETE, target_rank=None)
     ],
 )
 def test_item_rewards(outcome, confidence, base, times_lambda, match, cf, lambda_):
-    entry, settings = scored(outcome, confidence), RewardSettings(lambda_, 0.3, "ndcg")
+    entry, settings = scored(outcome, confidence), RewardConfig(reward_lambda=float(lambda_), reward_tau=0.3)
     assert rewards.collaborative(entry, settings) == pytest.approx(base + lambda_ * times_lambda)
     assert rewards.match(entry, settings) == match
     assert rewards.cf(entry, settings) == cf
@@ -92,8 +92,8 @@ def test_format_rewards(text, structure, tags, tags_release, only_expected):
 )
 def test_rank(target_rank, reciprocal, ndcg):
     entry = scored(target_rank=target_rank)
-    assert rewards.rank(entry, RewardSettings(3, 0.3, "reciprocal_rank")) == pytest.approx(reciprocal)
-    assert rewards.rank(entry, RewardSettings(3, 0.3, "ndcg")) == pytest.approx(ndcg)
+    assert rewards.rank(entry, RewardConfig(reward_rank="reciprocal_rank")) == pytest.approx(reciprocal)
+    assert rewards.rank(entry, RewardConfig(reward_rank="ndcg")) == pytest.approx(ndcg)
 
 
 class FixedConfidences:
@@ -122,8 +122,17 @@ def answer(item_id, title):
     return render({"think": "r", "item_nm": title, "item_id": item_id})
 
 
-def step_rewards(names, settings=PAPER, model=None, kind="sigmoid", debiased=False, policy=None):
-    return StepRewards(names, settings, CATALOG, model or FixedConfidences(), kind, debiased, PURCHASES, policy)
+def data_of(catalog):
+    """Item 1 has one training interaction, item 2 has two, and so on."""
+    return SimpleNamespace(catalog=catalog, training_histories=lambda: [[i] * i for i in range(1, len(catalog) + 1)])
+
+
+def recipe_of(names, **keys):
+    return GRPORecipe(run_dir="r", domain="D", seed=1, reward_funcs=names, reward_weights=[1.0] * len(names), **keys)
+
+
+def step_rewards(names, model=None, policy=None, **keys):
+    return StepRewards(recipe_of(names, **keys), data_of(CATALOG), model or FixedConfidences(), policy)
 
 
 def call(texts, candidates, targets, histories=None, **others):
@@ -170,8 +179,9 @@ LISTS = st.lists(st.sampled_from(CATALOG.ids), min_size=1, unique=True)
 def test_rewards_of_any_text_and_any_list_stay_in_their_range_in_any_order(data, texts, shown, lambda_, tau):
     targets = data.draw(st.lists(st.sampled_from(shown), min_size=len(texts), max_size=len(texts)))
     order = data.draw(st.permutations(range(len(texts))))
-    settings = RewardSettings(lambda_, tau, data.draw(st.sampled_from(["reciprocal_rank", "ndcg"])))
-    step = step_rewards(list(REWARDS), settings, policy=HashPolicy())
+    keys = {"reward_lambda": lambda_, "reward_tau": tau}
+    keys["reward_rank"] = data.draw(st.sampled_from(["reciprocal_rank", "ndcg"]))
+    step = step_rewards(list(REWARDS), policy=HashPolicy(), **keys)
     whole = call(texts, [shown] * len(texts), targets)
     shuffled = call([texts[i] for i in order], [shown] * len(texts), [targets[i] for i in order])
     for function in step.functions:
@@ -184,26 +194,46 @@ def test_rewards_of_any_text_and_any_list_stay_in_their_range_in_any_order(data,
 def test_a_step_is_scored_with_one_question_to_the_cf_model():
     model = FixedConfidences()
     texts = [answer("I1", "item 1"), answer("I4", "item 4"), answer("I5", "item 5"), "nothing", answer("I1", "item 2")]
-    found = score_completions(
-        texts,
-        [["I4", "I1"]] * 3 + [["I2", "I3"]] * 2,
-        ["I1"] * 5,
-        [["I0"]] * 3 + [["I0"]] * 2,
-        CATALOG,
-        model,
-        "sigmoid",
-        False,
-    )
+    columns = {
+        "candidates": [["I4", "I1"]] * 3 + [["I2", "I3"]] * 2,
+        "target": ["I1"] * 5,
+        "history": [["I0"]] * 5,
+        "completion_ids": [[7] * length for length in range(5)],
+    }
+    found = score_completions(texts, columns, CATALOG, model, recipe_of(["match"]))
     assert [entry.outcome for entry in found] == [
         Outcome.HIT, Outcome.MISS, Outcome.OUTSIDE, Outcome.MALFORMED, Outcome.OUTSIDE,
     ]  # fmt: skip
     assert [entry.confidence for entry in found] == pytest.approx([0.2, 0.5, 0, 0, 0])  # indices are 1..6
     assert model.asked == [(2, "sigmoid", False)]
+    assert [(entry.text, entry.num_tokens) for entry in found] == list(zip(texts, range(5), strict=True))
+    del columns["completion_ids"]
+    uncounted = score_completions(texts, columns, CATALOG, model, recipe_of(["match"]))
+    assert {entry.num_tokens for entry in uncounted} == {None}
+
+
+def test_a_reward_is_one_function():
+    """Registering is all it takes: it is called with text, length and settings like the others."""
+
+    @rewards.reward()
+    def brevity(completion, config):
+        return config.reward_lambda - completion.num_tokens / len(completion.text)
+
+    try:
+        step = step_rewards(["match"], reward_lambda=2.0)
+        step.functions = [step._named("brevity")]
+        asked = {**call(["abcd", "ab"], [["I1", "I2"]] * 2, ["I1"] * 2), "completion_ids": [[1, 2], [3]]}
+        assert step.functions[0](**asked) == [2 - 2 / 4, 2 - 1 / 2]
+        assert REWARDS["brevity"] == rewards.Reward(brevity, depends_on_item=False, needs_policy=False)
+    finally:
+        del REWARDS["brevity"]
+    assert [name for name, reward in REWARDS.items() if reward.depends_on_item] == ["collaborative", "match", "cf"]
+    assert [name for name, reward in REWARDS.items() if reward.needs_policy] == ["rank"]
 
 
 def test_functions_for_the_trainer():
     model, kept = FixedConfidences(), {}
-    step = step_rewards(["collaborative", "structure"], model=model, kind="softmax", debiased=True)
+    step = step_rewards(["collaborative", "structure"], model=model, confidence="softmax", confidence_debiased=True)
     assert [function.__name__ for function in step.functions] == ["collaborative", "structure"]
     columns = {"policy_version": [3, 3], "truncated": [False, True], "log_extra": kept.__setitem__}
     asked = call([answer("I3", "item 3"), "x"], [["I3", "I4"]] * 2, ["I3"] * 2, **columns)
@@ -281,17 +311,18 @@ def test_rewards_of_a_recipe(tmp_path):
     for split, target in (("train", "I1"), ("valid", "I2")):
         lists = [CandidateLists(user, target, {"uniform": ("I1", "I2", "I3", "I4", "I5")}) for user in "uw"]
         write_records(tmp_path / dataset.candidates_file(split), lists)
-    keys = {"run_dir": "r", "domain": "D", "seed": 1, "reward_funcs": ["match", "cf"], "reward_rank": "ndcg"}
     model, kept = FixedConfidences(), {}
-    recipe = GrpoRecipe(**keys, reward_tau=None, reward_tau_quantile=0.75, confidence="softmax", reward_lambda=2.0)
-    step = StepRewards.of(recipe, PreparedData(tmp_path), model, HashPolicy())
-    assert step.settings == RewardSettings(2.0, pytest.approx(5 / 10), "ndcg")  # of 2/10, 3/10, 4/10, 5/10, 6/10
+    keys = {"reward_tau": None, "reward_tau_quantile": 0.75, "confidence": "softmax", "reward_lambda": 2.0}
+    recipe = recipe_of(["match", "cf"], reward_rank="ndcg", **keys)
+    step = StepRewards(recipe, PreparedData(tmp_path), model, HashPolicy())
+    assert (step.config.reward_lambda, step.config.reward_rank) == (2.0, "ndcg")
+    assert step.config.reward_tau == pytest.approx(5 / 10)  # of 2/10, 3/10, 4/10, 5/10, 6/10
     assert model.asked == [(2, "softmax", False)]
     assert [function.__name__ for function in step.functions] == ["match", "cf"]
     step.functions[0](**call([answer("I1", "item 1")], [["I1", "I2"]], ["I1"], log_extra=kept.__setitem__))
     assert kept["log_popularity"] == [pytest.approx(math.log(1 + 2))]
-    fixed = StepRewards.of(GrpoRecipe(**keys, reward_tau=0.25), PreparedData(tmp_path), model, HashPolicy())
-    assert fixed.settings.tau == 0.25
+    fixed = StepRewards(recipe_of(["match"], reward_tau=0.25), PreparedData(tmp_path), model, HashPolicy())
+    assert fixed.config.reward_tau == 0.25
     assert len(model.asked) == 2
 
 
@@ -375,8 +406,8 @@ def test_the_paper_recipe_earns_what_the_release_pays_but_for_the_listed_differe
             rows.append((kind, text, shown, target, history, dict(zip(SHOP.ids, logits, strict=True))))
     assert len(rows) == 200
 
-    settings = RewardSettings(lambda_, tau, recipe["reward_rank"])
-    step = StepRewards(names, settings, SHOP, SASRecScorer(model), "sigmoid", False, np.zeros(len(SHOP) + 1, np.int64))
+    config = recipe_of(names, reward_lambda=lambda_, reward_tau=tau, reward_rank=recipe["reward_rank"])
+    step = StepRewards(config, data_of(SHOP), SASRecScorer(model), None)
     columns = list(zip(*rows, strict=True))
     ours = [function(**call(*columns[1:5])) for function in step.functions]
     differing = {kind: set() for kind in DIFFERENCES}

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3
 from twice_rec.errors import InputError
-from twice_rec.grpo.rollout.base import Group, InProcessRollouts, _batches, _merged, attach_rollouts
+from twice_rec.grpo.rollout.base import Group, batches
+from twice_rec.grpo.rollout.local import InProcessRollouts, merged
 from twice_rec.grpo.rollout.vllm import QUIET_STEPS, ServerRollouts
 
 WORDS = ["green tea", "black coffee", "dark rye bread", "oat milk and honey"]
@@ -39,15 +40,16 @@ def train(tokenizer, folder, seed=0, rewards=None, **changes):
         "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, **changes,
     }  # fmt: skip
     rows = [{"prompt": [{"role": "user", "content": words}]} for words in WORDS]
+    rollouts = InProcessRollouts(tokenizer, seed)
     trainer = GRPOTrainer(
         model=gemma3(vocab_size=len(tokenizer)),
         reward_funcs=reward,
         args=GRPOConfig(**values),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        rollout_func=InProcessRollouts(tokenizer, seed),
+        rollout_func=rollouts,
     )
-    attach_rollouts(trainer)
+    rollouts.attach(trainer)
     trainer.train()
     return seen, trainer
 
@@ -120,7 +122,7 @@ def test_the_adapter_is_merged_in_for_sampling_and_the_weights_are_put_back():
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         expected = model(ids).logits
-        with pytest.raises(KeyboardInterrupt), _merged(model):
+        with pytest.raises(KeyboardInterrupt), merged(model):
             assert torch.allclose(model(ids).logits, expected, atol=1e-4)
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -135,7 +137,7 @@ def test_the_adapter_is_merged_in_for_sampling_and_the_weights_are_put_back():
 
 def test_batches_hold_whole_groups():
     groups = [Group([1], list(range(size)), 0) for size in (4, 4, 3, 9, 1)]
-    sizes = [[len(group.positions) for group in batch] for batch in _batches(groups, 8)]
+    sizes = [[len(group.positions) for group in batch] for batch in batches(groups, 8)]
     assert sizes == [[4, 4], [3], [9], [1]]
 
 
@@ -148,7 +150,8 @@ def test_a_gap_is_logged_and_warned_of_now_and_then(caplog):
         trainer = SimpleNamespace(
             _metrics=metrics, model=SimpleNamespace(training=True), state=SimpleNamespace(global_step=step)
         )
+        rollouts._trainer = trainer
         with caplog.at_level(logging.WARNING):
-            rollouts.watch(trainer)
+            rollouts.on_step_end(None, trainer.state, None)
         assert metrics["train"]["rollout/logprob_gap"] == [gap]
     assert [text.partition(":")[0] for text in caplog.messages] == ["step 1", f"step {1 + QUIET_STEPS}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,66 +10,67 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from numpy.typing import NDArray
 from transformers import TrainerCallback
 
 from twice_rec.catalog import Outcome
 from twice_rec.files import atomic_path
+from twice_rec.grpo.rewards import REWARDS
+from twice_rec.grpo.trl_private import newest_completions, record
 
 logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, Sequence[Any]]
 
-# Rewards that depend on the recommended item and on nothing else in the text.
-ITEM_REWARDS = ("collaborative", "match", "cf")
-
 
 def step_figures(columns: Columns, num_generations: int, weights: Mapping[str, float]) -> dict[str, float]:
-    """What the completions of one step say about the rewards.
+    """Return what the completions of one step say about the rewards.
 
     - `outcome/<outcome>`: share of the completions that hit, miss, leave the candidates or are malformed.
-    - `confidence/hit`, `confidence/miss`: the CF model's mean confidence in what they recommend; left out without any.
+    - `confidence/hit`, `confidence/miss`: mean confidence in what they recommend; left out if there is none.
     - `groups/without_hit`: share of the groups in which no completion hits.
     - `groups/without_variance`: share of the groups whose completions all earn the same weighted sum of rewards, so
       that every advantage is 0. (TRL's `frac_reward_zero_std` is the same unless `scale_rewards` is batch.)
-    - `structure/missing`: share of the completions that earn nothing for their structure (Eq. 3); left out where
+    - `structure/missing`: share of the completions that earn nothing for their structure (Eq. 3); left out if
       `structure` is no reward.
-    - `reward/popularity_share`: how much of the item rewards (`ITEM_REWARDS`, weighted and summed) item popularity
-      alone explains: R^2 of their least-squares line over `log_popularity`, over the completions that name a candidate.
-      Left out where they are fewer than 3, or all popularities or all rewards are equal.
+    - `reward/popularity_share`: popularity share of the rewards that depend on the item, weighted and summed: R^2 of
+      their least-squares line over `log_popularity`, over the completions that recommend a candidate. Left out if these
+      are fewer than 3, or if all their popularities or all their rewards are equal.
 
     Args:
-        columns: `outcome`, `confidence`, `log_popularity`, and a column for each reward; the completions of a group
-            stand together.
-        num_generations: completions in a group.
+        columns: `outcome`, `confidence`, `log_popularity`, and a column per reward, B values each; the completions of a
+            group are side by side.
+        num_generations: completions per group.
         weights: reward name -> weight.
     """
-    outcomes, confidences = np.array(columns["outcome"]), np.array(columns["confidence"])
+    outcomes, confidences = np.array(columns["outcome"]), np.array(columns["confidence"])  # [B]
     figures = {f"outcome/{outcome.value}": float((outcomes == outcome.value).mean()) for outcome in Outcome}
     for outcome in (Outcome.HIT, Outcome.MISS):
         if (chosen := outcomes == outcome.value).any():
             figures[f"confidence/{outcome.value}"] = float(confidences[chosen].mean())
-    hits = (outcomes == Outcome.HIT.value).reshape(-1, num_generations)
+    hits = (outcomes == Outcome.HIT.value).reshape(-1, num_generations)  # [groups, num_generations]
     figures["groups/without_hit"] = float((~hits.any(axis=1)).mean())
-    totals = _weighted(columns, weights, list(weights)).reshape(-1, num_generations)
+    totals = _weighted(columns, weights, list(weights)).reshape(-1, num_generations)  # [groups, num_generations]
     figures["groups/without_variance"] = float((np.ptp(totals, axis=1) < 1e-6).mean())
     if "structure" in weights:
         figures["structure/missing"] = float((np.array(columns["structure"]) == 0).mean())
-    if item_rewards := [name for name in ITEM_REWARDS if name in weights]:
-        named = np.isin(outcomes, (Outcome.HIT.value, Outcome.MISS.value))
-        popularity = np.array(columns["log_popularity"])[named]
-        earned = _weighted(columns, weights, item_rewards)[named]
+    if item_rewards := [name for name, reward in REWARDS.items() if reward.depends_on_item and name in weights]:
+        named = np.isin(outcomes, (Outcome.HIT.value, Outcome.MISS.value))  # [B]
+        popularity = np.array(columns["log_popularity"])[named]  # [named]
+        earned = _weighted(columns, weights, item_rewards)[named]  # [named]
         if len(earned) >= 3 and np.ptp(popularity) > 1e-6 and np.ptp(earned) > 1e-6:
             figures["reward/popularity_share"] = float(np.corrcoef(popularity, earned)[0, 1] ** 2)
     return figures
 
 
-def _weighted(columns: Columns, weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
+def _weighted(columns: Columns, weights: Mapping[str, float], names: Sequence[str]) -> NDArray[np.float64]:
+    """Return the weighted sum of some rewards, [B]."""
     return np.sum([weights[name] * np.array(columns[name], dtype=np.float64) for name in names], axis=0)
 
 
-PATIENCE = 10  # steps in a row before a warning
+PATIENCE = 10  # bad steps in a row before a warning
 
-# When a step is a bad one, and what it means where such steps do not end.
+# When a step is bad, and what many such steps in a row mean.
 ALARMS: Sequence[tuple[Callable[[Mapping[str, float]], bool], str]] = (
     (
         lambda figures: figures["groups/without_variance"] > 0.9,
@@ -90,9 +90,9 @@ ALARMS: Sequence[tuple[Callable[[Mapping[str, float]], bool], str]] = (
     (
         lambda figures: figures.get("structure/missing", 0.0) > 0.5,
         "in each of the last %d steps more than half of the completions had no whole structure (reward structure 0): a "
-        "tag is missing or doubled, though the item may be right. Once all completions of a group lack it, none has an "
-        "advantage from it, and it does not come back (rewards/structure/mean tells when it went): run again with a "
-        "lower learning_rate, or a higher weight of structure in reward_weights. See %s",
+        "tag is missing or doubled, though the item may be right. If all completions of a group lack it, none has an "
+        "advantage from it, and it does not come back (rewards/structure/mean shows when it was lost): run again with "
+        "a lower learning_rate, or a higher weight of structure in reward_weights. See %s",
     ),
 )
 
@@ -100,15 +100,16 @@ ALARMS: Sequence[tuple[Callable[[Mapping[str, float]], bool], str]] = (
 class CompletionLog(TrainerCallback):
     """Writes every completion to `completions/completions_NNNNN.parquet` of the step that trained on it first.
 
-    The columns are TRL's: `step`, `prompt`, `completion` (messages), one for each reward, those that reward functions
-    log (see `rewards.StepRewards`), `advantage`. TRL itself writes the last batch before each log line, in place, and
-    with every prompt on the terminal. A resumed run writes the steps it repeats over the old ones; there are no files
-    of steps it has not reached. The step's figures join the trainer's metrics, over all processes' completions.
+    The columns are TRL's: `step`, `prompt`, `completion` (messages), one per reward, those that reward functions log
+    (see `scoring.StepRewards`), `advantage`. (TRL itself writes the last batch before each log line only, not
+    atomically, and prints every prompt.) A resumed run writes the steps that it repeats over the old ones, and removes
+    the files of steps that it has not reached. The step's figures join the trainer's metrics, over the completions of
+    all processes.
 
     Args:
         trainer: a GRPOTrainer; it is read at the end of each step.
-        sample_every: show samples in the log, and in wandb where that is on, every so many steps; None for never.
-        sample_completions: how many.
+        sample_every: show samples in the log, and in wandb if that is on, every so many steps; None for never.
+        sample_completions: number of samples.
     """
 
     def __init__(self, trainer: Any, sample_every: int | None, sample_completions: int):
@@ -121,22 +122,22 @@ class CompletionLog(TrainerCallback):
         self._bad_steps = [0] * len(ALARMS)
 
     def path(self, step: int) -> Path:
-        """File of a step."""
+        """Return the file of a step."""
         return self._folder / f"completions_{step:05d}.parquet"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Remove what a killed run wrote after the checkpoint that this one goes on from."""
+        """Remove what a killed run wrote after the checkpoint from which this one goes on."""
         if state.is_world_process_zero:
             for path in self._folder.glob("completions_*.parquet"):
                 if int(path.stem.rpartition("_")[2]) > state.global_step:
                     path.unlink()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Called by the trainer after each micro-batch but the step's last; it may have sampled anew for it."""
+        """Read the trainer after each micro-batch but the step's last; it may have sampled for it."""
         self._take()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Called by the trainer."""
+        """Write the step's completions and log its figures."""
         self._take()
         if not self._columns:
             return  # the step trained once more on completions of an earlier one
@@ -146,7 +147,7 @@ class CompletionLog(TrainerCallback):
         names, values = self._trainer.reward_func_names, self._trainer.reward_weights.tolist()
         figures = step_figures(columns, self._trainer.num_generations, dict(zip(names, values, strict=True)))
         for name, value in figures.items():
-            self._trainer._metrics["train"][name].append(value)
+            record(self._trainer, name, value)
         self._warn(figures)
         if state.is_world_process_zero:
             with atomic_path(self.path(state.global_step)) as temporary:
@@ -155,13 +156,12 @@ class CompletionLog(TrainerCallback):
                 self._show(columns, names, "wandb" in args.report_to)
 
     def _take(self) -> None:
-        """Copy what the trainer has sampled since the last time; it keeps its newest batch of all processes."""
-        logs = self._trainer._logs
-        if not logs["completion"] or logs["completion"][-1] is self._newest:
+        """Copy the trainer's newest batch, unless it is the one of the last time."""
+        columns = newest_completions(self._trainer)
+        if not columns["completion"] or columns["completion"][-1] is self._newest:
             return
-        self._newest = logs["completion"][-1]
-        own = {"prompt": logs["prompt"], "completion": logs["completion"]}
-        for name, values in {**own, **logs["rewards"], **logs["extra"], "advantage": logs["advantages"]}.items():
+        self._newest = columns["completion"][-1]
+        for name, values in columns.items():
             self._columns.setdefault(name, []).extend(values)
 
     def _warn(self, figures: Mapping[str, float]) -> None:
@@ -178,17 +178,15 @@ class CompletionLog(TrainerCallback):
         for row in rows:
             row["completion"] = row["completion"][0]["content"]
             earned = ", ".join(f"{name} {row[name]:.3g}" for name in rewards)
-            told = " ".join(row["completion"].split())
+            text = " ".join(row["completion"].split())
             logger.info(
-                "step %d, %s, %s, advantage %+.2f: %s", row["step"], row["outcome"], earned, row["advantage"], told
+                "step %d, %s, %s, advantage %+.2f: %s", row["step"], row["outcome"], earned, row["advantage"], text
             )
         if to_wandb:
             import wandb
 
-            table = wandb.Table(columns=list(shown), data=[[_plain(value) for value in row.values()] for row in rows])
+            # The JSON of a table has no NaN, the only value that differs from itself.
+            table = wandb.Table(
+                list(shown), [[value if value == value else None for value in r.values()] for r in rows]
+            )
             wandb.log({"completions": table}, commit=False)
-
-
-def _plain(value: Any) -> Any:
-    """NaN has no place in a wandb table's JSON."""
-    return None if isinstance(value, float) and math.isnan(value) else value

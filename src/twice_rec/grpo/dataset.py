@@ -14,10 +14,10 @@ from twice_rec.records import Example
 def prompt_rows(
     builder: PromptBuilder, examples: Sequence[Example], fraction: float, seed: int
 ) -> list[dict[str, Any]]:
-    """A seeded share of the examples, asked as in task 3.
+    """Draw a share of the examples by seed and write the prompt of task 3 for each.
 
     Returns:
-        Rows with `prompt` (messages), `candidates` and `history` (item ids), and `target` (item id).
+        One row per example: `prompt` (messages), `candidates` and `history` (item ids), and `target` (item id).
     """
     count = max(1, round(fraction * len(examples)))
     drawn = np.random.default_rng(seed).permutation(len(examples))[:count]
@@ -26,7 +26,7 @@ def prompt_rows(
             "prompt": builder.recommend(example, with_rationale=True),
             "candidates": list(example.candidates),
             "target": example.target,
-            "history": [entry.item_id for entry in example.history],
+            "history": [interaction.item_id for interaction in example.history],
         }
         for example in (examples[position] for position in drawn)
     ]

@@ -157,15 +157,16 @@ class GRPORecipe(
 
     @rule
     def rank_judges_rationales(self) -> str | None:
-        if "rank" in self.reward_funcs and self.item_first:
+        asking = [name for name in self.reward_funcs if REWARDS[name].needs_policy]
+        if asking and self.item_first:
             return (
-                "the reward rank judges the rationale by the item that follows it, but item_first is true: all "
-                "completions of a prompt would earn the same; leave rank out of reward_funcs"
+                f"the reward {asking[0]} judges the rationale by the item that follows it, but item_first is true: all "
+                f"completions of a prompt would earn the same; leave {asking[0]} out of reward_funcs"
             )
-        if "rank" in self.reward_funcs and self.attn_implementation not in SHARES_PREFIXES:
+        if asking and self.attn_implementation not in SHARES_PREFIXES:
             *others, last = SHARES_PREFIXES
             kinds = f"{', '.join(others)} or {last}"
-            return f"reward rank needs attn_implementation {kinds}, found {self.attn_implementation}"
+            return f"reward {asking[0]} needs attn_implementation {kinds}, found {self.attn_implementation}"
         return None
 
     @rule

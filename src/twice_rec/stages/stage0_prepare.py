@@ -1,6 +1,6 @@
 """Stage 0: a source of interactions -> data/ (catalogue, sequences, candidate lists, statistics).
 
-Writes `data/catalog.jsonl`, `sequences.jsonl`, `candidates.{train,valid,test}.jsonl`, `prompt.json`, `statistics.json`,
+Writes `catalog.jsonl`, `sequences.jsonl`, `candidates.{train,valid,test}.jsonl`, `prompt.json`, `statistics.json`,
 and for the synthetic domain `oracle.npz` (the true log-probabilities of every user's next interaction) and the raw files
 under `data/raw/`, which are then read like those of any domain of Amazon Reviews 2023.
 

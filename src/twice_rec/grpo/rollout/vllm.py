@@ -1,4 +1,4 @@
-"""Rollouts from vLLM servers, which get each new policy as a LoRA adapter; servers that are down are waited for."""
+"""Rollouts from vLLM servers, which get each new policy as a LoRA adapter; training waits for a server that is down."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from twice_rec.config import GrpoRecipe
 from twice_rec.errors import InputError
-from twice_rec.grpo.rollout.base import Group, Rollouts, record
+from twice_rec.grpo.recipe import GRPORecipe, RolloutConfig
+from twice_rec.grpo.rollout.base import Group, Rollouts
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
+from twice_rec.grpo.trl_private import newest_metric, record, save_adapter, save_checkpoint, take_the_place_of_vllm
 from twice_rec.llm.generation import Completion
 from twice_rec.llm.tokens import encode_chat, stop_token_ids
 
@@ -29,9 +30,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RETRY_SECONDS = 2.0
-SAY_SECONDS = 30.0
-QUIET_STEPS = 20  # between two warnings of the same
+RETRY_SECONDS = 2.0  # between two tries
+SAY_SECONDS = 30.0  # between two warnings that a server is down
+QUIET_STEPS = 20  # between two warnings of a gap
+
+_DOWN = (
+    "the rollout server at %s does not answer (%s); waiting up to %g s (rollout_wait_seconds) for grpo_step1.sh to "
+    "start it"
+)
 
 
 class ServerGone(InputError):
@@ -39,7 +45,7 @@ class ServerGone(InputError):
 
 
 class Patience:
-    """Repeats requests to servers that are down, for a limited time, saying so now and then.
+    """Repeats requests to servers that are down for a limited time, and says so now and then.
 
     Args:
         seconds: the limit, from a request's first failure on.
@@ -50,20 +56,20 @@ class Patience:
         self._said = -SAY_SECONDS
         self._lock = threading.Lock()
 
-    def insist(self, address: str, request: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:
-        """The answer to a request.
+    def retry(self, address: str, request: Callable[[], T], prepare: Callable[[], object] = lambda: None) -> T:
+        """Make a request until the server answers it, and return its answer.
 
         Args:
-            again: to do before a request is repeated.
+            prepare: what to do before the request is repeated.
 
         Raises:
-            ServerGone: where there is none in time.
+            ServerGone: if the server does not answer in time.
         """
         since = None
         while True:
             try:
                 if since is not None:
-                    again()
+                    prepare()
                 return request()
             except ServerDown as error:
                 now = time.monotonic()
@@ -73,86 +79,76 @@ class Patience:
                 with self._lock:
                     if now - self._said >= SAY_SECONDS:
                         self._said = now
-                        logger.warning(
-                            "the rollout server at %s does not answer (%s); waiting up to %g s "
-                            "(rollout_wait_seconds) for grpo_step1.sh to start it",
-                            address,
-                            error,
-                            self._seconds,
-                        )
+                        logger.warning(_DOWN, address, error, self._seconds)
                 time.sleep(min(RETRY_SECONDS, self._seconds))
 
 
-def await_servers(recipe: GrpoRecipe, base: str) -> list[PolicyServer]:
-    """The recipe's servers, once all of them answer.
+def await_servers(config: RolloutConfig, model_folder: Path) -> list[PolicyServer]:
+    """Return the recipe's servers when all of them answer.
 
     Args:
-        base: see `policy_server.base_name`.
+        model_folder: the base model that they must have loaded.
 
     Raises:
-        InputError: where one does not in time, or has another base model.
+        InputError: if one does not answer in time, or has another base model.
     """
-    servers = [PolicyServer(address, recipe.rollout_timeout_seconds) for address in recipe.rollout_servers]
-    patience = Patience(recipe.rollout_wait_seconds)
+    base, patience = base_name(model_folder), Patience(config.rollout_wait_seconds)
+    servers = [PolicyServer(address, config.rollout_timeout_seconds) for address in config.rollout_servers]
     for server in servers:
         try:
-            facts = patience.insist(server.address, lambda server=server: server.check_base(base))
+            facts = patience.retry(server.address, lambda server=server: server.facts(base))  # type: ignore[misc]
         except ServerGone as error:
             raise InputError(f"{error}. Start it with grpo_step1.sh and this recipe, then this again") from None
         logger.info("rollout server %s: vLLM %s, %s", server.address, facts.version, facts.base)
     return servers
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """A version of the policy as the servers know it."""
+class ServedPolicy(NamedTuple):
+    """A version of the policy on the servers."""
 
-    name: str
+    name: str  # of the adapter
     folder: Path
-    version: int
+    version: int  # optimizer steps that made it
 
 
-class ServerRollouts(Rollouts):
-    """vLLM servers answer. Every group is one request to one server, so that its answers share the prompt's cache.
+class ServerRollouts(Rollouts, TrainerCallback):
+    """vLLM servers sample. Every group is one request to one server, so that its completions share the prompt's cache.
 
-    Before a step's first answers the adapter is saved and loaded on every server under a name of its own, by which the
-    completions are asked for: an answer of another policy, or a prefix cached under one, cannot come back. A server
-    that ends is waited for, given the adapter again, and asked again for what is missing.
+    Before a step's first completions the adapter is saved, and every server loads it under a new name. Each request
+    asks for the policy by that name, so neither a completion of another policy nor a cached prefix of one can come
+    back. If a server ends, training waits for it, gives it the adapter again, and asks again for what is missing.
 
     Args:
         recipe: the servers and time limits.
         tokenizer: of the policy.
-        model_folder: the base model, which the servers must have loaded.
+        model_folder: the base model that the servers must have loaded.
 
     Raises:
-        InputError: where a server does not come up in time, or has another base model.
+        InputError: if a server does not come up in time, or has another base model.
     """
 
-    def __init__(self, recipe: GrpoRecipe, tokenizer: PreTrainedTokenizerBase, model_folder: Path):
+    def __init__(self, recipe: GRPORecipe, tokenizer: PreTrainedTokenizerBase, model_folder: Path):
         super().__init__(tokenizer, recipe.seed)
         self._recipe = recipe
         self._base = base_name(model_folder)
-        self._policy: Policy | None = None
-        self._warned = -QUIET_STEPS
+        self._policy: ServedPolicy | None = None
+        self._warned = -QUIET_STEPS  # step of the last warning of a gap
         self._patience = Patience(recipe.rollout_wait_seconds)
-        self._servers = await_servers(recipe, self._base)
+        self._servers = await_servers(recipe, model_folder)
 
     def attach(self, trainer: Any) -> None:
         """Take the place of TRL's vLLM in the trainer, and try out the adapter as it is now.
 
         Raises:
-            InputError: where a server takes too few tokens, refuses the adapter, or gives other log-probabilities than
-                it should.
+            InputError: if a server takes too few tokens, refuses the adapter, or gives other logprobs than it should.
         """
-        from accelerate.utils import broadcast_object_list
-
         self._trainer = trainer
         self._stop = stop_token_ids(trainer.accelerator.unwrap_model(trainer.model), self._tokenizer)
         self._sampling = sampling_values(trainer.args)
         self._folder = Path(self._recipe.rollout_adapter_dir or Path(trainer.args.output_dir) / "policy").resolve()
         self._run = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
-        trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = self, True, -1
-        trainer.add_callback(_Watch(self, trainer))
+        take_the_place_of_vllm(trainer, self)
+        trainer.add_callback(self)
         if not trainer.vllm_importance_sampling_correction:
             logger.warning("vllm_importance_sampling_correction is false: rollout_logprob_gap is not watched either")
         facts = [server.facts() for server in self._servers]
@@ -170,124 +166,122 @@ class ServerRollouts(Rollouts):
         logger.info("the rollout servers take the adapter; sampling: %s", values)
 
     def _check_lengths(self, limits: Sequence[int]) -> None:
-        rows, answer = self._trainer.train_dataset, self._trainer.max_completion_length
+        """Compare each server's limit with the longest prompt and completion."""
+        rows, completion = self._trainer.train_dataset, self._trainer.max_completion_length
         longest = self._recipe.max_prompt_tokens or max(
             len(encode_chat(self._tokenizer, row["prompt"])) for row in rows
         )
         for server, limit in zip(self._servers, limits, strict=True):
-            if limit < longest + answer:
+            if limit < longest + completion:
                 raise InputError(
                     f"the rollout server at {server.address} takes {limit} tokens, but the longest prompt has "
-                    f"{longest} and an answer up to {answer}; start it with --rollout_max_model_len "
-                    f"{longest + answer}, or lower max_prompt_tokens or max_completion_length"
+                    f"{longest} and a completion up to {completion}; start it with --rollout_max_model_len "
+                    f"{longest + completion}, or lower max_prompt_tokens or max_completion_length"
                 )
 
     def _try_out(self, server: PolicyServer) -> None:
-        """One token with all others ruled out: has it probability 1, as the correction needs, or that of the model?"""
-        assert self._policy is not None
+        """Sample one token with all others ruled out: taken after top-k, as it must be, its probability is 1."""
+        policy = self._current(self._trainer.state.global_step)
         prompt = encode_chat(self._tokenizer, [{"role": "user", "content": "?"}])
         only = {**self._sampling, "max_tokens": 1, "top_k": 1}
-        (sample,) = self._insist(server, lambda: server.complete(self._policy.name, prompt, 1, self._stop, only))
-        if sample.logprobs[0] < -0.01:
+        (completion,) = self._retry(server, lambda: server.complete(policy.name, prompt, 1, self._stop, only))
+        if completion.logprobs[0] < -0.01:
             raise InputError(
-                f"the rollout server at {server.address} returns log-probabilities from before temperature and top-k; "
-                "start it with --logprobs-mode processed_logprobs, as grpo_step1.sh does"
+                f"the rollout server at {server.address} returns logprobs from before temperature and top-k; start it "
+                "with --logprobs-mode processed_logprobs, as grpo_step1.sh does"
             )
 
     def sync_weights(self) -> None:
-        """Give the servers the policy as it is now. TRL calls this before the first answers after a step."""
-        trainer, old = self._trainer, self._policy
-        version = trainer.state.global_step
+        """Give the servers the policy as it is now. TRL calls this before the first completions after a step."""
+        trainer, old, version = self._trainer, self._policy, self._trainer.state.global_step
         if old is not None and old.version == version:
             return
         started = time.perf_counter()
         name = f"policy-{self._run}-{version}"
-        self._policy = Policy(name, self._folder / name, version)
+        self._policy = policy = ServedPolicy(name, self._folder / name, version)
         gone = None
-        save_adapter(trainer, self._policy.folder)
+        save_adapter(trainer, policy.folder)
         if trainer.is_world_process_zero():
             try:
                 for server in self._servers:
-                    self._insist(server, lambda server=server: server.load(name, self._policy.folder))
+                    self._retry(server, lambda server=server: server.load(name, policy.folder))  # type: ignore[misc]
                     if old is not None:
-                        with contextlib.suppress(ServerDown):  # then it has forgotten by itself
+                        with contextlib.suppress(ServerDown):  # if it is down, it has forgotten by itself
                             server.unload(old.name)
             except ServerGone as error:
                 gone = str(error)
-        self._agree(gone)
+        self._end_together(gone)
         if old is not None and trainer.is_world_process_zero():
             shutil.rmtree(old.folder, ignore_errors=True)
         self._sync_seconds = time.perf_counter() - started
 
+    def _current(self, version: int) -> ServedPolicy:
+        if self._policy is None or self._policy.version != version:
+            raise RuntimeError(f"the servers have the policy {self._policy}, the trainer is at version {version}")
+        return self._policy
+
     def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Completion]]:
-        policy = self._policy
-        assert policy is not None
-        if policy.version != version:
-            raise RuntimeError(f"the servers have policy version {policy.version}, the trainer is at {version}")
+        policy = self._current(version)
 
         def ask(group: Group) -> list[Completion]:
             server = self._servers[group.number % len(self._servers)]
             seed = {"seed": self._seed_of(version, call, group.number)} if self._recipe.rollout_seeds else {}
-            copies = len(group.positions)
-            sampling = {**self._sampling, **seed}
-            return self._insist(
-                server, lambda: server.complete(policy.name, group.prompt_ids, copies, self._stop, sampling)
+            count, sampling = len(group.positions), {**self._sampling, **seed}
+            return self._retry(
+                server, lambda: server.complete(policy.name, group.prompt_ids, count, self._stop, sampling)
             )
 
-        answers, gone = [], None
+        completions, gone = [], None
         try:
             with ThreadPoolExecutor(len(groups)) as pool:
-                answers = list(pool.map(ask, groups))
+                completions = list(pool.map(ask, groups))
         except ServerGone as error:
             gone = str(error)
-        self._agree(gone)
-        return answers
+        self._end_together(gone)
+        return completions
 
-    def _insist(self, server: PolicyServer, request: Callable[[], T]) -> T:
-        """Make a request until it is answered; a server that ended gets the policy again first."""
+    def _retry(self, server: PolicyServer, request: Callable[[], T]) -> T:
+        """Make a request until the server answers; before each repetition the server gets the policy again."""
 
-        def again() -> None:
-            server.check_base(self._base)
-            assert self._policy is not None
-            server.load(self._policy.name, self._policy.folder)
+        def prepare() -> None:
+            server.facts(self._base)
+            policy = self._current(self._trainer.state.global_step)
+            server.load(policy.name, policy.folder)
 
-        return self._patience.insist(server.address, request, again)
+        return self._patience.retry(server.address, request, prepare)
 
-    def _agree(self, gone: str | None) -> None:
-        """Where any process lost its server, all save and end together."""
-        from accelerate.utils import gather_object
-
+    def _end_together(self, gone: str | None) -> None:
+        """Save and raise in every process if any process has lost its server."""
         reasons = [reason for reason in gather_object([gone]) if reason]
         if not reasons:
             return
-        trainer = self._trainer
-        step = trainer.state.global_step
-        if step and not (Path(trainer.args.output_dir) / f"checkpoint-{step}").exists():
-            trainer._save_checkpoint(trainer.model, trial=None)
-        saved = f"step {step} is saved" if step else "no step was done yet"
+        step = self._trainer.state.global_step
+        if step and not (Path(self._trainer.args.output_dir) / f"checkpoint-{step}").exists():
+            save_checkpoint(self._trainer)
+        saved = f"Step {step} is saved" if step else "No step was done yet"
         raise InputError(
-            f"{reasons[0]}. {saved.capitalize()}. Start the server again with grpo_step1.sh and go on with: "
-            f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}"
+            f"{reasons[0]}. {saved}. Start the server again with grpo_step1.sh and go on with: bash grpo_step2.sh "
+            f"{shlex.join(sys.argv[2:])}"
         )
 
-    def watch(self, trainer: Any) -> None:
-        """After a step: the gap between the servers' and the trainer's log-probabilities, logged and warned of."""
-        gaps = trainer._metrics["train"].get("sampling/sampling_logp_difference/mean")
-        if not gaps:
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Log the gap between the servers' and the trainer's logprobs, and warn of a large one."""
+        gap = newest_metric(self._trainer, "sampling/sampling_logp_difference/mean")
+        if gap is None:
             return
-        record(trainer, "rollout/logprob_gap", gaps[-1])
-        step, limit = trainer.state.global_step, self._recipe.rollout_logprob_gap
-        if gaps[-1] > limit and step - self._warned >= QUIET_STEPS:
-            self._warned = step
+        record(self._trainer, "rollout/logprob_gap", gap)
+        limit = self._recipe.rollout_logprob_gap
+        if gap > limit and state.global_step - self._warned >= QUIET_STEPS:
+            self._warned = state.global_step
             logger.warning(
-                "step %d: the server's log-probabilities are %.3g a token from the trainer's, above "
-                "rollout_logprob_gap %g: another precision, another base model, or an adapter that did not arrive",
-                step,
-                gaps[-1],
+                "step %d: the server's logprobs are %.3g per token from the trainer's, above rollout_logprob_gap %g: "
+                "another precision, another base model, or an adapter that did not arrive",
+                state.global_step,
+                gap,
                 limit,
             )
 
-    def close(self) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Take the last policy from the servers."""
         if self._policy is not None and self._trainer.is_world_process_zero():
             for server in self._servers:
@@ -296,24 +290,8 @@ class ServerRollouts(Rollouts):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class _Watch(TrainerCallback):
-    """Tells the rollouts of the trainer's steps and end."""
-
-    def __init__(self, rollouts: ServerRollouts, trainer: Any):
-        self._rollouts = rollouts
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the step is logged."""
-        self._rollouts.watch(self._trainer)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing more will be asked."""
-        self._rollouts.close()
-
-
 def sampling_values(arguments: Any) -> dict[str, Any]:
-    """Every sampling value of a request, from TRL's configuration: no server default decides anything."""
+    """Return every sampling value of a request, from TRL's configuration, so that no server default decides."""
     return {
         "max_tokens": arguments.max_completion_length,
         "temperature": arguments.temperature,
@@ -327,19 +305,3 @@ def sampling_values(arguments: Any) -> dict[str, Any]:
         "skip_special_tokens": False,
         **(arguments.generation_kwargs or {}),
     }
-
-
-def save_adapter(trainer: Any, folder: Path) -> None:
-    """Write the LoRA adapter, whole also where DeepSpeed has split it; every process calls this."""
-    from trl.distributed import DistributedBackend
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gathered: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if DistributedBackend(trainer.accelerator).is_zero3:
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters(trained)
-    with gathered:
-        if trainer.is_world_process_zero():
-            model.save_pretrained(folder, selected_adapters=["default"])

@@ -1,10 +1,11 @@
-"""One vLLM server that answers with the policy: requests to it, and what they can end with.
+"""One vLLM server that has the policy: requests to it, and the errors that they can end with.
 
-Token ids go over the wire in both directions. The server's own defaults decide nothing: every sampling value is sent.
+Token ids go over the wire in both directions, and every sampling value is sent: the server's defaults decide nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -27,28 +28,23 @@ class ServerDown(InputError):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server says about itself.
+    """What a server says about itself."""
 
-    Args:
-        base: the name it serves its model under.
-        max_model_len: longest prompt and answer.
-        adapters: name -> folder of each that is loaded.
-        version: of vLLM.
-    """
-
-    base: str
-    max_model_len: int
-    adapters: Mapping[str, str]
-    version: str
+    base: str  # name of its base model
+    max_model_len: int  # longest prompt and completion together, in tokens
+    adapters: Mapping[str, str]  # name -> folder of each that is loaded
+    version: str  # of vLLM
 
 
 def base_name(model_folder: Path) -> str:
-    """The name under which grpo_step1.sh serves a model: a hash of its files, or its name on the hub."""
+    """Return the name under which grpo_step1.sh serves a model: a hash of its files, or its name on the hub."""
     return f"base-{hash_file(model_folder)[:16]}" if model_folder.is_dir() else str(model_folder)
 
 
 class PolicyServer:
     """A vLLM server with LoRA adapters that are loaded at run time.
+
+    Each method raises ServerDown if the server does not answer.
 
     Args:
         address: host:port.
@@ -58,37 +54,29 @@ class PolicyServer:
     def __init__(self, address: str, timeout: float):
         self.address = address
         self._timeout = timeout
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business here
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
-    def facts(self) -> ServerFacts:
-        """What it serves.
+    def facts(self, base: str | None = None) -> ServerFacts:
+        """Return what it serves.
+
+        Args:
+            base: name of the base model that it must have; None for any.
 
         Raises:
-            ServerDown: where it does not answer.
-            InputError: where it is no vLLM.
+            InputError: if it is no vLLM, or has another base model.
         """
-        self._call("/health", timeout=QUICK_SECONDS)
-        texts = [self._call(path, timeout=QUICK_SECONDS) for path in ("/v1/models", "/version")]
+        _, models, version = (self._call(path)[1] for path in ("/health", "/v1/models", "/version"))
         try:
-            cards = json.loads(texts[0])["data"]
-            base = next(card for card in cards if card["parent"] is None)
+            cards = json.loads(models)["data"]
+            own = next(card for card in cards if card["parent"] is None)
             adapters = {card["id"]: card["root"] for card in cards if card["parent"] is not None}
-            return ServerFacts(base["id"], base["max_model_len"], adapters, json.loads(texts[1])["version"])
+            facts = ServerFacts(own["id"], own["max_model_len"], adapters, json.loads(version)["version"])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise InputError(
-                f"what answers at {self.address} is no vLLM server: {texts[0][:200]}; start one with grpo_step1.sh, or "
+                f"what answers at {self.address} is no vLLM server: {models[:200]}; start one with grpo_step1.sh, or "
                 "correct rollout_servers"
             ) from None
-
-    def check_base(self, base: str) -> ServerFacts:
-        """Its facts, if it serves this base model.
-
-        Raises:
-            ServerDown: where it does not answer.
-            InputError: where it serves another.
-        """
-        facts = self.facts()
-        if facts.base != base:
+        if base is not None and facts.base != base:
             raise InputError(
                 f"the rollout server at {self.address} serves {facts.base!r}, the trainer's base model is {base!r}; "
                 "stop it and start it again with grpo_step1.sh and this recipe"
@@ -99,111 +87,96 @@ class PolicyServer:
         """Load an adapter; one that is loaded already stays.
 
         Raises:
-            ServerDown: where it does not answer.
-            InputError: where it refuses the adapter, with its own words.
+            InputError: if it refuses the adapter, with its own words.
         """
-        try:
-            self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        except urllib.error.HTTPError as error:
-            words = _words(error)
-            if "already been loaded" not in words:
-                if error.code >= 500:
-                    self._call("/health", timeout=QUICK_SECONDS)  # down, rather than unwilling?
-                raise InputError(
-                    f"the rollout server at {self.address} does not load the adapter {folder}: HTTP {error.code}, "
-                    f"{words}. It must run with LoRA on and a rank limit of at least lora_r, as grpo_step1.sh starts "
-                    "it with this recipe, and see this folder under the same name; on another machine set "
-                    "rollout_adapter_dir to a shared folder"
-                ) from None
+        status, words = self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if status == 200 or "already been loaded" in words:
+            return
+        if status >= 500:
+            self._call("/health")  # down, or only unwilling?
+        raise InputError(
+            f"the rollout server at {self.address} does not load the adapter {folder}: HTTP {status}, {words}. It must "
+            "run with LoRA on and a rank limit of at least lora_r, as grpo_step1.sh starts it with this recipe, and "
+            "see this folder under the same name; on another machine set rollout_adapter_dir to a shared folder"
+        )
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, if it is there.
-
-        Raises:
-            ServerDown: where it does not answer.
-        """
-        try:
-            self._call("/v1/unload_lora_adapter", {"lora_name": name})
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise ServerDown(f"{self.address}: HTTP {error.code}, {_words(error)}") from None
+        """Forget an adapter, if it is there."""
+        status, words = self._call("/v1/unload_lora_adapter", {"lora_name": name})
+        if status not in (200, 404):
+            raise ServerDown(f"{self.address}: HTTP {status}, {words}")
 
     def complete(
-        self, policy: str, prompt: Sequence[int], copies: int, stop: Collection[int], sampling: Mapping[str, Any]
+        self,
+        policy: str,
+        prompt: Sequence[int],
+        num_generations: int,
+        stop: Collection[int],
+        sampling: Mapping[str, Any],
     ) -> list[Completion]:
-        """Sample answers to one prompt.
+        """Sample completions of one prompt.
 
         Args:
-            policy: the adapter that must answer.
+            policy: name of the adapter that must sample.
             prompt: token ids.
-            copies: number of answers.
-            stop: the ids that end an answer.
+            num_generations: number of completions.
+            stop: the token ids that end a completion.
             sampling: the request's other values: max_tokens, temperature, ...
 
         Raises:
-            ServerDown: where it does not answer, ends in mid-answer, or no longer has the policy.
-            InputError: where it refuses the request, or what answered is not the policy.
+            ServerDown: also if it ends within a completion, or no longer has the policy.
+            InputError: if it refuses the request, or what answered is not the policy.
         """
-        body = {"model": policy, "prompt": list(prompt), "n": copies, "stop_token_ids": sorted(stop), **sampling}
-        try:
-            text = self._call("/v1/completions", {**body, "logprobs": 0, "return_token_ids": True, "stream": False})
-        except urllib.error.HTTPError as error:
-            what = f"the rollout server at {self.address} answers HTTP {error.code}, {_words(error)}"
-            if error.code == 404 or error.code >= 500:
-                raise ServerDown(what) from None
-            raise InputError(what) from None
+        body = {"model": policy, "prompt": list(prompt), "n": num_generations, "stop_token_ids": sorted(stop)}
+        asks = {"logprobs": 0, "return_token_ids": True, "stream": False}
+        status, text = self._call("/v1/completions", {**body, **sampling, **asks})
+        if status != 200:
+            what = f"the rollout server at {self.address} answers HTTP {status}, {text}"
+            raise ServerDown(what) if status == 404 or status >= 500 else InputError(what)
         response = json.loads(text)
         if response["model"] != policy:
             raise InputError(
                 f"the rollout server at {self.address} answered as {response['model']!r}, asked for {policy!r}; "
-                "another program stands between, or changes its adapters: give the run a server of its own"
+                "another program is between, or changes its adapters: give the run a server of its own"
             )
-        return [self._sample(choice, stop, sampling["max_tokens"]) for choice in _in_order(response, copies)]
+        choices = sorted(response["choices"], key=lambda choice: choice["index"])
+        if len(choices) != num_generations:
+            raise ServerDown(f"{self.address} gave {len(choices)} completions instead of {num_generations}")
+        return [self._completion(choice, stop, sampling["max_tokens"]) for choice in choices]
 
-    def _sample(self, choice: Mapping[str, Any], stop: Collection[int], max_tokens: int) -> Completion:
+    def _completion(self, choice: Mapping[str, Any], stop: Collection[int], max_tokens: int) -> Completion:
         if choice["finish_reason"] not in ("stop", "length"):
-            raise ServerDown(f"{self.address} ended an answer with {choice['finish_reason']!r}")
-        ids, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        if not ids or len(ids) != len(values):
+            raise ServerDown(f"{self.address} ended a completion with {choice['finish_reason']!r}")
+        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if not ids or len(ids) != len(logprobs):
             raise InputError(
-                f"the rollout server at {self.address} returned {len(ids or [])} tokens and {len(values)} "
-                "log-probabilities; it must be vLLM 0.31, started by grpo_step1.sh"
+                f"the rollout server at {self.address} returned {len(ids or [])} tokens and {len(logprobs)} logprobs; "
+                "it must be vLLM 0.31, started by grpo_step1.sh"
             )
         truncated = ids[-1] not in stop
         if truncated and len(ids) < max_tokens:
             raise InputError(
-                f"the rollout server at {self.address} ended an answer with token {ids[-1]} after {len(ids)} tokens, "
-                f"which is not one of the stop tokens {sorted(stop)}; start it with --generation-config vllm, as "
-                "grpo_step1.sh does"
+                f"the rollout server at {self.address} ended a completion with token {ids[-1]} after {len(ids)} "
+                f"tokens, which is not one of the stop tokens {sorted(stop)}; start it with --generation-config vllm, "
+                "as grpo_step1.sh does"
             )
-        return Completion(ids, values, truncated)
+        return Completion(ids, logprobs, truncated)
 
-    def _call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> str:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://{self.address}{path}", data, {"Content-Type": "application/json"})
+    def _call(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+        """Return status and text, of an error the server's own words; a request without a body must succeed."""
+        data, url = None if body is None else json.dumps(body).encode(), f"http://{self.address}{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
-            with self._opener.open(request, timeout=timeout or self._timeout) as response:
-                return response.read().decode()
+            with self._opener.open(request, timeout=QUICK_SECONDS if body is None else self._timeout) as response:
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
+            words = error.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                words = str(json.loads(words)["error"]["message"])
+            words = words[:500] or str(error.reason)
             if body is None:
-                raise ServerDown(f"http://{self.address}{path}: HTTP {error.code}, {_words(error)}") from None
-            raise
+                raise ServerDown(f"{url}: HTTP {error.code}, {words}") from None
+            return error.code, words
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise ServerDown(f"http://{self.address}{path}: {reason}") from None
-
-
-def _in_order(response: Mapping[str, Any], copies: int) -> list[Mapping[str, Any]]:
-    choices = sorted(response["choices"], key=lambda choice: choice["index"])
-    if len(choices) != copies:
-        raise ServerDown(f"{len(choices)} answers instead of {copies}")
-    return choices
-
-
-def _words(error: urllib.error.HTTPError) -> str:
-    """The server's own error text."""
-    text = error.read().decode(errors="replace")
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:500] or str(error.reason)
+            raise ServerDown(f"{url}: {reason}") from None

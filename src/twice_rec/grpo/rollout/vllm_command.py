@@ -1,51 +1,31 @@
-"""Starting vLLM servers as child processes that never outlive their launcher."""
+"""The command line and environment of a vLLM server, and its start: our process becomes the server."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from twice_rec.config import GrpoRecipe
 from twice_rec.errors import InputError
-from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
+from twice_rec.grpo.recipe import MAX_SERVED_RANK, GRPORecipe
+from twice_rec.grpo.rollout import vllm_process
+from twice_rec.grpo.rollout.vllm_client import base_name
 
 logger = logging.getLogger(__name__)
 
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
-
-# Ends a process group once the launcher has let go of the pipe, be it by SIGKILL.
-_WATCHER = """
-import os, signal, sys, time
-sys.stdin.read()
-group = int(sys.argv[1])
-for number in (signal.SIGTERM, signal.SIGKILL):
-    try:
-        os.killpg(group, number)
-        for _ in range(100):
-            time.sleep(0.1)
-            os.killpg(group, 0)
-    except ProcessLookupError:
-        break
-"""
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_SERVED_RANK)  # that vLLM's --max-lora-rank takes
 
 
-def server_command(recipe: GrpoRecipe, address: str, model_folder: Path) -> list[str]:
-    """The command line of one server.
-
-    `trl_server` becomes the server of TRL's server mode: with the NCCL engine, without adapters.
-    """
+def server_command(recipe: GRPORecipe, address: str, model_folder: Path) -> list[str]:
+    """Return the command line of one server; with `trl_server`, of one for TRL's server mode: NCCL, no adapters."""
     host, _, port = address.rpartition(":")
     flags: dict[str, Any] = {
         "model": str(model_folder),
@@ -67,7 +47,7 @@ def server_command(recipe: GrpoRecipe, address: str, model_folder: Path) -> list
     else:
         rank = next(rank for rank in SERVED_RANKS if rank >= recipe.lora_r)
         flags |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 2}  # a policy and the one before it
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_words(flags | recipe.rollout_server_args)]
+    return [sys.executable, "-m", vllm_process.__name__, *_words(flags | recipe.rollout_server_args)]
 
 
 def _words(flags: Mapping[str, Any]) -> Iterator[str]:
@@ -79,8 +59,8 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"--{flag}", value if isinstance(value, str) else json.dumps(value))
 
 
-def server_environment(recipe: GrpoRecipe, number: int, servers: int) -> dict[str, str]:
-    """The environment of server `number` of this machine's `servers`: switches, and its share of the GPUs."""
+def server_environment(recipe: GRPORecipe, number: int, servers: int) -> dict[str, str]:
+    """Return the environment of server `number` of this machine's `servers`: switches, and its share of the GPUs."""
     variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(recipe.rollout_cpu_kvcache_gib)}
     switch = "VLLM_SERVER_DEV_MODE" if recipe.rollout == "trl_server" else "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
     variables[switch] = "1"
@@ -93,10 +73,10 @@ def server_environment(recipe: GrpoRecipe, number: int, servers: int) -> dict[st
 
 
 def addresses_here(addresses: Sequence[str]) -> list[str]:
-    """Those whose host is this machine.
+    """Return those whose host is this machine.
 
     Raises:
-        InputError: where there is none, or its port is taken.
+        InputError: if there is none, or its port is taken.
     """
     found = []
     for address in addresses:
@@ -117,49 +97,21 @@ def addresses_here(addresses: Sequence[str]) -> list[str]:
     return found
 
 
-def run_servers(recipe: GrpoRecipe, model_folder: Path, when_ready: str) -> None:
-    """Run this machine's servers until one of them ends or the launcher is stopped, by whatever signal.
+def become_server(recipe: GRPORecipe, model_folder: Path, then: str) -> NoReturn:
+    """Replace this process by the last of this machine's servers; the others are its children and end with it.
 
     Args:
-        when_ready: logged once all answer.
+        then: logged before; what the user does next.
 
     Raises:
-        InputError: where an address is taken, or a server ends.
+        InputError: if an address is taken, or none is this machine's.
     """
     addresses = addresses_here(recipe.rollout_servers)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for number, address in enumerate(addresses):
-            command = server_command(recipe, address, model_folder)
-            logger.info("%s", shlex.join(command))
-            environment = server_environment(recipe, number, len(addresses))
-            processes[address] = stack.enter_context(child_group(command, environment))
-        waiting = set(addresses)
-        while True:
-            for address, process in processes.items():
-                if process.poll() is not None:
-                    raise InputError(f"the server at {address} ended with status {process.returncode}; see above")
-            for address in sorted(waiting):
-                with contextlib.suppress(ServerDown):
-                    PolicyServer(address, 10).facts()
-                    waiting.remove(address)
-                    if not waiting:
-                        logger.info("%s", when_ready)
-            time.sleep(0.5)
-
-
-@contextlib.contextmanager
-def child_group(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
-    """Run a command in a process group of its own, which ends, all of it, with the block or with this process."""
-    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", _WATCHER, str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        assert watcher.stdin is not None
-        watcher.stdin.close()
-        process.wait()
-        watcher.wait()
+    for number, address in enumerate(addresses, start=1):
+        command = server_command(recipe, address, model_folder)
+        environment = server_environment(recipe, number - 1, len(addresses))
+        logger.info("%s", shlex.join(command))
+        if number < len(addresses):
+            subprocess.Popen(command, env=environment, preexec_fn=vllm_process.end_with_parent)
+    logger.info("%s", then)
+    os.execvpe(command[0], command, environment)

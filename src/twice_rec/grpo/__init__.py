@@ -1,0 +1,1 @@
+"""Stage 3: rewards, rollouts and the trainer of confidence-weighted GRPO."""

@@ -1,0 +1,184 @@
+"""From a step's completions to rewards: parse, judge, ask the CF model once, apply the functions of `rewards`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twice_rec.answer_format import parse, without_tags
+from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.cf.recipe import ConfidenceConfig
+from twice_rec.data.dataset import PreparedData
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rewards import REWARDS, ScoredCompletion
+from twice_rec.metrics import ranks_from_scores
+from twice_rec.prompts import Message, rationale_answer
+
+Columns = Mapping[str, Any]  # name -> one value per completion, as TRL passes them to reward functions
+
+# What a rollout may say of a completion, as columns beside it; kept with the completion.
+ROLLOUT_COLUMNS = ("policy_version", "truncated")
+
+
+class ConfidenceModel(Protocol):
+    """What the rewards need of a CF model."""
+
+    def confidences(
+        self, histories: Sequence[Sequence[int]], candidates: NDArray[np.int64], kind: str, debiased: bool
+    ) -> NDArray[np.float32]:
+        """Return the confidence in each candidate: item indices [B, C] -> float32 [B, C] in [0, 1]."""
+
+
+class AnswerScorer(Protocol):
+    """What a reward that needs the policy asks of it."""
+
+    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
+        """Return the logprob of each answer to one prompt, up to a constant that all of them share."""
+
+
+def _confidences(
+    asked: Iterable[tuple[Iterable[str], Iterable[str]]],
+    catalog: ItemCatalog,
+    model: ConfidenceModel,
+    config: ConfidenceConfig,
+) -> NDArray[np.float32]:
+    """Return the confidences for pairs of history and candidates, which are item ids: [pairs, C]."""
+    pairs = [(catalog.indices(history), catalog.indices(candidates)) for history, candidates in asked]
+    histories, candidates = zip(*pairs, strict=True)
+    return model.confidences(list(histories), np.array(candidates), config.confidence, config.confidence_debiased)
+
+
+def score_completions(
+    texts: Sequence[str], columns: Columns, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
+) -> list[ScoredCompletion]:
+    """Parse and judge a step's completions; the CF model is asked once, for the different prompts.
+
+    Args:
+        texts: B completions.
+        columns: B values each: `candidates` and `history` (item ids), `target` (item id), and `completion_ids` (token
+            ids), which may be missing.
+
+    Returns:
+        B scored completions, without target ranks.
+    """
+    prompts: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}  # (history, candidates) -> row of the CF model
+    rows = [
+        prompts.setdefault((tuple(history), tuple(shown)), len(prompts))
+        for history, shown in zip(columns["history"], columns["candidates"], strict=True)
+    ]
+    confidences = _confidences(prompts, catalog, model, config)  # [prompts, C]
+    lengths = [len(ids) for ids in columns["completion_ids"]] if "completion_ids" in columns else [None] * len(texts)
+    scored = []
+    parts = zip(texts, columns["candidates"], columns["target"], rows, lengths, strict=True)
+    for text, shown, target, row, num_tokens in parts:
+        answer = parse(text)
+        outcome = catalog.outcome(answer, shown, target)
+        names_candidate = outcome in (Outcome.HIT, Outcome.MISS)
+        confidence = float(confidences[row, list(shown).index(answer.item_id or "")]) if names_candidate else 0.0
+        scored.append(ScoredCompletion(text, answer, outcome, confidence, num_tokens=num_tokens))
+    return scored
+
+
+def target_ranks(
+    policy: AnswerScorer,
+    prompts: Sequence[Sequence[Message]],
+    scored: Sequence[ScoredCompletion],
+    columns: Columns,
+    catalog: ItemCatalog,
+) -> list[int | None]:
+    """Return each completion's `target_rank`, as evaluation ranks by likelihood; ties count against the target.
+
+    The policy scores all candidates of one completion at once. Each completion is scored apart, since each has its own
+    rationale.
+    """
+    ranks: list[int | None] = []
+    for prompt, one, shown, target in zip(prompts, scored, columns["candidates"], columns["target"], strict=True):
+        if not one.answer.rationale:
+            ranks.append(None)
+            continue
+        rationale = without_tags(one.answer.rationale)
+        logprobs = policy.score(prompt, [rationale_answer(rationale, catalog[item_id]) for item_id in shown])
+        ranks.append(int(ranks_from_scores([list(logprobs)], [list(shown).index(target)])[0]))
+    return ranks
+
+
+class StepRewards:
+    """The rewards of a recipe as the functions that TRL's GRPOTrainer calls; a step is scored once for all of them.
+
+    With each step's completions TRL keeps these columns: `outcome`, `target` (its id), `recommended` (the id of the
+    recommended candidate, or empty), `confidence`, `log_popularity` (natural logarithm of 1 + the recommended
+    candidate's training interactions; NaN without one), and those of `ROLLOUT_COLUMNS` that the rollout gives.
+
+    Args:
+        recipe: names the rewards and has their parameters; a tau that is given as a quantile is resolved in `config`.
+        data: the catalogue, the training histories, and the validation candidates for that quantile.
+        model: gives the confidences.
+        policy: the model in training; only a reward that needs the policy asks it.
+
+    Raises:
+        ValueError: if a reward needs the policy and there is none.
+    """
+
+    def __init__(self, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: AnswerScorer | None):
+        asking = [name for name in recipe.reward_funcs if REWARDS[name].needs_policy]
+        if asking and policy is None:
+            raise ValueError(f"the reward {asking[0]} needs the policy")
+        self.config = recipe.model_copy(update={"reward_tau": tau_of(recipe, data, model)})
+        self._catalog, self._model = data.catalog, model
+        self._policy = policy if asking else None
+        items = [index for history in data.training_histories() for index in history]
+        self._log_popularity = np.log1p(np.bincount(items, minlength=len(data.catalog) + 1))  # [N + 1]
+        self._last: tuple[Any, list[ScoredCompletion]] | None = None
+        self.functions = [self._named(name) for name in recipe.reward_funcs]
+
+    def _named(self, name: str) -> Callable[..., list[float]]:
+        def reward(prompts: Any, completions: Sequence[Any], log_extra: Any = None, **columns: Any) -> list[float]:
+            scored = self._of_step(prompts, completions, log_extra, columns)
+            return [REWARDS[name].function(one, self.config) for one in scored]
+
+        reward.__name__ = name  # TRL logs it under this name
+        return reward
+
+    def _of_step(self, prompts: Any, completions: Sequence[Any], log_extra: Any, columns: Columns) -> list[Any]:
+        """Score the step's completions when its first reward asks."""
+        if self._last is None or self._last[0] is not completions:
+            texts = [completion[0]["content"] for completion in completions]
+            scored = score_completions(texts, columns, self._catalog, self._model, self.config)
+            if self._policy is not None:
+                ranks = target_ranks(self._policy, prompts, scored, columns, self._catalog)
+                scored = [replace(one, target_rank=rank) for one, rank in zip(scored, ranks, strict=True)]
+            self._last = (completions, scored)
+            if log_extra is not None:
+                for name, values in self._kept(scored, columns).items():
+                    log_extra(name, values)
+        return self._last[1]
+
+    def _kept(self, scored: Sequence[ScoredCompletion], columns: Columns) -> dict[str, list[Any]]:
+        named = [one.answer.item_id if one.outcome in (Outcome.HIT, Outcome.MISS) else None for one in scored]
+        return {
+            "outcome": [one.outcome.value for one in scored],
+            "target": list(columns["target"]),
+            "recommended": [item_id or "" for item_id in named],
+            "confidence": [one.confidence for one in scored],
+            "log_popularity": [
+                float(self._log_popularity[self._catalog.index(item_id)]) if item_id else math.nan for item_id in named
+            ],
+            **{name: list(columns[name]) for name in ROLLOUT_COLUMNS if name in columns},
+        }
+
+
+def tau_of(recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel) -> float:
+    """Return tau as the recipe gives it, or the recipe's quantile of the confidences in all validation candidates."""
+    if recipe.reward_tau_quantile is None:
+        assert recipe.reward_tau is not None  # a rule of RewardConfig: one of the two is given
+        return recipe.reward_tau
+    (kind,) = data.candidates("train")[0].lists
+    examples = list(data.examples("valid", kind))
+    asked = [([interaction.item_id for interaction in one.history], one.candidates) for one in examples]
+    confidences = _confidences(asked, data.catalog, model, recipe)  # [users, C]
+    return float(np.quantile(confidences, recipe.reward_tau_quantile))
