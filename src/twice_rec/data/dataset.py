@@ -13,6 +13,7 @@ from twice_rec.errors import InputError
 from twice_rec.files import read_json, read_records, write_json
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Split, UserSequence
+from twice_rec.run import require
 
 CATALOG = "catalog.jsonl"
 SEQUENCES = "sequences.jsonl"
@@ -35,11 +36,12 @@ def required_files(run_path: Path, *names: str) -> list[Path]:
     Raises:
         InputError: if one is not there, with the launcher that makes it.
     """
-    paths = [run_path / "data" / name for name in names]
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder; it is made by prepare.sh, which must run first")
-    return paths
+    return [require(run_path / "data" / name, "prepare.sh") for name in names]
+
+
+def training_files(run_path: Path) -> list[Path]:
+    """Return the files that training prompts rest on; see `required_files`."""
+    return required_files(run_path, CATALOG, SEQUENCES, PROMPT, candidates_file("train"))
 
 
 class PreparedData:

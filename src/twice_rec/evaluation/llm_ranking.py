@@ -7,24 +7,23 @@ mean log-probability and then by the candidates' order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, answer_rates, append, metrics_of, whole_batches
+from twice_rec.evaluation.recipe import EvaluateRecipe, LLMRankingConfig
 from twice_rec.files import read_records, write_json
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, item_answer, rationale_answer
 from twice_rec.records import Example, Prediction
-
-if TYPE_CHECKING:
-    from twice_rec.evaluation.recipe import LLMRankingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +40,15 @@ class Generator(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[Message]], *sampling: Any) -> Sequence[Sequence[Completion]]: ...  # noqa: D102
     def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]: ...  # noqa: D102
+
+
+def question_batches(recipe: EvaluateRecipe, data: PreparedData) -> Iterator[tuple[str, list[Example]]]:
+    """Yield the drawn users' questions in batches, list after list; users in the files' order."""
+    for kind in recipe.lists:
+        examples = list(data.examples("test", kind))
+        drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(examples))[: recipe.num_users])
+        for start in range(0, len(drawn), recipe.batch_size):
+            yield kind, [examples[position] for position in drawn[start : start + recipe.batch_size]]
 
 
 def evaluate_language_model(

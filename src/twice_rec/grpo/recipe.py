@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.grpo.rewards import REWARDS, RewardConfig
 from twice_rec.llm.recipe import SHARES_PREFIXES, AdapterConfig, ModelConfig, PromptConfig, SharedPrefixConfig
 from twice_rec.recipe import Settings, TrainerRecipe, key, one_of, rule
+from twice_rec.run import require
 
 RewardName = one_of(REWARDS)
 
@@ -190,3 +192,10 @@ class GRPORecipe(
                 f"to rank {MAX_SERVED_RANK}: set use_peft true and a lower rank, or rollout trl_server"
             )
         return None
+
+
+def start_model(recipe: GRPORecipe) -> Path:
+    """Return the model that stage 3 starts from, for trainer and server alike: a folder, or a name on the hub."""
+    if recipe.model_name_or_path is not None:
+        return Path(recipe.model_name_or_path)
+    return require(recipe.run_path / "sft" / "merged", "sft.sh")

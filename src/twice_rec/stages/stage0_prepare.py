@@ -1,8 +1,8 @@
 """Stage 0: a source of interactions -> data/ (catalogue, sequences, candidate lists, statistics).
 
 Writes `catalog.jsonl`, `sequences.jsonl`, `candidates.{train,valid,test}.jsonl`, `prompt.json`, `statistics.json`,
-and for the synthetic domain `oracle.npz` (the true log-probabilities of every user's next interaction) and the raw files
-under `data/raw/`, which are then read like those of any domain of Amazon Reviews 2023.
+and for the synthetic domain `oracle.npz` (the true logprobs of every user's next interaction) and the raw files under
+`data/raw/`, which are then read like those of any domain of Amazon Reviews 2023.
 
 Deviations from the paper: candidate lists are drawn per user (the release's test lists share one pool of popular
 distractors), and there are popularity-weighted and hard ones too. Training candidates are of the prompt's list only.

@@ -32,7 +32,8 @@ logger = logging.getLogger("sasrec")
 
 def sasrec(recipe: SASRecRecipe) -> None:
     """Train, evaluate, compare."""
-    inputs = dataset.required_files(recipe.run_path, dataset.CATALOG, dataset.SEQUENCES, "valid", "test")
+    lists = map(dataset.candidates_file, ("valid", "test"))
+    inputs = dataset.required_files(recipe.run_path, dataset.CATALOG, dataset.SEQUENCES, *lists)
     data = PreparedData(recipe.run_path / "data")
     device = recipe.torch_device()
     settings = {k: v for k, v in recipe.settings().items() if k not in ("baselines", "lists", "variant")}

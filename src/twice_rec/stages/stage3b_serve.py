@@ -21,14 +21,15 @@ logger = logging.getLogger("serve")
 
 def serve(recipe: GRPORecipe) -> None:
     """Start the servers; this process becomes one of them."""
-    from twice_rec.grpo.rollout.vllm_command import start_servers
+    from twice_rec.grpo.rollout.vllm_command import become_server
 
     if recipe.rollout in ("transformers", "trl_colocate"):
         logger.info("rollout is %s: the trainer needs no server; go on with grpo_step2.sh", recipe.rollout)
         return
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vllm is not installed; pip install -r requirements-gpu.txt, or use --rollout transformers")
-    start_servers(recipe, start_model(recipe), f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}")
+    step2 = f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}"
+    become_server(recipe, start_model(recipe), f"start the training with: {step2} (it waits for the servers)")
 
 
 main = command("serve", GRPORecipe, serve)

@@ -31,10 +31,11 @@ def grpo(recipe: GRPORecipe) -> None:
     """Train, save, merge."""
     import torch
     from datasets import Dataset
+    from trl import GRPOTrainer
 
     from twice_rec.grpo.completion_log import CompletionLog
-    from twice_rec.grpo.rollout import make_rollouts, trl_rollout_arguments
-    from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
+    from twice_rec.grpo.rollout import make_rollouts, trl_arguments
+    from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer
     from twice_rec.llm import models, tokens
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
@@ -47,7 +48,7 @@ def grpo(recipe: GRPORecipe) -> None:
         data = PreparedData(recipe.run_path / "data")
         rewarder = load_rewarder(recipe, recipe.run_path, data, DeviceConfig().torch_device())
         arguments = recipe.trainer_arguments(
-            run.path, reward_weights=recipe.reward_weights, **trl_rollout_arguments(recipe, start)
+            run.path, reward_weights=recipe.reward_weights, **trl_arguments(recipe, start)
         )
         run.begin()
 
@@ -55,7 +56,7 @@ def grpo(recipe: GRPORecipe) -> None:
         tokenizer = tokens.load_tokenizer(start, recipe.model_revision)
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_model(start, recipe)
-        rewards = StepRewards.of(recipe, data, rewarder, PolicyScorer(model, tokenizer))
+        rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
         logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.config.reward_tau)

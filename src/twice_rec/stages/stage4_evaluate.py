@@ -25,7 +25,8 @@ from twice_rec.stages.command_line import command
 
 def evaluate(recipe: EvaluateRecipe) -> None:
     """Evaluate every variant of the recipe that is not finished."""
-    inputs = dataset.required_files(recipe.run_path, dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, "test")
+    names = (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, dataset.candidates_file("test"))
+    inputs = dataset.required_files(recipe.run_path, *names)
     data = PreparedData(recipe.run_path / "data")
     for variant in recipe.variants:
         if variant == "oracle" or variant in recipe.precomputed_scores:
@@ -72,12 +73,11 @@ def _language_model(
         from twice_rec.llm.generation import TransformersGenerator
         from twice_rec.llm.prompt_builder import PromptBuilder
 
-        revision = recipe.model_revision if name.startswith("base") else None
-        tokenizer = tokens.load_tokenizer(model, revision)
-        llm = models.load_model(model, recipe, revision=revision, device=recipe.torch_device())
+        tokenizer = tokens.load_tokenizer(model, recipe.model_revision)
+        llm = models.load_model(model, recipe, device=recipe.torch_device())
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
-        batches = question_batches(recipe, data)
+        batches = list(question_batches(recipe, data))
         run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking, recipe.seed))
 
 
