@@ -1,6 +1,6 @@
 """Files that other stages rely on: JSON lines, records, hashes, atomic writes.
 
-Standard library and numpy only. Whatever goes wrong with a user's input is raised as `InputError`, whose one message
+Whatever goes wrong with a user's input is raised as `InputError`, whose one message
 names the file, the line or key, what was found, what was expected, and what to do.
 """
 
@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import tempfile
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from twice_rec.errors import InputError
 
@@ -84,29 +84,37 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a file this project wrote.
 
     Raises:
-        InputError: for a missing or empty file, and for a line that is not a JSON object, with its number.
+        InputError: if the file is missing or empty, or a line is not a JSON object; names the line.
     """
+    for number, line in _lines(path):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _damaged(path, number, f"{error.msg}, column {error.colno}") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
+        yield number, value
+
+
+def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
+    number = 0
     try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115 - closed below
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    number = 0
-    with file:
-        try:
-            for number, line in enumerate(file, start=1):
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise InputError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
-                yield number, value
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno}); the file is damaged: "
-                "delete it and run the stage that makes it again"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}, line {number + 1}: not UTF-8: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {number + 1}: not UTF-8: {error}") from None
     if number == 0:
         raise InputError(f"{path}: the file is empty; delete it and run the stage that makes it again")
+
+
+def _damaged(path: Path | str, number: int, reason: str) -> InputError:
+    return InputError(
+        f"{path}, line {number}: broken JSON ({reason}); the file is damaged: delete it and run the stage that makes "
+        "it again"
+    )
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> int:
@@ -129,65 +137,20 @@ def to_row(record: Any) -> dict[str, object]:
 
 def read_records(path: Path | str, record: type[R]) -> Iterator[R]:
     """Read what `write_records` wrote; InputError names the line and the key that does not fit the record."""
-    build = _builder(record)
-    for number, row in read_jsonl(path):
+    adapter = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(record))
+    for number, line in _lines(path):
         try:
-            yield build(row)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            yield adapter.validate_json(line)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            if fault["type"] == "json_invalid":
+                raise _damaged(path, number, fault["msg"]) from None
+            where = ".".join(map(str, fault["loc"]))
+            names = ", ".join(field.name for field in dataclasses.fields(record))  # type: ignore[arg-type]
             raise InputError(
-                f"{path}, line {number}: not a {record.__name__}: {reason}; expected the keys "
-                f"{', '.join(field.name for field in dataclasses.fields(record))}"  # type: ignore[arg-type]
+                f"{path}, line {number}: not a {record.__name__}: {where}: {fault['msg']}, found "
+                f"{fault['input']!r:.80}; expected the keys {names}"
             ) from None
-
-
-def _builder(record: type[R]) -> typing.Callable[[dict[str, Any]], R]:
-    """A function from a row to the record; the conversions are worked out once, not once a row."""
-    hints = typing.get_type_hints(record)
-    convert = {name: _converter(hint) for name, hint in hints.items()}
-    fields = dataclasses.fields(record)  # type: ignore[arg-type]
-    required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-
-    def build(row: dict[str, Any]) -> R:
-        for name in required:
-            if name not in row:
-                raise KeyError(name)
-        unknown = row.keys() - convert.keys()
-        if unknown:
-            raise TypeError(f"unknown key {min(unknown)!r}")
-        return record(**{name: convert[name](value) for name, value in row.items()})
-
-    return build
-
-
-def _converter(hint: Any) -> typing.Callable[[Any], Any]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _builder(hint)
-    if origin is tuple:
-        inner = _converter(arguments[0])
-        return lambda value: tuple(map(inner, _checked(value, (list,))))
-    if origin is dict:
-        inner = _converter(arguments[1])
-        return lambda value: {key: inner(entry) for key, entry in _checked(value, (dict,)).items()}
-    if origin is typing.Literal:
-        return lambda value: _one_of(value, arguments)
-    alternatives = arguments if origin in (typing.Union, types.UnionType) else (hint,)
-    allowed = tuple(alternatives) + ((int,) if float in alternatives else ())
-    return lambda value: _checked(value, allowed)
-
-
-def _checked(value: Any, allowed: tuple[type, ...]) -> Any:
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        names = " or ".join(kind.__name__ for kind in allowed)
-        raise TypeError(f"expected {names}, found {value!r:.80}")
-    return value
-
-
-def _one_of(value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"expected one of {', '.join(map(str, allowed))}, found {value!r:.80}")
-    return value
 
 
 def hash_file(path: Path | str) -> str:

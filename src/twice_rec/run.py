@@ -238,7 +238,7 @@ class StageRun:
         Returns:
             Number of steps, and the last values that the trainer logged.
         """
-        checkpoint = self._last_checkpoint()
+        checkpoint = last_checkpoint(self.path)
         if checkpoint:
             _read_numbered_cpus()
             logger.info("resuming from %s", checkpoint)
@@ -248,21 +248,6 @@ class StageRun:
         trainer.save_state()
         last = trainer.state.log_history[-1] if trainer.state.log_history else {}
         return {"steps": trainer.state.global_step, **{k: v for k, v in last.items() if isinstance(v, (int, float))}}
-
-    def _last_checkpoint(self) -> Path | None:
-        """The newest complete `checkpoint-N`; a kill in mid-save leaves an incomplete one, which is removed.
-
-        A trainer writes `trainer_state.json` last of all.
-        """
-        complete = []
-        for path in self.path.glob("checkpoint-*"):
-            try:
-                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-                complete.append((int(path.name.rpartition("-")[2]), path))
-            except (OSError, ValueError):
-                logger.warning("%s is incomplete, left by an interrupted save; it is removed", path)
-                shutil.rmtree(path)
-        return max(complete)[1] if complete else None
 
     def _differences(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
         found = [
@@ -275,6 +260,22 @@ class StageRun:
             if was != now:
                 found.append(f"input {name} was {was and was[:12]}, is {now and now[:12]}")
         return found
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete `checkpoint-N` of a trainer; what a kill in mid-save left is removed.
+
+    A trainer writes `trainer_state.json` last of all.
+    """
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete.append((int(path.name.rpartition("-")[2]), path))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete, left by an interrupted save; it is removed", path)
+            shutil.rmtree(path)
+    return max(complete)[1] if complete else None
 
 
 def _locked(path: Path, results: Path) -> BinaryIO:

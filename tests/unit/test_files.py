@@ -101,12 +101,27 @@ def test_records_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"user_id": "u", "interactions": [], "num_train": 1, "valid": 1}, "no key 'test'"),
-        ({"user_id": 3, "interactions": [], "num_train": 1, "valid": 1, "test": 2}, "expected str, found 3"),
-        ({"user_id": "u", "interactions": [], "num_train": True, "valid": 1, "test": 2}, "expected int, found True"),
-        ({"user_id": "u", "interactions": [{}], "num_train": 1, "valid": 1, "test": 2}, "no key 'item_id'"),
-        ({"user_id": "u", "interactions": 1, "num_train": 1, "valid": 1, "test": 2}, "expected list, found 1"),
-        ({"user_id": "u", "interactions": [], "num_train": 1, "valid": 1, "test": 2, "x": 1}, "unknown key 'x'"),
+        ({"user_id": "u", "interactions": [], "num_train": 1, "valid": 1}, "test: Field required"),
+        (
+            {"user_id": 3, "interactions": [], "num_train": 1, "valid": 1, "test": 2},
+            "user_id: Input should be a valid string, found 3",
+        ),
+        (
+            {"user_id": "u", "interactions": [], "num_train": True, "valid": 1, "test": 2},
+            "num_train: Input should be a valid integer, found True",
+        ),
+        (
+            {"user_id": "u", "interactions": [{}], "num_train": 1, "valid": 1, "test": 2},
+            "interactions.0.item_id: Field required",
+        ),
+        (
+            {"user_id": "u", "interactions": 1, "num_train": 1, "valid": 1, "test": 2},
+            "interactions: Input should be a valid (?:tuple|array), found 1",
+        ),
+        (
+            {"user_id": "u", "interactions": [], "num_train": 1, "valid": 1, "test": 2, "x": 1},
+            "x: Unexpected keyword argument",
+        ),
     ],
 )
 def test_wrong_records_name_line_and_key(tmp_path, row, message):

@@ -1,6 +1,5 @@
 """The tiny base, loading and merging, generation and scoring."""
 
-import json
 import shutil
 import string
 
@@ -13,7 +12,7 @@ from tiny_models import base_shape
 from twice_rec.errors import InputError
 from twice_rec.files import hash_file
 from twice_rec.llm.generation import TransformersGenerator
-from twice_rec.llm.models import last_checkpoint, load_model, lora_config, saved_weights, write_merged
+from twice_rec.llm.models import load_model, lora_config, saved_weights, write_merged
 from twice_rec.llm.recipe import AdapterConfig, ModelConfig
 from twice_rec.llm.tokens import encode_chat, load_tokenizer, stop_token_ids
 
@@ -126,16 +125,6 @@ def test_lora_config_of_a_recipe():
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, {"q_proj", "up_proj"})
     assert lora_config(AdapterConfig(use_peft=False)) is None
-
-
-def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-100").exists()
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_gold_answers_parse_hit_and_earn_the_full_format_reward():
             continue
         assert CATALOG.outcome(answer, EXAMPLE.candidates, EXAMPLE.target) is Outcome.HIT
         if row.task == "rationale":
-            scored = rewards.ScoredCompletion(row.answer, answer, Outcome.HIT, 0.5)
+            scored = rewards.ScoredCompletion(row.completion, answer, Outcome.HIT, 0.5)
             settings = rewards.RewardConfig()
             assert [
                 reward(scored, settings)

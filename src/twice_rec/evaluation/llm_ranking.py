@@ -19,11 +19,13 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, answer_rates, append, metrics_of, whole_batches
 from twice_rec.evaluation.recipe import EvaluateRecipe, LLMRankingConfig
 from twice_rec.files import read_records, write_json
+from twice_rec.llm import tokens
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, item_answer, rationale_answer
 from twice_rec.records import Example, Prediction
+from twice_rec.run import StageRun
 
 logger = logging.getLogger(__name__)
 
@@ -149,3 +151,26 @@ def rationale_of(text: str) -> str:
     if rationale is None:
         rationale = text.partition(closing("think"))[0].partition(opening("item_nm"))[0]
     return without_tags(rationale)
+
+
+def evaluate_llm_variant(
+    recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path, ranking: str, inputs: list[Path]
+) -> None:
+    """Write eval/<name>/ of a language model, a folder or a name on the hub, unless it is there already."""
+    reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
+    reads += ["item_first", "seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
+    settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
+    files = [*inputs, *([model] if model.is_dir() else [])]
+    with StageRun(recipe, "evaluate", f"eval/{name}", files, settings) as run:
+        if run.is_finished():
+            return
+        run.begin()
+        from twice_rec.llm import models  # loads torch
+        from twice_rec.llm.generation import TransformersGenerator
+
+        tokenizer = tokens.load_tokenizer(model, recipe.model_revision)
+        llm = models.load_model(model, recipe, device=recipe.torch_device())
+        generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
+        builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
+        batches = list(question_batches(recipe, data))
+        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking, recipe.seed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -84,23 +83,13 @@ def write_merged(base: str | Path, trained: Path, out: Path, config: ModelConfig
     temporary.rename(out)
 
 
+def save_merged(base: str | Path, trained: Path, config: ModelConfig) -> list[Path]:
+    """Write `trained/merged/`, see `write_merged`; return the files and folders that later stages rely on."""
+    write_merged(base, trained, trained / "merged", config)
+    return [*saved_weights(trained), trained / "trainer_state.json", trained / "merged"]
+
+
 def saved_weights(trained: Path) -> list[Path]:
     """Return the files in which a trainer left its weights: those of an adapter, or of a whole model."""
     adapter = [trained / name for name in ADAPTER_FILES]
     return adapter if adapter[0].exists() else [*sorted(trained.glob("model*.safetensors")), trained / "config.json"]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete `checkpoint-N` of a trainer, and remove incomplete ones, left by a killed save.
-
-    A trainer writes `trainer_state.json` last, so a checkpoint without it is incomplete.
-    """
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            complete.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete, left by an interrupted save; removing it", path)
-            shutil.rmtree(path)
-    return max(complete)[1] if complete else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,13 +16,37 @@ from twice_rec import prompts
 from twice_rec.errors import InputError
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.prompts import Message
+from twice_rec.recipe import Settings, key, rule
 from twice_rec.records import Example, Item, Rationale
-
-if TYPE_CHECKING:
-    from twice_rec.sft.recipe import TaskMixConfig
 
 T = TypeVar("T")
 TASKS = ("item_info", "direct", "rationale")  # tasks 1, 2, 3, in the order of a curriculum
+
+
+class TaskMixConfig(Settings):
+    """How much of each task is trained on."""
+
+    item_info_rows: int | None = key(None, "rows of task 1 (title -> item); null for all, 0 for none", ge=0)
+    direct_rows: int | None = key(None, "rows of task 2 (history, candidates -> item); null for all, 0 for none", ge=0)
+    rationale_rows: int | None = key(None, "rows of task 3 (-> rationale and item); null for all, 0 for none", ge=0)
+    item_info_weight: float = key(1.0, "how often each row of task 1 occurs in an epoch; fractions are drawn", ge=0)
+    direct_weight: float = key(1.0, "how often each row of task 2 occurs in an epoch; fractions are drawn", ge=0)
+    rationale_weight: float = key(1.0, "how often each row of task 3 occurs in an epoch; fractions are drawn", ge=0)
+    curriculum: bool = key(False, "train on the tasks one after another, 1, 2, 3, instead of mixed")
+
+    def rows_of(self, task: str) -> int | None:
+        """Return how many rows of a task are drawn; None for all."""
+        return getattr(self, f"{task}_rows")
+
+    def weight_of(self, task: str) -> float:
+        """Return how often each of them occurs in an epoch."""
+        return getattr(self, f"{task}_weight")
+
+    @rule
+    def something_is_left(self) -> str | None:
+        if any(self.rows_of(task) != 0 and self.weight_of(task) for task in TASKS):
+            return None
+        return "every task has 0 rows (item_info_rows, ...) or weight 0 (item_info_weight, ...); nothing is left"
 
 
 @dataclass(frozen=True, slots=True)

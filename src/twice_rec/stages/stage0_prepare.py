@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +59,10 @@ def prepare(recipe: PrepareRecipe) -> None:
         run.finish(sorted(path for path in run.path.iterdir() if path.name[0] != "."), figures)
 
 
-def _write_candidates(
-    recipe: PrepareRecipe, folder: Path, catalog: ItemCatalog, sequences: Sequence[UserSequence]
-) -> None:
-    training = [catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in sequences]
+def _write_candidates(recipe: PrepareRecipe, folder: Path, catalog: ItemCatalog, sequences: list[UserSequence]) -> None:
     score = None
     if "hard" in recipe.candidate_lists:
+        training = [catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in sequences]
         knn = ItemSimilarityScorer(knn_similarity(interaction_matrix(training, len(catalog)), shrink=20.0), decay=0.9)
         score = lambda histories: knn.scores(np.arange(len(histories)), histories)
     for split in SPLITS:

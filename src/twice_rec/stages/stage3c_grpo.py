@@ -47,12 +47,9 @@ def grpo(recipe: GRPORecipe) -> None:
             return
         data = PreparedData(recipe.run_path / "data")
         rewarder = load_rewarder(recipe, recipe.run_path, data, DeviceConfig().torch_device())
-        arguments = recipe.trainer_arguments(
-            run.path, reward_weights=recipe.reward_weights, **trl_arguments(recipe, start)
-        )
+        of_trl = trl_arguments(recipe, start)
         run.begin()
 
-        # Who samples, what it samples with, and what the completions earn
         tokenizer = tokens.load_tokenizer(start, recipe.model_revision)
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_model(start, recipe)
@@ -66,7 +63,7 @@ def grpo(recipe: GRPORecipe) -> None:
             rollout_func=rollouts,
             model=model,
             reward_funcs=rewards.functions,
-            args=arguments,
+            args=recipe.trainer_arguments(run.path, reward_weights=recipe.reward_weights, **of_trl),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=models.lora_config(recipe),
@@ -76,9 +73,7 @@ def grpo(recipe: GRPORecipe) -> None:
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
         figures = run.train(trainer)
         if trainer.is_world_process_zero():
-            merged = run.path / "merged"
-            models.write_merged(start, run.path, merged, recipe)
-            outputs = [*models.saved_weights(run.path), run.path / "trainer_state.json", merged]
+            outputs = models.save_merged(start, run.path, recipe)
             run.finish(outputs, {"tau": rewards.config.reward_tau, **figures})
 
 

@@ -15,11 +15,11 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant
-from twice_rec.evaluation.llm_ranking import evaluate_language_model, question_batches
+from twice_rec.evaluation.llm_ranking import evaluate_llm_variant
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.evaluation.tables import read_metrics, show_metrics
 from twice_rec.grpo.recipe import grpo_folder
-from twice_rec.run import StageRun, require
+from twice_rec.run import require
 from twice_rec.stages.command_line import command
 
 
@@ -35,7 +35,7 @@ def evaluate(recipe: EvaluateRecipe) -> None:
             model = _model_of(recipe, variant)
             for ranking in recipe.rankings:
                 name = variant if ranking == recipe.rankings[0] else f"{variant}_{ranking}"
-                _language_model(recipe, data, name, model, ranking, inputs)
+                evaluate_llm_variant(recipe, data, name, model, ranking, inputs)
     show_metrics(read_metrics(recipe.run_path))
 
 
@@ -55,30 +55,6 @@ def _model_of(recipe: EvaluateRecipe, variant: str) -> Path:
     if variant == "stage2":
         return require(recipe.run_path / "sft" / "merged", "sft.sh")
     return require(recipe.run_path / grpo_folder(variant) / "merged", f"grpo_step2.sh with --variant {variant}")
-
-
-def _language_model(
-    recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path, ranking: str, inputs: list[Path]
-) -> None:
-    reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
-    reads += ["item_first", "seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
-    settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
-    files = [*inputs, *([model] if model.is_dir() else [])]
-    with StageRun(recipe, "evaluate", f"eval/{name}", files, settings) as run:
-        if run.is_finished():
-            return
-        run.begin()
-
-        from twice_rec.llm import models, tokens
-        from twice_rec.llm.generation import TransformersGenerator
-        from twice_rec.llm.prompt_builder import PromptBuilder
-
-        tokenizer = tokens.load_tokenizer(model, recipe.model_revision)
-        llm = models.load_model(model, recipe, device=recipe.torch_device())
-        generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
-        builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
-        batches = list(question_batches(recipe, data))
-        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking, recipe.seed))
 
 
 main = command("evaluate", EvaluateRecipe, evaluate)

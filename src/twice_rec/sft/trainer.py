@@ -1,0 +1,50 @@
+"""TRL's SFTTrainer over encoded rows. This module imports TRL; import it late."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from twice_rec.llm import models
+from twice_rec.markdown import markdown_table
+from twice_rec.sft import encoding
+from twice_rec.sft.collator import SharedPrefixCollator
+from twice_rec.sft.dataset import Row
+from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.samples import SampleCompletions
+
+logger = logging.getLogger(__name__)
+
+
+def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, folder: Path) -> SFTTrainer:
+    """Encode the rows, load the base model, and return the trainer of its adapter, or of all its weights."""
+    arguments = recipe.trainer_arguments(folder)
+    if recipe.curriculum:
+        arguments.train_sampling_strategy = "sequential"
+    encoded = encoding.encode_rows(tokenizer, rows, arguments.max_length)
+    logger.info("tokens, by task:\n%s", markdown_table(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
+    model = models.load_model(recipe.model_name_or_path, recipe, quantization=recipe.quantization)
+    more: dict[str, Any] = {}
+    if recipe.share_prefixes:
+        encoded, arguments.dataset_kwargs = encoding.share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
+        arguments.remove_unused_columns, more["data_collator"] = False, SharedPrefixCollator(model)
+        logger.info("%s groups of rows with a common beginning", f"{len(encoded):,}")
+    if recipe.sample_every:
+        asked = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts]
+        more["callbacks"] = [SampleCompletions(asked, recipe.sample_every, folder / "samples.jsonl")]
+    torch.manual_seed(recipe.seed)  # the adapter's first weights
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(encoded),
+        processing_class=tokenizer,
+        peft_config=models.lora_config(recipe),
+        **more,
+    )
