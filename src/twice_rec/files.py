@@ -1,4 +1,4 @@
-"""Files that other stages rely on: JSON lines, records, hashes, atomic writes.
+"""Files that other stages rely on: atomic writes, JSON, records, hashes.
 
 Whatever goes wrong with a user's input is raised as `InputError`, whose one message
 names the file, the line or key, what was found, what was expected, and what to do.
@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"  # what a finished stage writes last; see `run.Manife
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes `path`'s place, on failure it is removed.
 
-    What stood at `path` before stays whole until the moment it is replaced.
+    What was at `path` before stays whole until the moment it is replaced.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> int:
-    """Write one JSON object a line atomically; returns the number of lines."""
+    """Write one JSON object per line atomically; return the number of lines."""
     count = 0
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for row in rows:
@@ -70,7 +70,7 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> int:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file; InputError where it is missing or does not parse."""
+    """Read a JSON file; InputError if it is missing or does not parse."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -123,7 +123,7 @@ def write_records(path: Path | str, records: Iterable[Any]) -> int:
 
 
 def to_row(record: Any) -> dict[str, object]:
-    """A record as a JSON object; fields that hold their default are left out."""
+    """Return a record as a JSON object; fields that hold their default are left out."""
     row: dict[str, object] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -154,7 +154,7 @@ def read_records(path: Path | str, record: type[R]) -> Iterator[R]:
 
 
 def hash_file(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, or of the names and hashes of a folder's files (without `manifest.json`)."""
+    """Return the SHA-256 of a file's bytes, or of the names and hashes of a folder's files (but `manifest.json`)."""
     source = Path(path)
     digest = hashlib.sha256()
     if source.is_dir():

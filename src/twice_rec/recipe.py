@@ -20,21 +20,21 @@ Rule = Callable[[Any], "str | None"]
 
 
 def key(default: Any, says: str, *, changes_result: bool = True, **bounds: float) -> Any:
-    """A recipe key: its default, its line in `--help`, and whether another value makes another result.
+    """Declare a recipe key: its default, its line in `--help`, and whether another value makes another result.
 
     Args:
-        bounds: `ge`, `gt`, `le`, `lt` of a number; None is allowed where the type allows it.
+        bounds: `ge`, `gt`, `le`, `lt` of a number; None is allowed if the type allows it.
     """
     return Field(default, description=says, json_schema_extra={"changes_result": changes_result}, **bounds)  # type: ignore[arg-type]
 
 
 def required(says: str, *, changes_result: bool = True, **bounds: float) -> Any:
-    """A recipe key without a default."""
+    """Declare a recipe key without a default."""
     return key(..., says, changes_result=changes_result, **bounds)
 
 
 def one_of(names: Iterable[str]) -> Any:
-    """The type of a key whose choices are the names in a registry."""
+    """Return the type of a key whose choices are the names in a registry."""
     return Literal[tuple(names)]
 
 
@@ -52,12 +52,12 @@ class Settings(BaseModel):
     )
 
     def values_of(self, group: type[Settings]) -> dict[str, Any]:
-        """The settings of one inherited group, to be stored or handed on."""
+        """Return the settings of one inherited group, to be stored or handed on."""
         return {name: getattr(self, name) for name in group.model_fields}
 
     @classmethod
     def rules(cls) -> list[Rule]:
-        """All rules, those of inherited groups first."""
+        """Return all rules, those of inherited groups first."""
         members = {name: member for owner in reversed(cls.__mro__) for name, member in vars(owner).items()}
         return [member for member in members.values() if getattr(member, "is_rule", False)]
 
@@ -76,7 +76,7 @@ class DeviceConfig(Settings):
     )
 
     def torch_device(self) -> str:
-        """The name of a torch device.
+        """Return the name of a torch device.
 
         Raises:
             InputError: if a GPU is asked for and torch sees none.
@@ -112,15 +112,15 @@ class Recipe(Settings):
 
     @property
     def run_path(self) -> Path:
-        """`run_dir` with the domain filled in."""
+        """The folder of all results: `run_dir` with the domain filled in."""
         return Path(self.run_dir.replace("{domain}", self.domain))
 
     def settings(self) -> dict[str, Any]:
-        """The keys that change the result, for the manifest."""
+        """Return the keys that change the result, for the manifest."""
         return {name: getattr(self, name) for name, field in type(self).model_fields.items() if _changes_result(field)}
 
     def everything(self) -> dict[str, Any]:
-        """All keys, for the manifest to tell."""
+        """Return all keys, for the manifest to tell."""
         return self.model_dump()
 
 
@@ -145,19 +145,19 @@ class TrainerRecipe(Recipe):
 
     @classmethod
     def trainer_config(cls) -> type:
-        """TRL's configuration class; imports TRL."""
+        """Return TRL's configuration class; imports TRL."""
         return getattr(importlib.import_module("trl"), cls.TRAINER_CONFIG)
 
     def settings(self) -> dict[str, Any]:
-        """The keys that change the result, TRL's included."""
+        """Return the keys that change the result, TRL's included."""
         return {**super().settings(), **self._trainer_keys}
 
     def everything(self) -> dict[str, Any]:
-        """All keys, TRL's included."""
+        """Return all keys, TRL's included."""
         return {**super().everything(), **self._trainer_keys}
 
     def trainer_arguments(self, folder: Path, **others: Any) -> Any:
-        """TRL's configuration: the recipe's keys, those of `OWNED`, and others."""
+        """Return TRL's configuration: the recipe's keys, those of `OWNED`, and others."""
         return self.trainer_config()(
             output_dir=str(folder),
             seed=self.seed,

@@ -340,7 +340,8 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is list:
-        return f"a list of {_describe(arguments[0])}"
+        each = _describe(arguments[0])
+        return f"a list, each entry {each}" if each.startswith(("a ", "one of ")) else f"a list of {each}"
     if origin is dict or hint is dict:
         return "a mapping"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
@@ -354,7 +355,7 @@ def describe_keys(recipe: type[Recipe]) -> str:
     for group in groups:
         own = [name for name in vars(group).get("__annotations__", {}) if name in recipe.model_fields]
         if own:
-            lines += ["", (group.__doc__ or "").strip().splitlines()[0]]
+            lines += ["", "Keys of this stage." if group is recipe else (group.__doc__ or "").strip().splitlines()[0]]
         for name in own:
             field = recipe.model_fields[name]
             default = "required" if field.is_required() else f"default {_as_yaml(field.get_default())}"

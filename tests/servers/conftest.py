@@ -78,9 +78,9 @@ def api_key(monkeypatch):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """The world with 2,000 users, prepared."""
+    """The synthetic domain with 2,000 users, prepared."""
     run_dir = tmp_path_factory.mktemp("prepared")
-    flags = ["--world_users", "2000", "--world_items", "60", "--k_core", "2"]
+    flags = ["--synthetic_users", "2000", "--synthetic_items", "60", "--k_core", "2"]
     words = ["--config", str(ROOT / "recipes" / "tiny" / "prepare.yaml"), "--run_dir", str(run_dir), *flags]
     assert stage0_prepare.main(words) == 0
     return run_dir

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # Stage -> (module, recipe, flags); in the order of reproduce.sh.
 STAGES = {
-    "prepare": ("twice_rec.stages.stage0_prepare", "prepare", "--world_users 250 --world_items 60 --k_core 2"),
+    "prepare": ("twice_rec.stages.stage0_prepare", "prepare", "--synthetic_users 250 --synthetic_items 60 --k_core 2"),
     "base": (
         "tiny_base.stage",
         "base",

@@ -1,4 +1,4 @@
-"""Every stage end to end on the world; what is finished stays, what was killed goes on."""
+"""Every stage end to end on the synthetic domain; what is finished stays, what was killed goes on."""
 
 import itertools
 import json

@@ -26,7 +26,7 @@ def annotate(recipes, run_dir, *flags):
 
 
 def test_the_tiny_recipe_keeps_enough_and_drops_some(tmp_path, capfd):
-    prepare("tiny", tmp_path, "--world_users", "5000")
+    prepare("tiny", tmp_path, "--synthetic_users", "5000")
     rows, report = annotate("tiny", tmp_path)
     assert len(rows) == report["accepted"] >= 1500
     assert 0.05 <= 1 - report["accepted"] / report["rows"] <= 0.4

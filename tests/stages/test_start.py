@@ -248,7 +248,7 @@ def test_atomic_files_of_recbole(tmp_path):
     items = [f"i{i}\tTitle {i}\tTea Green" for i in range(40)]
     (folder / "shop.item").write_text("\n".join(["item_id:token\ttitle:token_seq\tcategories:token_seq", *items]))
     config = str(ROOT / "recipes" / "grocery" / "prepare.yaml")
-    words = ["--config", config, "--source", "atomic", "--domain", "shop", "--source_dir", str(folder)]
+    words = ["--config", config, "--source", "recbole", "--domain", "shop", "--source_dir", str(folder)]
     words += ["--run_dir", str(tmp_path / "run"), "--num_candidates", "8", "--hard_pool", "10"]
     assert stage0_prepare.main(words) == 0
     statistics = json.loads((tmp_path / "run" / "data" / "statistics.json").read_text())

@@ -20,7 +20,7 @@ class ModelConfig(Settings):
 
 
 class AdapterConfig(Settings):
-    """What of a language model is trained."""
+    """Which weights of a language model are trained."""
 
     use_peft: bool = key(True, "train a LoRA adapter; false trains all weights")
     lora_r: int = key(8, "rank of the adapter", ge=1)
@@ -41,7 +41,7 @@ class PromptConfig(Settings):
 
 
 class SharedPrefixConfig(Settings):
-    """Whether what several rows begin with is computed once."""
+    """How rows that begin alike are computed."""
 
     PREFIX_ATTENTION: ClassVar[tuple[str, ...]] = SHARES_PREFIXES  # kinds of attention that can; recipes may narrow it
 
