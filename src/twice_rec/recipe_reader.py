@@ -106,13 +106,10 @@ def _read(
     hints = {f.name: None for f in dataclasses.fields(trainer) if f.init} if trainer else {}
     hints |= {name: hint for name, hint in typing.get_type_hints(trainer).items() if name in hints} if trainer else {}
     hints |= {name: field.annotation for name, field in recipe.model_fields.items()}
-    given = _read_yaml(path, errors)
+    given = {_present(name, entry, recipe): entry for name, entry in _read_yaml(path, errors).items()}
     for flag, texts in _flags(overrides, errors):
-        given[flag] = _Given(_flag_value(texts, hints.get(recipe.RENAMED.get(flag, flag))), f"--{flag}")
-    for old in [name for name in given if name in recipe.RENAMED]:
-        entry, new = given.pop(old), recipe.RENAMED[old]
-        logger.warning("%s: %s is called %s now; the old name still works in this version", entry.where, old, new)
-        given.setdefault(new, entry)
+        name = _present(flag, _Given(None, f"--{flag}"), recipe)
+        given[name] = _Given(_flag_value(texts, hints.get(name)), f"--{flag}")
     for (name, old_value), new_value in recipe.RENAMED_VALUES.items():
         if name in given and given[name].value == old_value:
             logger.warning("%s: %s %s is called %s now", given[name].where, name, old_value, new_value)
@@ -122,6 +119,15 @@ def _read(
         hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
         errors.append(f"{given.pop(name).where}: unknown key {name}; {hint}")
     return given, errors
+
+
+def _present(name: str, entry: _Given, recipe: type[Recipe]) -> str:
+    """Return the present name of a key, with a warning if an old one is given."""
+    if name not in recipe.RENAMED:
+        return name
+    new = recipe.RENAMED[name]
+    logger.warning("%s: %s is called %s now; the old name still works in this version", entry.where, name, new)
+    return new
 
 
 def _read_yaml(path: Path, errors: list[str], readers: tuple[Path, ...] = ()) -> dict[str, _Given]:

@@ -27,12 +27,12 @@ def finished(tmp_path_factory):
 
 
 def files_of(run_dir):
-    """Every result and when it was written; logs and the report are made anew."""
+    """Every result and when it was written; logs, locks and the report are made anew."""
     paths = (path for path in run_dir.rglob("*") if path.is_file())
     return {
         str(path.relative_to(run_dir)): path.stat().st_mtime_ns
         for path in paths
-        if path.relative_to(run_dir).parts[0] not in ("logs", "report")
+        if path.relative_to(run_dir).parts[0] not in ("logs", "report", ".locks")
     }
 
 
@@ -86,7 +86,7 @@ def test_report_is_one_whole_page(finished):
     assert page.startswith("<!doctype html>")
     assert page.count("<table>") == page.count("</table>") >= 5
     assert "http" not in page.replace("http-equiv", "")
-    assert (finished[0] / "report" / "tables.md").read_text().startswith("# TWiCE-Rec on World")
+    assert (finished[0] / "report" / "tables.md").read_text().startswith("# TWiCE-Rec on Synthetic")
 
 
 def test_adapters_and_merged_models_are_there(finished):

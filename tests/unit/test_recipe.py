@@ -413,6 +413,8 @@ def test_renamed_keys_and_values_work_with_a_warning(tmp_path, caplog):
     assert (recipe.source, recipe.synthetic_users) == ("synthetic", 9)
     assert "line 5: world_users is called synthetic_users now; the old name still works in this version" in caplog.text
     assert "line 4: source world is called synthetic now" in caplog.text
+    path = write(tmp_path, MINIMAL + "source: synthetic\nsynthetic_users: 9\n")
+    assert load_recipe(path, PrepareRecipe, ["--world_users", "7"]).synthetic_users == 7  # a flag wins under any name
     flags = ["--cf_variant", "sasrec_release", *cpu(GRPORecipe)]
     assert load_recipe(write(tmp_path, MINIMAL), GRPORecipe, flags).cf_model == "sasrec_release"
     flags = ["--outside_scores", "{mine: x.npz}", "--variants", "mine"]
