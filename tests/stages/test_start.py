@@ -15,8 +15,10 @@ import pytest
 from servers.processes import free_port, is_alive
 from stages.pipeline import ROOT, run
 from twice_rec.errors import InputError
+from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout import vllm_command
 from twice_rec.grpo.rollout.vllm_client import base_name
+from twice_rec.recipe_reader import load_recipe
 from twice_rec.stages import stage0_prepare, stage3b_serve
 
 pytestmark = pytest.mark.slow
@@ -115,7 +117,7 @@ def test_wandb_offline_needs_no_account(prepared):
 
 def grpo_recipe(*flags):
     path = ROOT / "recipes" / "grocery" / "grpo.yaml"
-    return stage3b_serve.load(str(path), ["--bf16", "false", "--use_cpu", "true", *flags])
+    return load_recipe(path, GRPORecipe, ["--bf16", "false", "--use_cpu", "true", *flags])
 
 
 def server_flags(tmp_path, *flags):
@@ -123,7 +125,7 @@ def server_flags(tmp_path, *flags):
     merged = tmp_path / "sft" / "merged"
     merged.mkdir(parents=True, exist_ok=True)
     (merged / "config.json").write_text("{}")
-    recipe, _ = grpo_recipe("--run_dir", str(tmp_path), *flags)
+    recipe = grpo_recipe("--run_dir", str(tmp_path), *flags)
     command = vllm_command.server_command(recipe, recipe.rollout_servers[0], merged)
     given = dict(itertools.pairwise(command))
     assert given["--model"] == str(merged)
@@ -154,7 +156,7 @@ def test_trls_own_server_gets_weights_by_nccl_and_no_adapters(tmp_path):
 
 
 def test_servers_of_one_machine_share_its_gpus(monkeypatch):
-    recipe, _ = grpo_recipe("--rollout_tensor_parallel_size", "2")
+    recipe = grpo_recipe("--rollout_tensor_parallel_size", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     first, second = (vllm_command.server_environment(recipe, number, 2) for number in (0, 1))
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("4,5", "6,7")
