@@ -189,7 +189,7 @@ class ChatClient:
             return self._stop(
                 f"{self.failures_in_a_row} requests in a row got no completion; the last: {fault.message}"
             )
-        return NoCompletion(request, fault.message if not fault.again else f"{fault.message}, {attempts} times")
+        return NoCompletion(fault.message if not fault.again else f"{fault.message}, {attempts} times")
 
     def _stop(self, reason: str) -> Stopped:
         stored = f"{len(self.cache):,} completions are stored in {self.cache.path}"

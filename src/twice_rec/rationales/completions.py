@@ -55,11 +55,6 @@ class Request:
         chars = sum(len(message["content"]) for message in messages)
         return cls(written, hashlib.sha256(written).hexdigest(), chars, config.max_tokens)
 
-    def readable(self) -> str:
-        """Return the messages as a person reads them."""
-        messages = json.loads(self.body)["messages"]
-        return "\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
-
 
 @dataclass(frozen=True, slots=True)
 class Completion:

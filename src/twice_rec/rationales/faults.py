@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twice_rec.errors import InputError
-from twice_rec.rationales.completions import Request
 
 AGAIN = (408, 409, 429)  # besides 5xx, the HTTP statuses after which a request may succeed later
 _STOPPING = {
@@ -33,11 +32,7 @@ class Stopped(InputError):
 
 
 class NoCompletion(Exception):
-    """There is no completion of this request; the message says why."""
-
-    def __init__(self, request: Request, why: str):
-        super().__init__(why)
-        self.request = request
+    """There is no completion of a request; the message says why."""
 
 
 @dataclass(eq=False)
