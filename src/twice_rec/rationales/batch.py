@@ -76,21 +76,20 @@ def _results(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str
 def write_requests(folder: Path, requests: Iterable[Request]) -> list[Path]:
     """Write the requests, each once, as the next request file or files; return these."""
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in _request_files(folder)), default=0)
+    first = 1 + max((int(path.stem.rpartition("-")[2]) for path in _request_files(folder)), default=0)
     written: list[Path] = []
     lines = _lines(requests)
     line = next(lines, None)
     while line is not None:
-        path = folder / f"requests-{number:04d}.jsonl"
+        path = folder / f"requests-{first + len(written):04d}.jsonl"
         with atomic_path(path) as temporary, open(temporary, "wb") as out:
-            count = size = 0
-            while line is not None and count < _MAX_REQUESTS and size + len(line) <= _MAX_BYTES:
+            count = 0
+            while line is not None and count < _MAX_REQUESTS and out.tell() + len(line) <= _MAX_BYTES:
+                count += 1
                 out.write(line)
-                count, size = count + 1, size + len(line)
                 line = next(lines, None)
         logger.info("%s: %s requests", path, f"{count:,}")
         written.append(path)
-        number += 1
     return written
 
 

@@ -61,12 +61,12 @@ def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapp
         said: the server's message.
         quota_is_exhausted: the server says so.
     """
-    message = f"HTTP {status}: {said}"
-    if status == 429 and quota_is_exhausted:
-        return Fault(f"{message} (the quota is exhausted)", stops=True, again=False, status=status)
-    if status in _STOPPING:
-        return Fault(f"{message} ({_STOPPING[status]})", stops=True, again=False, status=status)
-    return Fault(message, again=status in AGAIN or status >= 500, wait=retry_after(headers), status=status)
+    why = "the quota is exhausted" if status == 429 and quota_is_exhausted else _STOPPING.get(status)
+    if why is not None:
+        return Fault(f"HTTP {status}: {said} ({why})", stops=True, again=False, status=status)
+    return Fault(
+        f"HTTP {status}: {said}", again=status in AGAIN or status >= 500, wait=retry_after(headers), status=status
+    )
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
