@@ -10,9 +10,9 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import Exemplar, PromptFormat
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.completions import Completion, Request
-from twice_rec.rationales.curate import NotAnnotated
+from twice_rec.rationales.curate import Checks, NotAnnotated
 from twice_rec.rationales.generate import Collected, NotCollected, Questions, estimate
-from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
+from twice_rec.rationales.recipe import ClientConfig, CurationConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item, Rationale
 
 TEA = Item("B1", "Quiet Chamomile", "Mild.", brand="Quiet", categories=("Food", "Tea"))
@@ -224,7 +224,7 @@ def test_dry_run_and_what_is_missing(tmp_path):
         assert list(collected.missing(examples)) == [other, other]
         assert "completions stored already: 1, which cost 20.00" in estimate(examples, collected, prices)
         # With self-checks, annotated examples need one.
-        checked = Collected(questions(worth_reviewing=lambda example, rationale: True), cache)
+        checked = Collected(questions(checks=Checks(CurationConfig(min_words=1), CATALOG)), cache)
         assert len(list(checked.missing(examples))) == 4
         with pytest.raises(NotAnnotated, match="no answer: HTTP 400"):
             Collected(questions(), cache, {other.key: "HTTP 400"}).annotate(examples[1])

@@ -22,7 +22,7 @@ from twice_rec.rationales import answers
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.client import ChatClient
 from twice_rec.rationales.completions import Completion, Request
-from twice_rec.rationales.curate import NotAnnotated
+from twice_rec.rationales.curate import Checks, NotAnnotated
 from twice_rec.rationales.faults import NoCompletion, Stopped
 from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item, Rationale
@@ -43,19 +43,19 @@ class Questions:
     Args:
         shown: how much of items and reviews the prompts show.
         instructions: how every request for a rationale begins; `prompts.annotation_instructions` makes them.
-        worth_reviewing: which rationales get a self-check; None for none.
+        checks: what passes them gets a self-check; None for no self-checks.
     """
 
     catalog: ItemLookup
     shown: PromptFormat
     instructions: Sequence[Message]
     config: SamplingConfig
-    worth_reviewing: Callable[[Example, Rationale], bool] | None = None
+    checks: Checks | None = None
 
     def everything(self, example: Example) -> Dialogue[None]:
-        """Ask for a rationale and, if it is worth one, for its self-check; raises like `annotate`."""
+        """Ask for a rationale and, if it passes the checks, for its self-check; raises like `annotate`."""
         rationale = yield from self.annotate(example)
-        if self.worth_reviewing and self.worth_reviewing(example, rationale):
+        if self.checks and self.checks.reason(example, rationale) is None:
             yield from self.review(example, rationale)
 
     def annotate(self, example: Example) -> Dialogue[Rationale]:
@@ -223,7 +223,7 @@ def estimate(examples: Sequence[Example], collected: Collected, config: ClientCo
         first = first or request
         calls, chars, most = calls + 1, chars + request.prompt_chars, most + request.max_tokens
     tokens, cache = chars // _CHARS_PER_TOKEN, collected.cache
-    more = ", and up to as many self-checks, which are shorter" if collected.questions.worth_reviewing else ""
+    more = ", and up to as many self-checks, which are shorter" if collected.questions.checks else ""
     lines = [
         f"examples: {len(examples):,}; completions stored already: {len(cache):,}, which cost "
         f"{config.cost(cache.prompt_tokens, cache.completion_tokens):.2f}",

@@ -15,10 +15,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.rationales.reading import attributes, called_for, last_note, opinion, review_notes
 from twice_rec.records import Example, Interaction, Rationale
 
-_LIKED, _DISLIKED = (
-    4.0,
-    2.0,
-)  # an interaction speaks for its attributes from the one rating up, against from the other down
+_LIKED, _DISLIKED = 4.0, 2.0  # ratings from which up, and from which down, an item's attributes are liked or disliked
 _NOTHING = "Nothing in the history calls for this."
 
 
@@ -49,19 +46,18 @@ class OfflineAnnotator:
         for_it = [name for name in wanted if liked[name] > 0]
         against = [name for name in wanted if disliked[name] > liked[name]]
         reasons = len(for_it) + len(answered)
-        evidence = [
+        telling, last = {*for_it, *against}, len(example.history) - 1
+        evidence = tuple(
             index
             for index, entry in enumerate(example.history)
-            if set(attributes(self._catalog[entry.item_id])) & {*for_it, *against}
-        ]
-        if answered and len(example.history) - 1 not in evidence:
-            evidence.append(len(example.history) - 1)
+            if telling.intersection(attributes(self._catalog[entry.item_id])) or (answered and index == last)
+        )
         return Rationale(
             user_id=example.user_id,
             target=example.target,
             text=self._write(example.history, calls_for) if reasons else _NOTHING,
             verdict="relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant",
-            evidence=tuple(evidence),
+            evidence=evidence,
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
             annotator="offline",
         )
