@@ -40,24 +40,23 @@ def read_results(folder: Path, cache: CompletionCache, max_attempts: int) -> dic
     Raises:
         InputError: if a result file has a line that is no result.
     """
-    failed, reasons, refused = Counter[str](), dict[str, str](), set[str]()
+    attempts, reasons = Counter[str](), dict[str, str]()
     for key, response, row in _results(folder):
-        status = response.get("status_code")
+        status, body = response.get("status_code"), response.get("body")
         if status == 200:
             try:
-                cache.put(key, read_completion(json.dumps(response.get("body"))))
+                cache.put(key, read_completion(json.dumps(body)))
                 continue
             except NotACompletion as error:
                 reasons[key] = f"unusable response: {error}"
         else:
-            said = row.get("error") or (response.get("body") or {}).get("error") or "no response"
-            reasons[key] = f"HTTP {status}: {said}"[:300] if status else f"batch: {said}"[:300]
-            if isinstance(status, int) and 400 <= status < 500 and status not in AGAIN:
-                refused.add(key)
-        failed[key] += 1
+            said = row.get("error") or (body or {}).get("error") or "no response"
+            reasons[key] = (f"HTTP {status}: {said}" if status else f"batch: {said}")[:300]
+        refused = isinstance(status, int) and 400 <= status < 500 and status not in AGAIN
+        attempts[key] += max_attempts if refused else 1
     for reason, count in Counter(reasons[key] for key in reasons if key not in cache).most_common(3):
         logger.warning("%d requests without a completion: %s", count, reason)
-    return {key: reasons[key] for key, count in failed.items() if key in refused or count >= max_attempts}
+    return {key: reasons[key] for key, count in attempts.items() if count >= max_attempts}
 
 
 def _results(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
@@ -114,10 +113,9 @@ def _results_of(path: Path) -> Path:
 
 def _lines(requests: Iterable[Request]) -> Iterator[bytes]:
     """Yield one line per different request; its body goes in byte by byte, so that it keeps its hash."""
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     for request in requests:
-        key = bytes.fromhex(request.key)
-        if key not in seen:
-            seen.add(key)
+        if request.key not in seen:
+            seen.add(request.key)
             head = json.dumps({"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions"})
             yield head[:-1].encode() + b', "body": ' + request.body + b"}\n"

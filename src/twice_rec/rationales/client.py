@@ -166,21 +166,17 @@ class ChatClient:
                 # Under a shared rate limit, a request may be turned away while others get through.
                 attempt += not (fault.status == 429 and self.answered > answered_before)
                 if not fault.again or attempt >= self.config.max_attempts:
-                    raise self._give_up(fault, attempt) from None
+                    self.failures_in_a_row += 1
+                    if self.failures_in_a_row >= self.config.max_failures_in_a_row:
+                        many = f"{self.failures_in_a_row} requests in a row got no completion"
+                        raise self._stop(f"{many}; the last: {fault.message}") from None
+                    raise NoCompletion(fault.message + (f", {attempt} times" if fault.again else "")) from None
                 await asyncio.sleep(self._wait(fault, attempt))
             else:
                 self.cache.put(request.key, completion)
                 self.answered += 1
                 self.failures_in_a_row = 0
                 return completion
-
-    def _give_up(self, fault: Fault, attempts: int) -> Exception:
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row >= self.config.max_failures_in_a_row:
-            return self._stop(
-                f"{self.failures_in_a_row} requests in a row got no completion; the last: {fault.message}"
-            )
-        return NoCompletion(fault.message if not fault.again else f"{fault.message}, {attempts} times")
 
     def _stop(self, reason: str) -> Stopped:
         stored = f"{len(self.cache):,} completions are stored in {self.cache.path}"

@@ -81,13 +81,12 @@ def read_completion(text: str) -> Completion:
     """
     try:
         body = json.loads(text)
-    except ValueError:
-        raise NotACompletion("the body is not JSON") from None
-    try:
         choice = body["choices"][0]
         message = choice["message"]
         parts = (message.get("content") or "", choice.get("finish_reason") or "", message.get("refusal") or "")
         return _completion(*parts, body.get("usage") or {})
+    except json.JSONDecodeError:
+        raise NotACompletion("the body is not JSON") from None
     except (LookupError, TypeError, ValueError, AttributeError):
         raise NotACompletion("no choice with a message in it") from None
 

@@ -55,12 +55,7 @@ class Fault(Exception):
 
 
 def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapping[str, str]) -> Fault:
-    """Return the fault of a response with an HTTP error status.
-
-    Args:
-        said: the server's message.
-        quota_is_exhausted: the server says so.
-    """
+    """Return the fault of a response with an HTTP error status; `said` is the server's message."""
     why = "the quota is exhausted" if status == 429 and quota_is_exhausted else _STOPPING.get(status)
     if why is not None:
         return Fault(f"HTTP {status}: {said} ({why})", stops=True, again=False, status=status)

@@ -96,9 +96,8 @@ class Questions:
         self, messages: list[Message], schema: Mapping[str, Any], name: str, parse: Callable[[str], T]
     ) -> Dialogue[T]:
         """Ask, and ask again with the fault named, up to `max_reasks` times."""
-        asked = messages
         for _ in range(1 + self.config.max_reasks):
-            completion = yield Request.of(asked, self.config, schema, name)
+            completion = yield Request.of(messages, self.config, schema, name)
             if completion.refusal or completion.finish == "content_filter":
                 raise NotAnnotated(f"refused by the model: {completion.refusal[:200] or 'content filter'}")
             try:
@@ -108,7 +107,7 @@ class Questions:
             if completion.finish == "length":
                 kind, fault = "cut off", f"it was cut off at {self.config.max_tokens} tokens; be much shorter"
                 text = f"{text[:_SHOWN_OF_CUT_OFF]} ..."
-            asked = prompts.ask_again(asked, text, fault)
+            messages = prompts.ask_again(messages, text, fault)
         raise NotAnnotated(f"{kind}: {fault}")
 
 

@@ -22,9 +22,7 @@ _NOTHING = "Nothing in the history calls for this."
 class OfflineAnnotator:
     """Writes a forward-looking rationale for each example's target and judges whether it is relevant.
 
-    Args:
-        catalog: all items.
-        history_items: how many of the most recent interactions prompts show; None for all.
+    `history_items` is how many of the most recent interactions prompts show; None for all.
     """
 
     def __init__(self, catalog: ItemCatalog, history_items: int | None = None):
@@ -52,10 +50,12 @@ class OfflineAnnotator:
             for index, entry in enumerate(example.history)
             if telling.intersection(attributes(self._catalog[entry.item_id])) or (answered and index == last)
         )
+        shown = example.history[-self._history_items :] if self._history_items else example.history
+        notes = review_notes([opinion(entry, self._catalog[entry.item_id]) for entry in shown])
         return Rationale(
             user_id=example.user_id,
             target=example.target,
-            text=self._write(example.history, calls_for) if reasons else _NOTHING,
+            text=f"{notes} {last_note(self._catalog[example.history[-1].item_id], calls_for)}" if reasons else _NOTHING,
             verdict="relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant",
             evidence=evidence,
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
@@ -71,8 +71,3 @@ class OfflineAnnotator:
                 liked[name] += rating >= _LIKED
                 disliked[name] += rating <= _DISLIKED
         return liked, disliked
-
-    def _write(self, history: Sequence[Interaction], calls_for: Sequence[str]) -> str:
-        shown = history[-self._history_items :] if self._history_items else history
-        opinions = [opinion(entry, self._catalog[entry.item_id]) for entry in shown]
-        return f"{review_notes(opinions)} {last_note(self._catalog[history[-1].item_id], calls_for)}"
