@@ -50,7 +50,9 @@ def open_annotator(
             if recipe.annotator == "batch":
                 folder = recipe.run_path / BATCHES
                 collected.failures.update(batch.read_results(folder, collected.cache, recipe.max_attempts))
-                if waiting := batch.outstanding(folder) or batch.write_requests(folder, collected.missing(examples)):
+                if not batch.outstanding(folder):
+                    batch.write_requests(folder, collected.missing(examples))
+                if waiting := batch.outstanding(folder):
                     raise Stopped(batch.instructions(waiting, str(recipe.model)))
                 figures = {"answers_stored": len(collected.cache)}
             else:

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 _MAX_REQUESTS, _MAX_BYTES = 50_000, 190_000_000  # per file; OpenAI takes 50,000 requests and 200 MB
 
 
-def outstanding(folder: Path) -> list[Path]:
-    """Return the request files without a result file."""
-    return [path for path in _request_files(folder) if not _results_of(path).exists()]
+def outstanding(folder: Path) -> list[tuple[Path, Path]]:
+    """Return the request files without a result file, each with the path of the one it needs."""
+    return [(path, results) for path, results in _files(folder) if not results.exists()]
 
 
 def read_results(folder: Path, cache: CompletionCache, max_attempts: int) -> dict[str, str]:
@@ -61,8 +61,7 @@ def read_results(folder: Path, cache: CompletionCache, max_attempts: int) -> dic
 
 def _results(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """Yield (request key, response, the whole row) of every line of every result file."""
-    for path in _request_files(folder):
-        results = _results_of(path)
+    for path, results in _files(folder):
         for number, row in read_jsonl(results) if results.exists() else ():
             response = row.get("response") or {}
             if not isinstance(row.get("custom_id"), str) or not isinstance(response, dict):
@@ -72,15 +71,14 @@ def _results(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str
             yield row["custom_id"], response, row
 
 
-def write_requests(folder: Path, requests: Iterable[Request]) -> list[Path]:
-    """Write the requests, each once, as the next request file or files; return these."""
+def write_requests(folder: Path, requests: Iterable[Request]) -> None:
+    """Write the requests, each once, as the next request file or files."""
     folder.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(path.stem.rpartition("-")[2]) for path in _request_files(folder)), default=0)
-    written: list[Path] = []
+    number = 1 + max((int(path.stem.rpartition("-")[2]) for path, _ in _files(folder)), default=0)
     lines = _lines(requests)
     line = next(lines, None)
     while line is not None:
-        path = folder / f"requests-{first + len(written):04d}.jsonl"
+        path = folder / f"requests-{number:04d}.jsonl"
         with atomic_path(path) as temporary, open(temporary, "wb") as out:
             count = 0
             while line is not None and count < _MAX_REQUESTS and out.tell() + len(line) <= _MAX_BYTES:
@@ -88,14 +86,13 @@ def write_requests(folder: Path, requests: Iterable[Request]) -> list[Path]:
                 out.write(line)
                 line = next(lines, None)
         logger.info("%s: %s requests", path, f"{count:,}")
-        written.append(path)
-    return written
+        number += 1
 
 
-def instructions(paths: Iterable[Path], model: str) -> str:
-    """Return what the user has to do with request files."""
+def instructions(waiting: Iterable[tuple[Path, Path]], model: str) -> str:
+    """Return what the user has to do with the files of `outstanding`."""
     lines = ["these requests wait for completions; have each file answered, then run the same command again:"]
-    lines += [f"  {path}\n    -> {_results_of(path)}" for path in paths]
+    lines += [f"  {path}\n    -> {results}" for path, results in waiting]
     lines += [
         "  OpenAI: upload it with purpose `batch`, create a batch for /v1/chat/completions, download its output",
         f"  vLLM: vllm run-batch -i REQUESTS -o RESULTS --model {model}",
@@ -103,12 +100,10 @@ def instructions(paths: Iterable[Path], model: str) -> str:
     return "\n".join(lines)
 
 
-def _request_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("requests-*.jsonl"))
-
-
-def _results_of(path: Path) -> Path:
-    return path.with_name(path.name.replace("requests-", "results-"))
+def _files(folder: Path) -> list[tuple[Path, Path]]:
+    """Return the request files in order, each with the path of its result file."""
+    requests = sorted(folder.glob("requests-*.jsonl"))
+    return [(path, path.with_name(path.name.replace("requests-", "results-"))) for path in requests]
 
 
 def _lines(requests: Iterable[Request]) -> Iterator[bytes]:

@@ -37,21 +37,13 @@ class NoCompletion(Exception):
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """One attempt failed.
+    """One attempt failed."""
 
-    Args:
-        message: what happened; the part before the first colon names the kind.
-        stops: the run ends.
-        again: another attempt may succeed.
-        wait: seconds that the server asks to wait; None if it does not say.
-        status: HTTP status of the response; None if there was none.
-    """
-
-    message: str
-    stops: bool = False
-    again: bool = True
-    wait: float | None = None
-    status: int | None = None
+    message: str  # what happened; the part before the first colon names the kind
+    stops: bool = False  # the run ends
+    again: bool = True  # another attempt may succeed
+    wait: float | None = None  # seconds that the server asks to wait; None if it does not say
+    status: int | None = None  # HTTP status of the response; None if there was none
 
 
 def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapping[str, str]) -> Fault:

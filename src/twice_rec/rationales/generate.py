@@ -69,15 +69,9 @@ class Questions:
         messages = [*self.instructions, question]
         parse = lambda text: answers.parse_annotation(text, len(past))
         found = yield from self._talk(messages, answers.annotation_schema(len(past)), "annotation", parse)
-        return Rationale(
-            user_id=example.user_id,
-            target=example.target,
-            text=found.rationale,
-            verdict=found.verdict,
-            evidence=tuple(first + number - 1 for number in found.evidence),
-            confidence=found.confidence,
-            annotator=str(self.config.model),
-        )
+        evidence = tuple(first + number - 1 for number in found.evidence)  # prompts count from 1 what they show
+        judged = (found.rationale, found.verdict, evidence, found.confidence)
+        return Rationale(example.user_id, example.target, *judged, annotator=str(self.config.model))
 
     def review(self, example: Example, rationale: Rationale) -> Dialogue[str | None]:
         """Ask for the self-check; returns a reason to reject the rationale, or None. Raises like `annotate`."""
@@ -173,12 +167,7 @@ async def collect(
 ) -> dict[str, Any]:
     """Ask the server about every example, `concurrency` at a time, until the cache has all completions.
 
-    Args:
-        collected: gets the failures.
-        total: number of examples, for the progress bar.
-
-    Returns:
-        Figures of this run, for the manifest.
+    Returns figures for the manifest. `collected` gets the failures; `total`, the number of examples, is for the bar.
 
     Raises:
         Stopped: if the run cannot go on; what is under way is let finish and stored first.

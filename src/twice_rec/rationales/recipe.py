@@ -94,9 +94,7 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
     self_check: bool = key(False, "openai, batch: the model checks what passes so far against a rubric")
     compare_with: str | None = key(None, "folder of another rationale set, whose report is shown beside this one's")
     exemplars: str | None = key(None, "openai, batch: file of worked annotations for the prompt", changes_result=False)
-    forward_looking: bool = key(
-        False, "openai, batch: ask for texts that argue from the history without naming the target as bought"
-    )
+    forward_looking: bool = key(False, "openai, batch: ask for texts that argue to the target without naming it")
     target_words: int = key(150, "openai, batch: length of a rationale that is asked for", ge=1)
     dry_run: bool = key(False, "only say how many calls, tokens and how much money it takes", changes_result=False)
 

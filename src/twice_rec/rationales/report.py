@@ -129,12 +129,11 @@ def load_report(folder: Path) -> Report:
     Raises:
         InputError: if there is none, or one of another version.
     """
-    row = read_json(folder / "report.json")
+    path = folder / "report.json"
+    row = read_json(path)
     names = {field.name for field in fields(Report)}
     if not isinstance(row, dict) or row.keys() != names:
-        raise InputError(
-            f"{folder / 'report.json'}: expected the keys {', '.join(sorted(names))}; run rationales.sh again"
-        )
+        raise InputError(f"{path}: expected the keys {', '.join(sorted(names))}; run rationales.sh again")
     return Report(**row)
 
 
