@@ -36,10 +36,10 @@ class OfflineAnnotator:
         Relevant: at least two reasons speak for the target and none against. Irrelevant: none for it, or more against
         than for. Weak: anything between.
         """
-        target = self._catalog[example.target]
+        target, latest = self._catalog[example.target], self._catalog[example.history[-1].item_id]
         liked, disliked = self._tastes(example.history)
         wanted = attributes(target)
-        calls_for = called_for(self._catalog[example.history[-1].item_id], self._categories)
+        calls_for = called_for(latest, self._categories)
         answered = [name for name in target.categories[-1:] if name in calls_for]
         for_it = [name for name in wanted if liked[name] > 0]
         against = [name for name in wanted if disliked[name] > liked[name]]
@@ -55,7 +55,7 @@ class OfflineAnnotator:
         return Rationale(
             user_id=example.user_id,
             target=example.target,
-            text=f"{notes} {last_note(self._catalog[example.history[-1].item_id], calls_for)}" if reasons else _NOTHING,
+            text=f"{notes} {last_note(latest, calls_for)}" if reasons else _NOTHING,
             verdict="relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant",
             evidence=evidence,
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
