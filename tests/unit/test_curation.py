@@ -150,8 +150,8 @@ def test_files_reasons_and_report(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accepted.jsonl", "rejected.jsonl"]
     assert (report.rows, report.accepted) == (10, 2)
     assert report.reasons["near-duplicate"] == 1
-    assert report.verdicts == {"(no answer)": (1, 0), "relevant": (8, 2), "weak": (1, 0)}
-    assert report.categories == {"(none)": (10, 2)}
+    assert report.verdicts == {"(no answer)": [1, 0], "relevant": [8, 2], "weak": [1, 0]}
+    assert report.categories == {"(none)": [10, 2]}
     assert (report.words["min"], report.words["max"], report.words["mean"]) == (5, 7, 6.0)
     assert report.leaks == {"title": 0.5, "brand": 0.0, "id": 0.0, "purchase": 0.5, "any": 0.5}
     assert report.leaks_all["title"] == round(1 / 9, 4)

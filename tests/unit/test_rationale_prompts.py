@@ -10,10 +10,9 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import Exemplar, PromptFormat
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.completions import Completion, Request
-from twice_rec.rationales.curate import NotAnnotated
-from twice_rec.rationales.faults import NoCompletion
-from twice_rec.rationales.generate import Collected, Questions, estimate, from_cache
-from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
+from twice_rec.rationales.curate import Checks, NotAnnotated
+from twice_rec.rationales.generate import Collected, NotCollected, Questions, estimate
+from twice_rec.rationales.recipe import ClientConfig, CurationConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item, Rationale
 
 TEA = Item("B1", "Quiet Chamomile", "Mild.", brand="Quiet", categories=("Food", "Tea"))
@@ -148,7 +147,8 @@ def test_review():
     review = lambda *completions: play(questions().review(EXAMPLE, rationale), *completions)[1]
     assert review(said(json.dumps(held))) is None
     assert review(said(json.dumps({**held, "causal": False}))) == "self-check: not causal"
-    assert review(*[said("yes")] * 3).startswith("self-check without result: malformed answer")
+    with pytest.raises(NotAnnotated, match="malformed answer"):
+        review(*[said("yes")] * 3)
 
 
 def test_the_key_of_a_request_never_changes():
@@ -214,15 +214,17 @@ def test_dry_run_and_what_is_missing(tmp_path):
         assert "[system]\nYou study why customers" in text
         assert len(cache) == 0
         cache.put(request.key, said(json.dumps(GOOD)))
-        assert from_cache(questions().annotate(examples[0]), cache).user_id == "u0"
-        with pytest.raises(NoCompletion, match="never asked"):
-            from_cache(questions().annotate(examples[1]), cache)
+        rationale = collected.annotate(examples[0])
+        assert rationale.user_id == "u0"
+        assert collected.review(examples[0], rationale) == "self-check without result: no answer: never asked"
+        with pytest.raises(NotCollected, match="no answer: never asked"):
+            collected.annotate(examples[1])
         # Users with the same history and target ask the same.
         other = next(questions().annotate(examples[1]))
         assert list(collected.missing(examples)) == [other, other]
         assert "completions stored already: 1, which cost 20.00" in estimate(examples, collected, prices)
         # With self-checks, annotated examples need one.
-        checked = Collected(questions(worth_reviewing=lambda example, rationale: True), cache)
+        checked = Collected(questions(checks=Checks(CurationConfig(min_words=1), CATALOG)), cache)
         assert len(list(checked.missing(examples))) == 4
         with pytest.raises(NotAnnotated, match="no answer: HTTP 400"):
             Collected(questions(), cache, {other.key: "HTTP 400"}).annotate(examples[1])

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import PromptFormat, annotation_instructions
@@ -49,7 +48,13 @@ def open_annotator(
     else:
         with _collected(recipe, catalog, shown) as collected:
             if recipe.annotator == "batch":
-                figures = _exchange_files(recipe, collected, examples)
+                folder = recipe.run_path / BATCHES
+                collected.failures.update(batch.read_results(folder, collected.cache, recipe.max_attempts))
+                if not batch.outstanding(folder):
+                    batch.write_requests(folder, collected.missing(examples))
+                if waiting := batch.outstanding(folder):
+                    raise Stopped(batch.instructions(waiting, str(recipe.model)))
+                figures = {"answers_stored": len(collected.cache)}
             else:
                 figures = asyncio.run(generate.collect(examples, collected, recipe, len(examples)))
             label = f"{recipe.model}, {'looking forward' if recipe.forward_looking else 'looking back'}"
@@ -70,14 +75,6 @@ def _collected(recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptForm
     exemplars = load_exemplars(Path(str(recipe.exemplars)))
     instructions = annotation_instructions(shown, exemplars, recipe.target_words, recipe.forward_looking)
     # Only what passes every other check is reviewed: a review costs as much as an annotation.
-    worth_reviewing = Checks(recipe, catalog).passes if recipe.self_check else None
+    checks = Checks(recipe, catalog) if recipe.self_check else None
     with CompletionCache(recipe.run_path / COMPLETIONS) as cache:
-        yield Collected(Questions(catalog, shown, instructions, recipe, worth_reviewing), cache)
-
-
-def _exchange_files(recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example]) -> dict[str, Any]:
-    folder = recipe.run_path / BATCHES
-    collected.failures.update(batch.read_results(folder, collected.cache, recipe.max_attempts))
-    if waiting := batch.outstanding(folder) or batch.write_requests(folder, collected.missing(examples)):
-        raise Stopped(batch.instructions(waiting, str(recipe.model)))
-    return {"answers_stored": len(collected.cache)}
+        yield Collected(Questions(catalog, shown, instructions, recipe, checks), cache)

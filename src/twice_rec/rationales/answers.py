@@ -8,7 +8,7 @@ less: a missing key, an unknown verdict or evidence that does not exist make the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,9 @@ CHECK_SCHEMA = _schema({name: {"type": "boolean"} for name in RUBRIC})
 
 
 def annotation_schema(num_shown: int) -> dict[str, Any]:
-    """Return the schema of an annotation.
+    """Return the schema of an annotation, if the prompt shows `num_shown` interactions.
 
-    Args:
-        num_shown: interactions that the prompt shows. Numbers are lists of values, since servers differ over ranges.
+    Numbers are lists of values, since servers differ over ranges.
     """
     values = (
         {"type": "string"},
@@ -56,16 +55,9 @@ class Annotation:
 
 
 def parse_annotation(text: str, num_shown: int) -> Annotation:
-    """Read an annotation.
-
-    Args:
-        num_shown: interactions that the prompt showed; evidence lies in 1..num_shown.
-
-    Raises:
-        Malformed: if the answer is not complete.
-    """
-    found = _single_object(text, tuple(ANNOTATION_FIELDS))
-    verdict, rationale, confidence = found["verdict"], found["rationale"], found["confidence"]
+    """Read an annotation whose evidence lies in 1..num_shown; raises Malformed if it is not complete."""
+    found = _single_object(text, ANNOTATION_FIELDS)
+    rationale, verdict, evidence, confidence = (found[name] for name in ANNOTATION_FIELDS)
     word = verdict.strip().lower() if isinstance(verdict, str) else None
     _require(word in VERDICTS, f"verdict must be one of {', '.join(VERDICTS)}", verdict)
     _require(isinstance(rationale, str), "rationale must be text", rationale)
@@ -74,15 +66,18 @@ def parse_annotation(text: str, num_shown: int) -> Annotation:
         raise Malformed("rationale is empty")
     is_share = not isinstance(confidence, bool) and isinstance(confidence, (int, float)) and 0 <= confidence <= 1
     _require(is_share, "confidence must be a number from 0 to 1", confidence)
-    evidence = _evidence(found["evidence"], num_shown)
+    _require(isinstance(evidence, list), "evidence must be a list of purchase numbers", evidence)
+    for entry in evidence:
+        if type(entry) is not int or not 1 <= entry <= num_shown:
+            raise Malformed(f"evidence holds {_short(entry)}, but the purchases are numbered 1 to {num_shown}")
     if word == "relevant" and not evidence:
         raise Malformed("a relevant verdict needs the number of at least one purchase in evidence")
-    return Annotation(rationale, word, evidence, float(confidence))  # type: ignore[arg-type]
+    return Annotation(rationale, word, tuple(sorted(set(evidence))), float(confidence))  # type: ignore[arg-type]
 
 
 def parse_check(text: str) -> tuple[str, ...]:
     """Return the points of the rubric that do not hold, in the rubric's order; raises Malformed like the other."""
-    found = _single_object(text, tuple(RUBRIC))
+    found = _single_object(text, RUBRIC)
     for name in RUBRIC:
         _require(isinstance(found[name], bool), f"{name} must be true or false", found[name])
     return tuple(name for name in RUBRIC if not found[name])
@@ -93,15 +88,7 @@ def _require(holds: bool, what: str, found: Any) -> None:
         raise Malformed(f"{what}, not {_short(found)}")
 
 
-def _evidence(value: Any, num_shown: int) -> tuple[int, ...]:
-    _require(isinstance(value, list), "evidence must be a list of purchase numbers", value)
-    for entry in value:
-        if type(entry) is not int or not 1 <= entry <= num_shown:
-            raise Malformed(f"evidence holds {_short(entry)}, but the purchases are numbered 1 to {num_shown}")
-    return tuple(sorted(set(value)))
-
-
-def _single_object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _single_object(text: str, keys: Iterable[str]) -> dict[str, Any]:
     """Return the object with these keys; the same one written several times counts as one."""
     objects = list(_objects(text))
     complete = [found for found in objects if all(key in found for key in keys)]
@@ -118,8 +105,7 @@ def _single_object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Yield the outermost JSON objects in a text."""
-    decoder = json.JSONDecoder()
-    position = 0
+    decoder, position = json.JSONDecoder(), 0
     for _ in range(_MAX_STARTS):
         position = text.find("{", position)
         if position < 0:
@@ -128,8 +114,8 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
             found, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):  # not JSON, a number with too many digits, nested too deep
             position += 1
-            continue
-        yield found
+        else:
+            yield found
 
 
 def _plain(text: str) -> str:

@@ -21,10 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompletionCache:
-    """Completions by request key.
-
-    Args:
-        path: the file; it is made with its folder if there is none.
+    """Completions by request key, in a file that is made with its folder if there is none.
 
     Raises:
         InputError: if another process has it open.
@@ -33,7 +30,7 @@ class CompletionCache:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -43,14 +40,15 @@ class CompletionCache:
             ) from None
         self._offsets: dict[int, int] = {}  # first 64 bits of the key -> where its line begins
         self.prompt_tokens = self.completion_tokens = 0
-        self._end = 0
         self._scan()
 
     def __enter__(self) -> CompletionCache:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        """Write everything to the disk and release the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -72,30 +70,23 @@ class CompletionCache:
         if _short(key) in self._offsets:
             return
         line = json.dumps({"key": key, "answer": asdict(completion)}).encode() + b"\n"
-        self._file.seek(self._end)
+        offset = self._file.seek(0, os.SEEK_END)
         self._file.write(line)
         self._file.flush()
-        self._count(key, completion, self._end)
-        self._end += len(line)
-
-    def close(self) -> None:
-        """Write everything to the disk and release the file."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._count(key, completion, offset)
 
     def _scan(self) -> None:
-        self._file.seek(0)
+        offset = self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
-                self._file.truncate(self._end)
+                self._file.truncate(offset)
                 break
             try:
                 row = json.loads(line)
-                self._count(row["key"], Completion(**row["answer"]), self._end)
+                self._count(row["key"], Completion(**row["answer"]), offset)
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s, line %d: not a completion; left out", self.path, number)
-            self._end += len(line)
+            offset += len(line)
 
     def _count(self, key: str, completion: Completion, offset: int) -> None:
         self._offsets[_short(key)] = offset

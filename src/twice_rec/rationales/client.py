@@ -14,8 +14,11 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from twice_rec.errors import InputError
 from twice_rec.rationales.cache import CompletionCache
@@ -25,7 +28,6 @@ from twice_rec.rationales.recipe import ClientConfig
 
 logger = logging.getLogger(__name__)
 
-_JSON_HEADERS = {"content-type": "application/json"}
 _USUAL_ADDRESS = "the address of an OpenAI-compatible API usually ends in /v1"
 
 
@@ -58,35 +60,35 @@ class ChatClient:
     """
 
     def __init__(self, config: ClientConfig, cache: CompletionCache):
+        import httpx2
+        import openai
+
+        self._api_key = None if config.api_key_env is None else os.environ.get(config.api_key_env, "").strip()
+        if self._api_key == "":
+            raise InputError(
+                f"the environment variable {config.api_key_env} is not set; export the API key in it, or set "
+                "api_key_env to null for a server without keys"
+            )
         self.config = config
         self.cache = cache
         self.sent = self.answered = 0
-        self.faults: dict[str, int] = {}
+        self.faults = Counter[str]()
         self.stopped: Stopped | None = None
-        self._api_key = _api_key(config.api_key_env)
         self._requests, self._tokens = _Pace(config.requests_per_minute), _Pace(config.tokens_per_minute)
         self._resume_at = 0.0
         self._reserved = 0.0  # what the requests under way may cost
         self._tokens_per_char = 1 / 3  # until completions tell
         self._chars_seen = self._tokens_seen = 0
         self.failures_in_a_row = 0  # above 0, the server may be at fault, and not the requests
-        self._under_way: dict[str, asyncio.Future[None]] = {}
+        self._under_way = WeakValueDictionary[str, asyncio.Lock]()  # by request key
         self._random = random.Random()  # noqa: S311 - jitter
-        self._openai = self._connect()
-
-    def _connect(self) -> Any:
-        """Make the openai client. It reads proxies and certificates from the environment, as it always does."""
-        import httpx2
-        import openai
-
         # One connection per request under way, all of them kept: the package keeps 100 and opens 1,000 at most.
-        most = self.config.concurrency
-        limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
-        return openai.AsyncOpenAI(
+        limits = httpx2.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
+        self._openai = openai.AsyncOpenAI(  # reads proxies and certificates from the environment
             api_key=self._api_key or "none",
-            base_url=self.config.base_url,
+            base_url=config.base_url,
             max_retries=0,
-            timeout=self.config.timeout_seconds,
+            timeout=config.timeout_seconds,
             http_client=openai.DefaultAsyncHttpx2Client(limits=limits),
         )
 
@@ -130,15 +132,13 @@ class ChatClient:
                 if fault.again and attempt < self.config.max_attempts and fault.status:
                     await asyncio.sleep(self._wait(fault, attempt))
                     continue
-                raise Stopped(f"{where}: {fault.message}; {self._remedy(fault)}") from None
+                check_key = f"check the environment variable {self.config.api_key_env}"
+                remedies: dict[int | None, str] = {401: check_key, 403: check_key, 404: _USUAL_ADDRESS}
+                remedy = remedies.get(fault.status, "is the server running, and is this its address?")
+                raise Stopped(f"{where}: {fault.message}; {remedy}") from None
         if model not in names:
             known = ", ".join(sorted(names)[:20]) + (", ..." if len(names) > 20 else "")
             raise Stopped(f"model {model!r} is not served at {self.config.base_url}; it has {known or 'no models'}")
-
-    def _remedy(self, fault: Fault) -> str:
-        if fault.status in (401, 403):
-            return f"check the environment variable {self.config.api_key_env}"
-        return _USUAL_ADDRESS if fault.status == 404 else "is the server running, and is this its address?"
 
     async def ask(self, request: Request) -> Completion:
         """Return the completion of a request.
@@ -147,17 +147,9 @@ class ChatClient:
             NoCompletion: if this request gets none.
             Stopped: if the run ends.
         """
-        while (under_way := self._under_way.get(request.key)) is not None:
-            await asyncio.wait([under_way])  # the same request, sent for another example
-        if (known := self.cache.get(request.key)) is not None:
-            return known
-        done = self._under_way[request.key] = asyncio.get_running_loop().create_future()
-        try:
-            completion = await self._persist(request)
-        finally:
-            del self._under_way[request.key]
-            done.set_result(None)
-        return completion
+        lock = self._under_way.setdefault(request.key, asyncio.Lock())
+        async with lock:  # the same request may be under way for another example
+            return self.cache.get(request.key) or await self._persist(request)
 
     async def _persist(self, request: Request) -> Completion:
         """Send the request until there is a completion, and store that."""
@@ -166,30 +158,25 @@ class ChatClient:
             answered_before = self.answered
             try:
                 completion = await self._attempt(request)
-                break
             except Fault as fault:
-                kind = fault.message.partition(":")[0]
-                self.faults[kind] = self.faults.get(kind, 0) + 1
+                self.faults[fault.message.partition(":")[0]] += 1
                 logger.debug("attempt %d: %s", attempt + 1, fault.message)
                 if fault.stops:
                     raise self._stop(f"{self.config.base_url}: {fault.message}") from None
                 # Under a shared rate limit, a request may be turned away while others get through.
                 attempt += not (fault.status == 429 and self.answered > answered_before)
                 if not fault.again or attempt >= self.config.max_attempts:
-                    raise self._give_up(request, fault, attempt) from None
+                    self.failures_in_a_row += 1
+                    if self.failures_in_a_row >= self.config.max_failures_in_a_row:
+                        many = f"{self.failures_in_a_row} requests in a row got no completion"
+                        raise self._stop(f"{many}; the last: {fault.message}") from None
+                    raise NoCompletion(fault.message + (f", {attempt} times" if fault.again else "")) from None
                 await asyncio.sleep(self._wait(fault, attempt))
-        self.cache.put(request.key, completion)
-        self.answered += 1
-        self.failures_in_a_row = 0
-        return completion
-
-    def _give_up(self, request: Request, fault: Fault, attempts: int) -> Exception:
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row >= self.config.max_failures_in_a_row:
-            return self._stop(
-                f"{self.failures_in_a_row} requests in a row got no completion; the last: {fault.message}"
-            )
-        return NoCompletion(request, fault.message if not fault.again else f"{fault.message}, {attempts} times")
+            else:
+                self.cache.put(request.key, completion)
+                self.answered += 1
+                self.failures_in_a_row = 0
+                return completion
 
     def _stop(self, reason: str) -> Stopped:
         stored = f"{len(self.cache):,} completions are stored in {self.cache.path}"
@@ -222,8 +209,7 @@ class ChatClient:
         used = expected
         self.sent += 1
         try:
-            send = self._streamed if self.config.stream else self._whole
-            completion = self._counted(request, await self._guarded(send(request)))
+            completion = self._counted(request, await self._guarded(self._send(request)))
             used = completion.prompt_tokens + completion.completion_tokens
             return completion
         finally:
@@ -254,26 +240,17 @@ class ChatClient:
             self._tokens_per_char = self._tokens_seen / self._chars_seen
         return completion
 
-    async def _whole(self, request: Request) -> Completion:
-        # Not `chat.completions.create`: it walks through the type declarations of every message, which costs a
-        # quarter of the rate (benchmarks/rationale_client.py).
-        text = await self._openai.post(
-            "/chat/completions", content=request.body, cast_to=str, options={"headers": _JSON_HEADERS}
-        )
-        return read_completion(text)
-
-    async def _streamed(self, request: Request) -> Completion:
+    async def _send(self, request: Request) -> Completion:
         import openai
 
+        # Not `chat.completions.create`: it walks through the type declarations of every message, which costs a
+        # quarter of the rate (benchmarks/rationale_client.py).
+        post = partial(self._openai.post, "/chat/completions")
+        if not self.config.stream:
+            return read_completion(await post(content=request.body, cast_to=str))
         body = {**json.loads(request.body), "stream": True, "stream_options": {"include_usage": True}}
-        stream = await self._openai.post(
-            "/chat/completions",
-            content=json.dumps(body).encode(),
-            cast_to=object,
-            stream=True,
-            stream_cls=openai.AsyncStream[object],
-            options={"headers": _JSON_HEADERS},
-        )
+        stream_cls = openai.AsyncStream[object]
+        stream = await post(content=json.dumps(body).encode(), cast_to=object, stream=True, stream_cls=stream_cls)
         async with stream:
             return join_chunks([chunk async for chunk in stream])
 
@@ -302,15 +279,3 @@ class ChatClient:
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._api_key, "[API key]") if self._api_key else text
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise InputError(
-            f"the environment variable {variable} is not set; export the API key in it, or set api_key_env to null for "
-            "a server without keys"
-        )
-    return key

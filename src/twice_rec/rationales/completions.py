@@ -55,11 +55,6 @@ class Request:
         chars = sum(len(message["content"]) for message in messages)
         return cls(written, hashlib.sha256(written).hexdigest(), chars, config.max_tokens)
 
-    def readable(self) -> str:
-        """Return the messages as a person reads them."""
-        messages = json.loads(self.body)["messages"]
-        return "\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
-
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -86,13 +81,12 @@ def read_completion(text: str) -> Completion:
     """
     try:
         body = json.loads(text)
-    except ValueError:
-        raise NotACompletion("the body is not JSON") from None
-    try:
         choice = body["choices"][0]
         message = choice["message"]
         parts = (message.get("content") or "", choice.get("finish_reason") or "", message.get("refusal") or "")
         return _completion(*parts, body.get("usage") or {})
+    except json.JSONDecodeError:
+        raise NotACompletion("the body is not JSON") from None
     except (LookupError, TypeError, ValueError, AttributeError):
         raise NotACompletion("no choice with a message in it") from None
 

@@ -57,10 +57,6 @@ class Checks:
             if len(words) >= _SHORTEST_TITLE:
                 self._titles.setdefault(words[:_SHORTEST_TITLE], []).append(words)
 
-    def passes(self, example: Example, rationale: Rationale) -> bool:
-        """Return whether a rationale passes all checks."""
-        return self.reason(example, rationale) is None
-
     def reason(self, example: Example, rationale: Rationale) -> str | None:
         """Return why a rationale is rejected, the cheap checks first; None if it passes all."""
         if rationale.verdict not in self._config.accepted_verdicts:

@@ -32,8 +32,9 @@ def load_exemplars(path: Path) -> tuple[Exemplar, ...]:
 def _exemplar(row: Any, where: str) -> Exemplar:
     _expect_keys(row, _KEYS, _KEYS, where)
     history, evidence, confidence = row["history"], row["evidence"], row["confidence"]
-    is_list = isinstance(history, list) and len(history) > 0
-    _expect(is_list, f"{where}, history", "a list of past purchases, oldest first", history)
+    _expect(
+        isinstance(history, list) and history, f"{where}, history", "a list of past purchases, oldest first", history
+    )
     for number, interaction in enumerate(history, start=1):
         _expect_keys(interaction, {"title"}, _INTERACTION_KEYS, f"{where}, history {number}")
     _expect_keys(row["next"], {"title"}, _ITEM_KEYS, f"{where}, next")
@@ -50,13 +51,9 @@ def _exemplar(row: Any, where: str) -> Exemplar:
             f"{where}, forward_rationale: it must argue to the product without naming it, but it has the product's "
             f"{', '.join(leaked)}"
         )
-    return Exemplar(
-        history=tuple((_interaction(interaction), _item(interaction)) for interaction in history),
-        target=target,
-        evidence=tuple(evidence),
-        confidence=float(confidence),
-        **{name: row[name] for name in ("rationale", "forward_rationale", "verdict")},
-    )
+    past = tuple((_interaction(interaction), _item(interaction)) for interaction in history)
+    texts = {name: row[name] for name in ("rationale", "forward_rationale", "verdict")}
+    return Exemplar(history=past, target=target, evidence=tuple(evidence), confidence=float(confidence), **texts)
 
 
 def _expect(holds: object, where: str, what: str, found: object) -> None:

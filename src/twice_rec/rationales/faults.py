@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twice_rec.errors import InputError
-from twice_rec.rationales.completions import Request
 
 AGAIN = (408, 409, 429)  # besides 5xx, the HTTP statuses after which a request may succeed later
 _STOPPING = {
@@ -33,45 +32,28 @@ class Stopped(InputError):
 
 
 class NoCompletion(Exception):
-    """There is no completion of this request; the message says why."""
-
-    def __init__(self, request: Request, why: str):
-        super().__init__(why)
-        self.request = request
+    """There is no completion of a request; the message says why."""
 
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """One attempt failed.
+    """One attempt failed."""
 
-    Args:
-        message: what happened; the part before the first colon names the kind.
-        stops: the run ends.
-        again: another attempt may succeed.
-        wait: seconds that the server asks to wait; None if it does not say.
-        status: HTTP status of the response; None if there was none.
-    """
-
-    message: str
-    stops: bool = False
-    again: bool = True
-    wait: float | None = None
-    status: int | None = None
+    message: str  # what happened; the part before the first colon names the kind
+    stops: bool = False  # the run ends
+    again: bool = True  # another attempt may succeed
+    wait: float | None = None  # seconds that the server asks to wait; None if it does not say
+    status: int | None = None  # HTTP status of the response; None if there was none
 
 
 def status_fault(status: int, said: str, quota_is_exhausted: bool, headers: Mapping[str, str]) -> Fault:
-    """Return the fault of a response with an HTTP error status.
-
-    Args:
-        said: the server's message.
-        quota_is_exhausted: the server says so.
-    """
-    message = f"HTTP {status}: {said}"
-    if status == 429 and quota_is_exhausted:
-        return Fault(f"{message} (the quota is exhausted)", stops=True, again=False, status=status)
-    if status in _STOPPING:
-        return Fault(f"{message} ({_STOPPING[status]})", stops=True, again=False, status=status)
-    return Fault(message, again=status in AGAIN or status >= 500, wait=retry_after(headers), status=status)
+    """Return the fault of a response with an HTTP error status; `said` is the server's message."""
+    why = "the quota is exhausted" if status == 429 and quota_is_exhausted else _STOPPING.get(status)
+    if why is not None:
+        return Fault(f"HTTP {status}: {said} ({why})", stops=True, again=False, status=status)
+    return Fault(
+        f"HTTP {status}: {said}", again=status in AGAIN or status >= 500, wait=retry_after(headers), status=status
+    )
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -9,6 +9,7 @@ when they came or how often the stage was killed on the way.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from twice_rec.rationales import answers
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.client import ChatClient
 from twice_rec.rationales.completions import Completion, Request
-from twice_rec.rationales.curate import NotAnnotated
+from twice_rec.rationales.curate import Checks, NotAnnotated
 from twice_rec.rationales.faults import NoCompletion, Stopped
 from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.records import Example, Interaction, Item, Rationale
@@ -42,19 +43,19 @@ class Questions:
     Args:
         shown: how much of items and reviews the prompts show.
         instructions: how every request for a rationale begins; `prompts.annotation_instructions` makes them.
-        worth_reviewing: which rationales get a self-check; None for none.
+        checks: what passes them gets a self-check; None for no self-checks.
     """
 
     catalog: ItemLookup
     shown: PromptFormat
     instructions: Sequence[Message]
     config: SamplingConfig
-    worth_reviewing: Callable[[Example, Rationale], bool] | None = None
+    checks: Checks | None = None
 
     def everything(self, example: Example) -> Dialogue[None]:
-        """Ask for a rationale and, if it is worth one, for its self-check; raises NotAnnotated like `annotate`."""
+        """Ask for a rationale and, if it passes the checks, for its self-check; raises like `annotate`."""
         rationale = yield from self.annotate(example)
-        if self.worth_reviewing and self.worth_reviewing(example, rationale):
+        if self.checks and self.checks.reason(example, rationale) is None:
             yield from self.review(example, rationale)
 
     def annotate(self, example: Example) -> Dialogue[Rationale]:
@@ -66,28 +67,17 @@ class Questions:
         past, first = self._history(example)
         question = prompts.annotation_question(past, self.catalog[example.target], self.shown)
         messages = [*self.instructions, question]
-        schema, parse = answers.annotation_schema(len(past)), lambda text: answers.parse_annotation(text, len(past))
-        found: answers.Annotation = yield from self._talk(messages, schema, "annotation", parse)
-        return Rationale(
-            user_id=example.user_id,
-            target=example.target,
-            text=found.rationale,
-            verdict=found.verdict,
-            evidence=tuple(first + number - 1 for number in found.evidence),
-            confidence=found.confidence,
-            annotator=str(self.config.model),
-        )
+        parse = lambda text: answers.parse_annotation(text, len(past))
+        found = yield from self._talk(messages, answers.annotation_schema(len(past)), "annotation", parse)
+        evidence = tuple(first + number - 1 for number in found.evidence)  # prompts count from 1 what they show
+        judged = (found.rationale, found.verdict, evidence, found.confidence)
+        return Rationale(example.user_id, example.target, *judged, annotator=str(self.config.model))
 
     def review(self, example: Example, rationale: Rationale) -> Dialogue[str | None]:
-        """Ask for the self-check; returns a reason to reject the rationale, or None."""
+        """Ask for the self-check; returns a reason to reject the rationale, or None. Raises like `annotate`."""
         past, _ = self._history(example)
         messages = prompts.self_check(past, self.catalog[example.target], self.shown, rationale.text)
-        try:
-            failed: tuple[str, ...] = yield from self._talk(
-                messages, answers.CHECK_SCHEMA, "check", answers.parse_check
-            )
-        except NotAnnotated as nothing:
-            return f"self-check without result: {nothing}"
+        failed = yield from self._talk(messages, answers.CHECK_SCHEMA, "check", answers.parse_check)
         return f"self-check: not {', '.join(failed)}" if failed else None
 
     def _history(self, example: Example) -> tuple[list[tuple[Interaction, Item]], int]:
@@ -100,9 +90,8 @@ class Questions:
         self, messages: list[Message], schema: Mapping[str, Any], name: str, parse: Callable[[str], T]
     ) -> Dialogue[T]:
         """Ask, and ask again with the fault named, up to `max_reasks` times."""
-        asked = messages
         for _ in range(1 + self.config.max_reasks):
-            completion = yield Request.of(asked, self.config, schema, name)
+            completion = yield Request.of(messages, self.config, schema, name)
             if completion.refusal or completion.finish == "content_filter":
                 raise NotAnnotated(f"refused by the model: {completion.refusal[:200] or 'content filter'}")
             try:
@@ -112,21 +101,16 @@ class Questions:
             if completion.finish == "length":
                 kind, fault = "cut off", f"it was cut off at {self.config.max_tokens} tokens; be much shorter"
                 text = f"{text[:_SHOWN_OF_CUT_OFF]} ..."
-            asked = prompts.ask_again(asked, text, fault)
+            messages = prompts.ask_again(messages, text, fault)
         raise NotAnnotated(f"{kind}: {fault}")
 
 
-def from_cache(dialogue: Dialogue[T], cache: CompletionCache) -> T:
-    """Run a dialogue on stored completions; raises NoCompletion at the first that is missing."""
-    try:
-        request = next(dialogue)
-        while True:
-            completion = cache.get(request.key)
-            if completion is None:
-                raise NoCompletion(request, "never asked")
-            request = dialogue.send(completion)
-    except StopIteration as end:
-        return end.value
+class NotCollected(NotAnnotated):
+    """A completion is missing; `request` asks for it."""
+
+    def __init__(self, request: Request, why: str):
+        super().__init__(f"no answer: {why}")
+        self.request = request
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,37 +127,39 @@ class Collected:
 
     def annotate(self, example: Example) -> Rationale:
         """Return the rationale; raises NotAnnotated if there is none."""
-        return self._result(self.questions.annotate(example))
+        return self.result(self.questions.annotate(example))
 
     def review(self, example: Example, rationale: Rationale) -> str | None:
-        """Return a reason to reject the rationale, or None."""
+        """Return a reason to reject the rationale, or None; a check without result is a reason."""
         try:
-            return self._result(self.questions.review(example, rationale))
+            return self.result(self.questions.review(example, rationale))
         except NotAnnotated as nothing:
             return f"self-check without result: {nothing}"
 
-    def _result(self, dialogue: Dialogue[T]) -> T:
+    def result(self, dialogue: Dialogue[T]) -> T:
+        """Run a dialogue on stored completions; raises NotCollected at the first that is missing."""
         try:
-            return from_cache(dialogue, self.cache)
-        except NoCompletion as nothing:
-            raise NotAnnotated(f"no answer: {self.failures.get(nothing.request.key, str(nothing))}") from None
+            request = next(dialogue)
+            while (completion := self.cache.get(request.key)) is not None:
+                request = dialogue.send(completion)
+        except StopIteration as end:
+            return end.value
+        raise NotCollected(request, self.failures.get(request.key, "never asked"))
 
     def next_request(self, example: Example) -> Request | None:
         """Return the first request about an example that has no completion; None if it has all it needs."""
         try:
-            from_cache(self.questions.everything(example), self.cache)
-        except NoCompletion as missing:
+            self.result(self.questions.everything(example))
+        except NotCollected as missing:
             return missing.request
         except NotAnnotated:
             pass
         return None
 
     def missing(self, examples: Iterable[Example]) -> Iterator[Request]:
-        """Yield the next request of every example that needs one, but for requests that have failed for good."""
-        for example in examples:
-            request = self.next_request(example)
-            if request is not None and request.key not in self.failures:
-                yield request
+        """Return the next request of every example that needs one, but for requests that have failed for good."""
+        requests = map(self.next_request, examples)
+        return (request for request in requests if request is not None and request.key not in self.failures)
 
 
 async def collect(
@@ -181,12 +167,7 @@ async def collect(
 ) -> dict[str, Any]:
     """Ask the server about every example, `concurrency` at a time, until the cache has all completions.
 
-    Args:
-        collected: gets the failures.
-        total: number of examples, for the progress bar.
-
-    Returns:
-        Figures of this run, for the manifest.
+    Returns figures for the manifest. `collected` gets the failures; `total`, the number of examples, is for the bar.
 
     Raises:
         Stopped: if the run cannot go on; what is under way is let finish and stored first.
@@ -197,13 +178,14 @@ async def collect(
 
     async def work() -> None:
         for example in waiting:
-            try:
-                while (request := collected.next_request(example)) is not None:
+            while request := collected.next_request(example):
+                try:
                     await client.ask(request)
-            except NoCompletion as nothing:
-                collected.failures[nothing.request.key] = str(nothing)
-            except Stopped:
-                return
+                except NoCompletion as nothing:
+                    collected.failures[request.key] = str(nothing)
+                    break
+                except Stopped:
+                    return
             bar.update()
             bar.set_postfix(cost=f"{client.cost:.2f}", refresh=False)
 
@@ -229,7 +211,7 @@ def estimate(examples: Sequence[Example], collected: Collected, config: ClientCo
         first = first or request
         calls, chars, most = calls + 1, chars + request.prompt_chars, most + request.max_tokens
     tokens, cache = chars // _CHARS_PER_TOKEN, collected.cache
-    more = ", and up to as many self-checks, which are shorter" if collected.questions.worth_reviewing else ""
+    more = ", and up to as many self-checks, which are shorter" if collected.questions.checks else ""
     lines = [
         f"examples: {len(examples):,}; completions stored already: {len(cache):,}, which cost "
         f"{config.cost(cache.prompt_tokens, cache.completion_tokens):.2f}",
@@ -238,5 +220,6 @@ def estimate(examples: Sequence[Example], collected: Collected, config: ClientCo
         f"cost: about {config.cost(tokens, 0):.2f} in, at most {config.cost(0, most):.2f} out",
     ]
     if first is not None:
-        lines += ["one whole prompt:", first.readable()]
+        messages = json.loads(first.body)["messages"]
+        lines += ["one whole prompt:", *(f"[{message['role']}]\n{message['content']}" for message in messages)]
     return "\n".join(lines)

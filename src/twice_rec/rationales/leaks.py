@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 from twice_rec.records import Item
 
-LEAKS = ("title", "brand", "id", "purchase")
+LEAKS = {  # what a text can have of its target -> what reports say of it
+    "title": "names the target's title",
+    "brand": "names its brand",
+    "id": "names its id",
+    "purchase": "speaks of its purchase as having happened",
+}
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -37,8 +42,9 @@ def words_of(text: str) -> list[str]:
 
 
 def leaks_of(text: str, target: Item) -> tuple[str, ...]:
-    """Return which of `LEAKS` a text has: title, brand or id of the target, or that its purchase has happened."""
-    words, brand = words_of(text), words_of(_brand_of(target))
+    """Return which of `LEAKS` a text has, in their order."""
+    branded = _BRAND.search(target.details)
+    words, brand = words_of(text), words_of(target.brand or (branded[1] if branded else ""))
     places = range(len(words) - len(brand) + 1)
     found = {
         "title": names_title(words, target.title),
@@ -47,11 +53,6 @@ def leaks_of(text: str, target: Item) -> tuple[str, ...]:
         "purchase": speaks_of_purchase(text, target),
     }
     return tuple(name for name in LEAKS if found[name])
-
-
-def _brand_of(item: Item) -> str:
-    found = _BRAND.search(item.details)
-    return item.brand or (found.group(1) if found else "")
 
 
 def names_title(words: Sequence[str], title: str, at_least: int = _TITLE_WORDS) -> bool:

@@ -15,19 +15,14 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.rationales.reading import attributes, called_for, last_note, opinion, review_notes
 from twice_rec.records import Example, Interaction, Rationale
 
-_LIKED, _DISLIKED = (
-    4.0,
-    2.0,
-)  # an interaction speaks for its attributes from the one rating up, against from the other down
+_LIKED, _DISLIKED = 4.0, 2.0  # ratings from which up, and from which down, an item's attributes are liked or disliked
 _NOTHING = "Nothing in the history calls for this."
 
 
 class OfflineAnnotator:
     """Writes a forward-looking rationale for each example's target and judges whether it is relevant.
 
-    Args:
-        catalog: all items.
-        history_items: how many of the most recent interactions prompts show; None for all.
+    `history_items` is how many of the most recent interactions prompts show; None for all.
     """
 
     def __init__(self, catalog: ItemCatalog, history_items: int | None = None):
@@ -41,27 +36,28 @@ class OfflineAnnotator:
         Relevant: at least two reasons speak for the target and none against. Irrelevant: none for it, or more against
         than for. Weak: anything between.
         """
-        target = self._catalog[example.target]
+        target, latest = self._catalog[example.target], self._catalog[example.history[-1].item_id]
         liked, disliked = self._tastes(example.history)
         wanted = attributes(target)
-        calls_for = called_for(self._catalog[example.history[-1].item_id], self._categories)
+        calls_for = called_for(latest, self._categories)
         answered = [name for name in target.categories[-1:] if name in calls_for]
         for_it = [name for name in wanted if liked[name] > 0]
         against = [name for name in wanted if disliked[name] > liked[name]]
         reasons = len(for_it) + len(answered)
-        evidence = [
+        telling, last = {*for_it, *against}, len(example.history) - 1
+        evidence = tuple(
             index
             for index, entry in enumerate(example.history)
-            if set(attributes(self._catalog[entry.item_id])) & {*for_it, *against}
-        ]
-        if answered and len(example.history) - 1 not in evidence:
-            evidence.append(len(example.history) - 1)
+            if telling.intersection(attributes(self._catalog[entry.item_id])) or (answered and index == last)
+        )
+        shown = example.history[-self._history_items :] if self._history_items else example.history
+        notes = review_notes([opinion(entry, self._catalog[entry.item_id]) for entry in shown])
         return Rationale(
             user_id=example.user_id,
             target=example.target,
-            text=self._write(example.history, calls_for) if reasons else _NOTHING,
+            text=f"{notes} {last_note(latest, calls_for)}" if reasons else _NOTHING,
             verdict="relevant" if reasons >= 2 and not against else "weak" if reasons > len(against) else "irrelevant",
-            evidence=tuple(evidence),
+            evidence=evidence,
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
             annotator="offline",
         )
@@ -75,8 +71,3 @@ class OfflineAnnotator:
                 liked[name] += rating >= _LIKED
                 disliked[name] += rating <= _DISLIKED
         return liked, disliked
-
-    def _write(self, history: Sequence[Interaction], calls_for: Sequence[str]) -> str:
-        shown = history[-self._history_items :] if self._history_items else history
-        opinions = [opinion(entry, self._catalog[entry.item_id]) for entry in shown]
-        return f"{review_notes(opinions)} {last_note(self._catalog[history[-1].item_id], calls_for)}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from twice_rec.recipe import Recipe, Settings, key, rule
 from twice_rec.records import Verdict
+
+send_key = partial(key, changes_result=False)  # how a request is sent does not change its completion
 
 
 class CurationConfig(Settings):
@@ -15,10 +18,7 @@ class CurationConfig(Settings):
     min_words: int = key(5, "shorter rationales are rejected", ge=0)
     max_words: int = key(300, "longer rationales are rejected")
     max_similarity: float | None = key(
-        0.8,
-        "rationales at least this similar (Jaccard of three-word runs) to an earlier one are rejected; null for none",
-        ge=0.3,
-        le=1,
+        0.8, "rejected if this similar to an earlier one (Jaccard of three-word runs); null for no limit", ge=0.3, le=1
     )
 
     @rule
@@ -38,13 +38,9 @@ class SamplingConfig(Settings):
     model: str | None = key(None, "name of the model, as the server knows it")
     temperature: float = key(1.0, "temperature of the sampling", ge=0)
     max_tokens: int = key(600, "longest completion in tokens", ge=1)
-    structured_outputs: bool = key(
-        True, "let the server enforce the JSON schema of the completion; false for servers that cannot"
-    )
+    structured_outputs: bool = key(True, "let the server enforce the JSON schema; false for servers that cannot")
     extra_body: dict[str, Any] = key({}, "more keys of the request, such as {top_p: 0.9} or {seed: 1}")
-    max_reasks: int = key(
-        2, "how often a malformed or cut-off completion is asked for again, with the fault named", ge=0
-    )
+    max_reasks: int = key(2, "times a malformed or cut-off completion is asked for again, with the fault named", ge=0)
 
     @rule
     def extra_keys_are_no_keys_of_ours(self) -> str | None:
@@ -56,32 +52,20 @@ class SamplingConfig(Settings):
 class ClientConfig(Settings):
     """How requests are sent (annotator openai); null means no limit."""
 
-    base_url: str = key("https://api.openai.com/v1", "address of the API", changes_result=False)
-    api_key_env: str | None = key(
-        "OPENAI_API_KEY", "environment variable of the API key; null for servers without keys", changes_result=False
-    )
-    stream: bool = key(False, "receive completions piece by piece", changes_result=False)
-    concurrency: int = key(32, "requests in flight at the same time", changes_result=False, ge=1)
-    timeout_seconds: float = key(120.0, "time limit of a whole request", changes_result=False, gt=0)
-    max_attempts: int = key(8, "a request is given up after so many failures", changes_result=False, ge=1)
-    max_failures_in_a_row: int = key(
-        20, "the run stops after so many given-up requests with none answered between", changes_result=False, ge=1
-    )
-    backoff_seconds: float = key(
-        1.0, "first wait after a failure; it doubles with each further one", changes_result=False, ge=0
-    )
-    backoff_max_seconds: float = key(
-        60.0, "longest wait after a failure, unless the server asks for more", changes_result=False, ge=0
-    )
-    requests_per_minute: float | None = key(None, "limit of requests per minute", changes_result=False, ge=1)
-    tokens_per_minute: float | None = key(
-        None, "limit of tokens per minute, prompts and completions together", changes_result=False, ge=1
-    )
-    price_per_million_input: float = key(0.0, "price of a million prompt tokens", changes_result=False, ge=0)
-    price_per_million_output: float = key(0.0, "price of a million completion tokens", changes_result=False, ge=0)
-    max_cost: float | None = key(
-        None, "hard budget of all completions of this run_dir; null for none", changes_result=False, ge=0
-    )
+    base_url: str = send_key("https://api.openai.com/v1", "address of the API")
+    api_key_env: str | None = send_key("OPENAI_API_KEY", "environment variable of the API key; null for no key")
+    stream: bool = send_key(False, "receive completions piece by piece")
+    concurrency: int = send_key(32, "requests in flight at the same time", ge=1)
+    timeout_seconds: float = send_key(120.0, "time limit of a whole request", gt=0)
+    max_attempts: int = send_key(8, "a request is given up after so many failures", ge=1)
+    max_failures_in_a_row: int = send_key(20, "the run stops after so many given-up requests in a row", ge=1)
+    backoff_seconds: float = send_key(1.0, "first wait after a failure; it doubles with each further one", ge=0)
+    backoff_max_seconds: float = send_key(60.0, "longest wait after a failure, unless the server asks for more", ge=0)
+    requests_per_minute: float | None = send_key(None, "limit of requests per minute", ge=1)
+    tokens_per_minute: float | None = send_key(None, "limit of tokens per minute, prompts plus completions", ge=1)
+    price_per_million_input: float = send_key(0.0, "price of a million prompt tokens", ge=0)
+    price_per_million_output: float = send_key(0.0, "price of a million completion tokens", ge=0)
+    max_cost: float | None = send_key(None, "hard budget of all completions of this run_dir; null for none", ge=0)
 
     @rule
     def a_budget_needs_prices(self) -> str | None:
@@ -106,17 +90,11 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
         "any OpenAI-compatible server; batch writes and reads files for OpenAI's Batch API or vLLM's run_batch",
     )
     source_dir: str | None = key(None, "annotator release: folder of the authors' files", changes_result=False)
-    max_rationales: int | None = key(
-        None, "number of training users that are annotated, drawn by seed; null for all", ge=1
-    )
+    max_rationales: int | None = key(None, "number of training users to annotate, drawn by seed; null for all", ge=1)
     self_check: bool = key(False, "openai, batch: the model checks what passes so far against a rubric")
     compare_with: str | None = key(None, "folder of another rationale set, whose report is shown beside this one's")
-    exemplars: str | None = key(
-        None, "openai, batch: file of worked annotations that the prompt shows", changes_result=False
-    )
-    forward_looking: bool = key(
-        False, "openai, batch: ask for texts that argue from the history without naming the target as bought"
-    )
+    exemplars: str | None = key(None, "openai, batch: file of worked annotations for the prompt", changes_result=False)
+    forward_looking: bool = key(False, "openai, batch: ask for texts that argue to the target without naming it")
     target_words: int = key(150, "openai, batch: length of a rationale that is asked for", ge=1)
     dry_run: bool = key(False, "only say how many calls, tokens and how much money it takes", changes_result=False)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -13,13 +13,7 @@ from twice_rec.files import read_json, write_json, write_text
 from twice_rec.markdown import markdown_table
 from twice_rec.rationales.leaks import LEAKS, leaks_of
 
-_LEAK_MEANINGS = {
-    "title": "names the target's title",
-    "brand": "names its brand",
-    "id": "names its id",
-    "purchase": "speaks of its purchase as having happened",
-    "any": "any of these",
-}
+_LEAKS = {**LEAKS, "any": "any of these"}  # key of a report -> what tables call it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +37,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Figures of one set of rationales. Shares are fractions of 1; pairs are (rows, accepted rows).
+    """Figures of one set of rationales. Shares are fractions of 1; pairs are [rows, accepted rows].
 
     Args:
         rows: annotated examples, with a rationale or without.
@@ -58,8 +52,8 @@ class Report:
     rows: int
     accepted: int
     reasons: dict[str, int]
-    verdicts: dict[str, tuple[int, int]]
-    categories: dict[str, tuple[int, int]]
+    verdicts: dict[str, list[int]]
+    categories: dict[str, list[int]]
     words: dict[str, float]
     evidence: dict[str, float]
     leaks: dict[str, float]
@@ -70,14 +64,12 @@ class Tally:
     """Counts rows one by one; its size depends on the numbers of categories and lengths, not of rows."""
 
     def __init__(self, catalog: ItemCatalog, label: str):
-        self._catalog = catalog
-        self._label = label
+        self._catalog, self._label = catalog, label
         self._reasons, self._words = Counter[str](), Counter[int]()
-        self._verdicts: dict[str, list[int]] = {}
-        self._categories: dict[str, list[int]] = {}
-        self._leaks = {True: Counter[str](), False: Counter[str]()}  # accepted? -> leak -> rationales
-        self._texts = {True: 0, False: 0}
-        self._rows = Counter[bool]()
+        self._rows = [0, 0]  # all, accepted
+        self._verdicts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._categories: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._leaks = {True: Counter[str](), False: Counter[str]()}  # accepted? -> leak -> rationales; "text" for all
         self._evidence = [0, 0, 0.0, 0, 0]  # rationales, citations, shares of histories, none cited, last cited
 
     def count_evidence(self, evidence: Sequence[int], history_length: int) -> None:
@@ -87,36 +79,30 @@ class Tally:
 
     def count(self, row: Judged) -> Judged:
         """Count one row, and return it."""
-        accepted = not row.reason
-        target = self._catalog[row.target]
-        self._rows[accepted] += 1
-        if row.reason:
-            self._reasons[row.reason.partition(":")[0]] += 1
+        accepted, target = not row.reason, self._catalog[row.target]
         category = target.categories[-1] if target.categories else "(none)"
-        for name, table in ((row.verdict or "(no answer)", self._verdicts), (category, self._categories)):
-            pair = table.setdefault(name, [0, 0])
+        for pair in (self._rows, self._verdicts[row.verdict or "(no answer)"], self._categories[category]):
             pair[0] += 1
             pair[1] += accepted
-        if row.text:
-            found = leaks_of(row.text, target)
-            self._texts[accepted] += 1
-            self._leaks[accepted].update([*found, "any"] if found else [])
         if accepted:
             self._words[len(row.text.split())] += 1
+        else:
+            self._reasons[row.reason.partition(":")[0]] += 1
+        if row.text:
+            found = leaks_of(row.text, target)
+            self._leaks[accepted].update(["text", *found, "any"] if found else ["text"])
         return row
 
     def report(self) -> Report:
         """Return the figures of everything counted."""
-        accepted, everything = self._leaks[True], self._leaks[True] + self._leaks[False]
         rationales, cited, shares, none, last = self._evidence
-        categories = sorted(self._categories.items(), key=lambda category: -category[1][0])
         return Report(
             label=self._label,
-            rows=self._rows.total(),
-            accepted=self._rows[True],
+            rows=self._rows[0],
+            accepted=self._rows[1],
             reasons=dict(self._reasons.most_common()),
-            verdicts={name: (rows, passed) for name, (rows, passed) in sorted(self._verdicts.items())},
-            categories={name: (rows, passed) for name, (rows, passed) in categories},
+            verdicts=dict(sorted(self._verdicts.items())),
+            categories=dict(sorted(self._categories.items(), key=lambda category: -category[1][0])),
             words=_lengths(self._words),
             evidence={
                 "purchases_cited": _share(cited, rationales),
@@ -124,8 +110,8 @@ class Tally:
                 "none_cited": _share(none, rationales),
                 "most_recent_cited": _share(last, rationales),
             },
-            leaks={name: _share(accepted[name], self._texts[True]) for name in (*LEAKS, "any")},
-            leaks_all={name: _share(everything[name], sum(self._texts.values())) for name in (*LEAKS, "any")},
+            leaks=_leak_shares(self._leaks[True]),
+            leaks_all=_leak_shares(self._leaks[True] + self._leaks[False]),
         )
 
 
@@ -143,46 +129,39 @@ def load_report(folder: Path) -> Report:
     Raises:
         InputError: if there is none, or one of another version.
     """
-    row = read_json(folder / "report.json")
+    path = folder / "report.json"
+    row = read_json(path)
     names = {field.name for field in fields(Report)}
     if not isinstance(row, dict) or row.keys() != names:
-        raise InputError(
-            f"{folder / 'report.json'}: expected the keys {', '.join(sorted(names))}; run rationales.sh again"
-        )
+        raise InputError(f"{path}: expected the keys {', '.join(sorted(names))}; run rationales.sh again")
     return Report(**row)
 
 
 def to_markdown(report: Report, other: Report | None = None) -> str:
     """Return the tables; with `other`, its figures come first, and a last column has the change from them."""
     both = [report] if other is None else [other, report]
-    lines = [f"# Rationales: {report.label}", ""]
-    if other is not None:
-        lines += [f"Beside: {other.label}", ""]
+    lines = [f"# Rationales: {report.label}", "", *([f"Beside: {other.label}", ""] if other else [])]
+    header = ["", *(r.label for r in both), *(["change"] if other else [])]
 
     def table(title: str, rows: Mapping[str, Sequence[float]], decimals: int = 3) -> None:
-        cells = [
-            [name, *(f"{value:,.{decimals}f}" for value in values)]
-            + ([f"{values[1] - values[0]:+,.{decimals}f}"] if other else [])
-            for name, values in rows.items()
-        ]
-        header = ["", *(r.label for r in both), *(["change"] if other else [])]
+        cells = []
+        for name, values in rows.items():
+            change = [f"{values[1] - values[0]:+,.{decimals}f}"] if other else []
+            cells.append([name, *(f"{value:,.{decimals}f}" for value in values), *change])
         lines.extend([f"## {title}", "", markdown_table(header, cells), ""])
 
-    def column(name: str, keys: Sequence[str]) -> dict[str, list[float]]:
-        return {key: [getattr(r, name).get(key, 0) for r in both] for key in keys}
+    def column(name: str, keys: Iterable[str]) -> dict[str, list[float]]:
+        return {_LEAKS.get(key, key): [getattr(r, name).get(key, 0) for r in both] for key in keys}
 
     table("Rows", {name: [getattr(r, name) for r in both] for name in ("rows", "accepted")}, decimals=0)
     table("Share accepted", {"all": [_share(r.accepted, r.rows) for r in both]})
     table("Why rows were dropped", column("reasons", _keys(both, "reasons")), decimals=0)
     table("Share accepted by verdict", _shares(both, "verdicts"))
     table("Share accepted by category, the ten largest", _shares(both, "categories"))
-    table("Words of accepted rationales", column("words", list(report.words)))
-    table("Evidence", column("evidence", list(report.evidence)))
-    for title, name in (
-        ("Leaks: share of accepted rationales that give the target away", "leaks"),
-        ("Leaks: share of all rationales", "leaks_all"),
-    ):
-        table(title, {meaning: [getattr(r, name)[key] for r in both] for key, meaning in _LEAK_MEANINGS.items()})
+    table("Words of accepted rationales", column("words", report.words))
+    table("Evidence", column("evidence", report.evidence))
+    table("Leaks: share of accepted rationales that give the target away", column("leaks", _LEAKS))
+    table("Leaks: share of all rationales", column("leaks_all", _LEAKS))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -201,6 +180,10 @@ def _keys(reports: Sequence[Report], name: str) -> list[str]:
 
 def _share(part: float, whole: float) -> float:
     return round(part / whole, 4) if whole else 0.0
+
+
+def _leak_shares(counts: Counter[str]) -> dict[str, float]:
+    return {name: _share(counts[name], counts["text"]) for name in _LEAKS}
 
 
 def _lengths(words: Counter[int]) -> dict[str, float]:
