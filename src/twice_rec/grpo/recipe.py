@@ -16,13 +16,10 @@ from twice_rec.run import require
 RewardName = one_of(REWARDS)
 run_key = partial(key, changes_result=False)  # of how a run goes, not of what comes out
 
-# Results of stage 3: stage3, or stage3_NAME; names that evaluation gives to second rankings are left to it.
-_VARIANT = re.compile(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)")
-
 
 def is_grpo_variant(variant: str) -> bool:
-    """Whether a name is one of stage 3's results."""
-    return _VARIANT.fullmatch(variant) is not None
+    """Whether a name is one of stage 3's results; those that evaluation gives to second rankings are left to it."""
+    return re.fullmatch(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)", variant) is not None
 
 
 def grpo_folder(variant: str) -> str:
