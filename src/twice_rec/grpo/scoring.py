@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.answer_format import parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.cf.confidence import ConfidenceModel
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.recipe import GRPORecipe
@@ -19,52 +20,34 @@ from twice_rec.grpo.rewards import REWARDS, ScoredCompletion
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.prompts import Message, rationale_answer
 
+if TYPE_CHECKING:
+    from twice_rec.llm.generation import PolicyScorer  # imports torch
+
 Columns = Mapping[str, Any]  # name -> one value per completion, as TRL passes them to reward functions
 
 # What a rollout may say of a completion, as columns beside it; kept with the completion.
 ROLLOUT_COLUMNS = ("policy_version", "truncated")
 
 
-class ConfidenceModel(Protocol):
-    """What the rewards need of a CF model."""
-
-    def confidences(
-        self, histories: Sequence[Sequence[int]], candidates: NDArray[np.int64], kind: str, debiased: bool
-    ) -> NDArray[np.float32]:
-        """Return the confidence in each candidate: item indices [B, C] -> float32 [B, C] in [0, 1]."""
-
-
-class AnswerScorer(Protocol):
-    """What a reward that needs the policy asks of it."""
-
-    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
-        """Return the logprob of each answer to one prompt, up to a constant that all of them share."""
+Asked = Iterable[tuple[Iterable[str], Iterable[str]]]  # history and candidates of each prompt, as item ids
 
 
 def _confidences(
-    asked: Iterable[tuple[Iterable[str], Iterable[str]]],
-    catalog: ItemCatalog,
-    model: ConfidenceModel,
-    config: ConfidenceConfig,
+    asked: Asked, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> NDArray[np.float32]:
-    """Return the confidences for pairs of history and candidates, which are item ids: [pairs, C]."""
-    pairs = [(catalog.indices(history), catalog.indices(candidates)) for history, candidates in asked]
-    histories, candidates = zip(*pairs, strict=True)
+    """Return the CF model's confidence in each candidate of each prompt, [prompts, C]."""
+    histories, candidates = zip(*([catalog.indices(ids) for ids in prompt] for prompt in asked), strict=True)
     return model.confidences(list(histories), np.array(candidates), config.confidence, config.confidence_debiased)
 
 
 def score_completions(
     texts: Sequence[str], columns: Columns, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> list[ScoredCompletion]:
-    """Parse and judge a step's completions; the CF model is asked once, for the different prompts.
+    """Parse and judge a step's B completions, without target ranks; the CF model is asked once per different prompt.
 
     Args:
-        texts: B completions.
         columns: B values each: `candidates` and `history` (item ids), `target` (item id), and `completion_ids` (token
             ids), which may be missing.
-
-    Returns:
-        B scored completions, without target ranks.
     """
     prompts: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}  # (history, candidates) -> row of the CF model
     rows = [
@@ -85,7 +68,7 @@ def score_completions(
 
 
 def target_ranks(
-    policy: AnswerScorer,
+    policy: PolicyScorer,
     prompts: Sequence[Sequence[Message]],
     scored: Sequence[ScoredCompletion],
     columns: Columns,
@@ -124,7 +107,7 @@ class StepRewards:
         ValueError: if a reward needs the policy and there is none.
     """
 
-    def __init__(self, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: AnswerScorer | None):
+    def __init__(self, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: PolicyScorer | None):
         asking = [name for name in recipe.reward_funcs if REWARDS[name].needs_policy]
         if asking and policy is None:
             raise ValueError(f"the reward {asking[0]} needs the policy")
@@ -178,7 +161,7 @@ def tau_of(recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel) -> fl
         assert recipe.reward_tau is not None  # a rule of RewardConfig: one of the two is given
         return recipe.reward_tau
     (kind,) = data.candidates("train")[0].lists
-    examples = list(data.examples("valid", kind))
-    asked = [([interaction.item_id for interaction in one.history], one.candidates) for one in examples]
+    examples = data.examples("valid", kind)
+    asked = (([interaction.item_id for interaction in one.history], one.candidates) for one in examples)
     confidences = _confidences(asked, data.catalog, model, recipe)  # [users, C]
     return float(np.quantile(confidences, recipe.reward_tau_quantile))

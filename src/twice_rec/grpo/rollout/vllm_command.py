@@ -73,11 +73,7 @@ def server_environment(recipe: GRPORecipe, number: int, servers: int) -> dict[st
 
 
 def addresses_here(addresses: Sequence[str]) -> list[str]:
-    """Return those whose host is this machine.
-
-    Raises:
-        InputError: if there is none, or its port is taken.
-    """
+    """Return those whose host is this machine; an InputError says that there is none, or that its port is taken."""
     found = []
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -100,18 +96,14 @@ def addresses_here(addresses: Sequence[str]) -> list[str]:
 def become_server(recipe: GRPORecipe, model_folder: Path, then: str) -> NoReturn:
     """Replace this process by the last of this machine's servers; the others are its children and end with it.
 
-    Args:
-        then: logged before; what the user does next.
-
-    Raises:
-        InputError: if an address is taken, or none is this machine's.
+    What the user does next, `then`, is logged before. For errors see `addresses_here`.
     """
     addresses = addresses_here(recipe.rollout_servers)
-    for number, address in enumerate(addresses, start=1):
+    for number, address in enumerate(addresses):
         command = server_command(recipe, address, model_folder)
-        environment = server_environment(recipe, number - 1, len(addresses))
+        environment = server_environment(recipe, number, len(addresses))
         logger.info("%s", shlex.join(command))
-        if number < len(addresses):
+        if address != addresses[-1]:
             subprocess.Popen(command, env=environment, preexec_fn=vllm_process.end_with_parent)
     logger.info("%s", then)
     os.execvpe(command[0], command, environment)
