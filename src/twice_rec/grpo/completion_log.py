@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from twice_rec.catalog import Outcome
 from twice_rec.files import atomic_path
 from twice_rec.grpo.rewards import REWARDS
-from twice_rec.grpo.trl_private import newest_completions, record
+from twice_rec.grpo.trl_private import metrics, newest_completions
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class CompletionLog(TrainerCallback):
         names, values = self._trainer.reward_func_names, self._trainer.reward_weights.tolist()
         figures = step_figures(columns, self._trainer.num_generations, dict(zip(names, values, strict=True)))
         for name, value in figures.items():
-            record(self._trainer, name, value)
+            metrics(self._trainer)[name].append(value)
         for number, (is_bad, text) in enumerate(ALARMS):
             self._bad_steps[number] = self._bad_steps[number] + 1 if is_bad(figures) else 0
             if self._bad_steps[number] == PATIENCE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS, ScoredCompletion
 from twice_rec.metrics import ranks_from_scores
-from twice_rec.prompts import Message, rationale_answer
+from twice_rec.prompts import rationale_answer
 
 if TYPE_CHECKING:
     from twice_rec.llm.generation import PolicyScorer  # imports torch
@@ -67,27 +67,22 @@ def score_completions(
     return scored
 
 
-def target_ranks(
-    policy: PolicyScorer,
-    prompts: Sequence[Sequence[Message]],
-    scored: Sequence[ScoredCompletion],
-    columns: Columns,
-    catalog: ItemCatalog,
-) -> list[int | None]:
-    """Return each completion's `target_rank`, as evaluation ranks by likelihood; ties count against the target.
+def with_target_ranks(
+    scored: Sequence[ScoredCompletion], prompts: Any, columns: Columns, catalog: ItemCatalog, policy: PolicyScorer
+) -> Iterator[ScoredCompletion]:
+    """Give each completion with a rationale its `target_rank`, as evaluation ranks by likelihood.
 
-    The policy scores all candidates of one completion at once. Each completion is scored apart, since each has its own
-    rationale.
+    Ties count against the target. The policy scores all candidates of one completion at once. Each completion is scored
+    apart, since each has its own rationale. `prompts` are messages, one list per completion.
     """
-    ranks: list[int | None] = []
     for prompt, one, shown, target in zip(prompts, scored, columns["candidates"], columns["target"], strict=True):
         if not one.answer.rationale:
-            ranks.append(None)
+            yield one
             continue
         rationale = without_tags(one.answer.rationale)
         logprobs = policy.score(prompt, [rationale_answer(rationale, catalog[item_id]) for item_id in shown])
-        ranks.append(int(ranks_from_scores([list(logprobs)], [list(shown).index(target)])[0]))
-    return ranks
+        (rank,) = ranks_from_scores([list(logprobs)], [list(shown).index(target)])
+        yield replace(one, target_rank=int(rank))
 
 
 class StepRewards:
@@ -133,8 +128,7 @@ class StepRewards:
             texts = [completion[0]["content"] for completion in completions]
             scored = score_completions(texts, columns, self._catalog, self._model, self.config)
             if self._policy is not None:
-                ranks = target_ranks(self._policy, prompts, scored, columns, self._catalog)
-                scored = [replace(one, target_rank=rank) for one, rank in zip(scored, ranks, strict=True)]
+                scored = list(with_target_ranks(scored, prompts, columns, self._catalog, self._policy))
             self._last = (completions, scored)
             if log_extra is not None:
                 for name, values in self._kept(scored, columns).items():

@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from twice_rec.grpo.trl_private import record
+from twice_rec.grpo.trl_private import metrics
 from twice_rec.llm.generation import Completion
 from twice_rec.llm.tokens import encode_chat
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """The completions of one prompt in one process."""
 
     prompt_ids: list[int]
@@ -71,10 +69,10 @@ class Rollouts(ABC):
             for position, completion in zip(group.positions, completions, strict=True):
                 entries[position] = (group.prompt_ids, completion)
         seconds, tokens = time.perf_counter() - started, sum(len(completion.token_ids) for _, completion in entries)
-        record(trainer, "rollout/seconds", seconds)
-        record(trainer, "rollout/tokens_per_second", tokens / seconds)
-        record(trainer, "rollout/sync_seconds", self._sync_seconds)
-        record(trainer, "rollout/policy_version", version)
+        metrics(trainer)["rollout/seconds"].append(seconds)
+        metrics(trainer)["rollout/tokens_per_second"].append(tokens / seconds)
+        metrics(trainer)["rollout/sync_seconds"].append(self._sync_seconds)
+        metrics(trainer)["rollout/policy_version"].append(version)
         self._sync_seconds = 0.0
         return {
             "prompt_ids": [prompt_ids for prompt_ids, _ in entries],

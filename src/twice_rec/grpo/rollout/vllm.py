@@ -23,7 +23,7 @@ from twice_rec.errors import InputError
 from twice_rec.grpo.recipe import GRPORecipe, RolloutConfig
 from twice_rec.grpo.rollout.base import Group, Rollouts
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, ServerFacts, base_name
-from twice_rec.grpo.trl_private import newest_metric, record, save_adapter, save_checkpoint, take_the_place_of_vllm
+from twice_rec.grpo.trl_private import metrics, save_adapter, save_checkpoint, take_the_place_of_vllm
 from twice_rec.llm.generation import Completion
 from twice_rec.llm.tokens import encode_chat, stop_token_ids
 
@@ -235,11 +235,11 @@ class ServerRollouts(Rollouts, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Log the gap between the servers' and the trainer's logprobs, and warn of a large one."""
-        gap = newest_metric(self._trainer, "sampling/sampling_logp_difference/mean")
-        if gap is None:
+        gaps = metrics(self._trainer).get("sampling/sampling_logp_difference/mean")
+        if not gaps:
             return
-        record(self._trainer, "rollout/logprob_gap", gap)
-        step, limit = state.global_step, self._recipe.rollout_logprob_gap
+        gap, step, limit = gaps[-1], state.global_step, self._recipe.rollout_logprob_gap
+        metrics(self._trainer)["rollout/logprob_gap"].append(gap)
         if gap > limit and step - self._warned >= QUIET_STEPS:
             self._warned = step
             logger.warning(

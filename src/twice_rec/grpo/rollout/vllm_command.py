@@ -103,7 +103,7 @@ def become_server(recipe: GRPORecipe, model_folder: Path, then: str) -> NoReturn
         command = server_command(recipe, address, model_folder)
         environment = server_environment(recipe, number, len(addresses))
         logger.info("%s", shlex.join(command))
-        if address != addresses[-1]:
+        if number + 1 < len(addresses):
             subprocess.Popen(command, env=environment, preexec_fn=vllm_process.end_with_parent)
     logger.info("%s", then)
     os.execvpe(command[0], command, environment)
