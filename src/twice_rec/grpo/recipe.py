@@ -128,19 +128,15 @@ class GRPORecipe(
     @rule
     def variant_names_a_folder(self) -> str | None:
         if not is_grpo_variant(self.variant):
-            return (
-                f"variant is {self.variant!r}; it must be stage3 or stage3_NAME, NAME of letters, digits, _ . - and "
-                "not sampled or likelihood"
-            )
+            names = "stage3 or stage3_NAME, NAME of letters, digits, _ . - and not sampled or likelihood"
+            return f"variant is {self.variant!r}; it must be {names}"
         return None
 
     @rule
     def a_revision_needs_a_model(self) -> str | None:
         if self.model_revision is not None and self.model_name_or_path is None:
-            return (
-                f"model_revision is {self.model_revision}, but model_name_or_path is null: the stage-2 model has no "
-                "revisions"
-            )
+            found = f"model_revision is {self.model_revision}, but model_name_or_path is null"
+            return f"{found}: the stage-2 model has no revisions"
         return None
 
     @rule
@@ -160,10 +156,10 @@ class GRPORecipe(
     @rule
     def rewards_have_weights(self) -> str | None:
         if len(self.reward_funcs) != len(self.reward_weights):
-            return (
-                f"reward_funcs has {len(self.reward_funcs)} names and reward_weights {len(self.reward_weights)} "
-                "values; they go in pairs"
+            found = (
+                f"reward_funcs has {len(self.reward_funcs)} names and reward_weights {len(self.reward_weights)} values"
             )
+            return f"{found}; they go in pairs"
         if not self.reward_funcs:
             return "reward_funcs is empty; there is nothing to optimise"
         if not any(self.reward_weights):

@@ -25,25 +25,19 @@ if TYPE_CHECKING:
 
 Columns = Mapping[str, Any]  # name -> one value per completion, as TRL passes them to reward functions
 
-# What a rollout may say of a completion, as columns beside it; kept with the completion.
-ROLLOUT_COLUMNS = ("policy_version", "truncated")
-
-
-Asked = Iterable[tuple[Iterable[str], Iterable[str]]]  # history and candidates of each prompt, as item ids
-
 
 def _confidences(
-    asked: Asked, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
+    asked: Iterable[Sequence[Iterable[str]]], catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> NDArray[np.float32]:
-    """Return the CF model's confidence in each candidate of each prompt, [prompts, C]."""
-    histories, candidates = zip(*([catalog.indices(ids) for ids in prompt] for prompt in asked), strict=True)
+    """Return the confidences for pairs of history and candidates, which are item ids: [pairs, C]."""
+    histories, candidates = zip(*([catalog.indices(ids) for ids in pair] for pair in asked), strict=True)
     return model.confidences(list(histories), np.array(candidates), config.confidence, config.confidence_debiased)
 
 
 def score_completions(
     texts: Sequence[str], columns: Columns, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> list[ScoredCompletion]:
-    """Parse and judge a step's B completions, without target ranks; the CF model is asked once per different prompt.
+    """Parse and judge a step's B completions, without target ranks; ask the CF model once, for the different prompts.
 
     Args:
         columns: B values each: `candidates` and `history` (item ids), `target` (item id), and `completion_ids` (token
@@ -90,7 +84,7 @@ class StepRewards:
 
     With each step's completions TRL keeps these columns: `outcome`, `target` (its id), `recommended` (the id of the
     recommended candidate, or empty), `confidence`, `log_popularity` (natural logarithm of 1 + the recommended
-    candidate's training interactions; NaN without one), and those of `ROLLOUT_COLUMNS` that the rollout gives.
+    candidate's training interactions; NaN without one), and `policy_version` and `truncated` if the rollout gives them.
 
     Args:
         recipe: names the rewards and has their parameters; a tau that is given as a quantile is resolved in `config`.
@@ -111,7 +105,7 @@ class StepRewards:
         self._policy = policy if asking else None
         items = [index for history in data.training_histories() for index in history]
         self._log_popularity = np.log1p(np.bincount(items, minlength=len(data.catalog) + 1))  # [N + 1]
-        self._last: tuple[Any, list[ScoredCompletion]] | None = None
+        self._last: tuple[Any, list[ScoredCompletion]] = (None, [])  # a step's completions as they came, and scored
         self.functions = [self._named(name) for name in recipe.reward_funcs]
 
     def _named(self, name: str) -> Callable[..., list[float]]:
@@ -124,7 +118,7 @@ class StepRewards:
 
     def _of_step(self, prompts: Any, completions: Sequence[Any], log_extra: Any, columns: Columns) -> list[Any]:
         """Score the step's completions when its first reward asks."""
-        if self._last is None or self._last[0] is not completions:
+        if self._last[0] is not completions:
             texts = [completion[0]["content"] for completion in completions]
             scored = score_completions(texts, columns, self._catalog, self._model, self.config)
             if self._policy is not None:
@@ -145,14 +139,13 @@ class StepRewards:
             "log_popularity": [
                 float(self._log_popularity[self._catalog.index(item_id)]) if item_id else math.nan for item_id in named
             ],
-            **{name: list(columns[name]) for name in ROLLOUT_COLUMNS if name in columns},
+            **{name: list(columns[name]) for name in ("policy_version", "truncated") if name in columns},
         }
 
 
 def tau_of(recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel) -> float:
     """Return tau as the recipe gives it, or the recipe's quantile of the confidences in all validation candidates."""
-    if recipe.reward_tau_quantile is None:
-        assert recipe.reward_tau is not None  # a rule of RewardConfig: one of the two is given
+    if recipe.reward_tau is not None:  # by a rule of RewardConfig one of the two is given, not both
         return recipe.reward_tau
     (kind,) = data.candidates("train")[0].lists
     examples = data.examples("valid", kind)

@@ -19,9 +19,9 @@ Batch = dict[str, Any]
 
 
 def metrics(trainer: Any) -> dict[str, list[float]]:
-    """Return name -> values since the trainer's last log line; append to a list, and the next line has its mean.
+    """Return name -> values since the trainer's last log line. The next line has the mean of each list; append to it.
 
-    Relies on: `_metrics["train" | "eval"]`.
+    Relies on: `_metrics["train" | "eval"]`, each a `defaultdict(list)`.
     """
     return trainer._metrics["train" if trainer.model.training else "eval"]
 
@@ -136,8 +136,7 @@ class TrainerHooks:
         """
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        compares_entropies = self._entropy_bonus_enabled or self.top_entropy_quantile < 1
-        if self._buffered_inputs is before or compares_entropies:
+        if self._buffered_inputs is before or self._entropy_bonus_enabled or self.top_entropy_quantile < 1:
             return inputs
         per_step = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
         self._buffered_inputs = [

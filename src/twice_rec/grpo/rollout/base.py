@@ -26,14 +26,11 @@ class Group(NamedTuple):
 class Rollouts(ABC):
     """Samples completions when TRL's `rollout_func` hook asks; subclasses say how.
 
-    Args:
-        tokenizer: of the policy.
-        seed: of the sampling, together with step and process; nothing depends on the state of a global generator.
+    `seed` and the step decide what is drawn; nothing depends on the state of a global generator.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
-        self._tokenizer = tokenizer
-        self._seed = seed
+        self._tokenizer, self._seed = tokenizer, seed
         self._calls = (-1, -1)  # step, calls since it began
         self._sync_seconds = 0.0
 

@@ -44,7 +44,8 @@ class Patience:
     """Repeats requests to servers that are down for `seconds` from the first failure on, and says so now and then."""
 
     def __init__(self, seconds: float):
-        self._seconds, self._said, self._lock = seconds, -SAY_SECONDS, threading.Lock()
+        self._seconds, self._lock = seconds, threading.Lock()
+        self._said = -SAY_SECONDS  # time of the last warning
 
     def retry(self, address: str, request: Callable[[], T], prepare: Callable[[], object] = lambda: None) -> T:
         """Make a request until the server answers it, with `prepare` before each repetition; return its answer.
@@ -134,8 +135,8 @@ class ServerRollouts(Rollouts, TrainerCallback):
         self.sync_weights()
         for server in self._servers:
             self._try_out(server)
-        values = {**self._sampling, "stop_token_ids": self._stop}
-        logger.info("the rollout servers take the adapter; sampling: %s", values)
+        sampling = {**self._sampling, "stop_token_ids": self._stop}
+        logger.info("the rollout servers take the adapter; sampling: %s", sampling)
 
     def _check_lengths(self, facts: Sequence[tuple[PolicyServer, ServerFacts]]) -> None:
         """Compare each server's limit with the longest prompt and completion."""

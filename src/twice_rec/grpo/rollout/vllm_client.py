@@ -28,7 +28,6 @@ class ServerDown(InputError):
 class ServerFacts(NamedTuple):
     """What a server says about itself."""
 
-    base: str  # name of its base model
     max_model_len: int  # longest prompt and completion together, in tokens
     adapters: Mapping[str, str]  # name -> folder of each that is loaded
     version: str  # of vLLM
@@ -57,7 +56,7 @@ class PolicyServer:
         return f"the rollout server at {self.address}"
 
     def facts(self, base: str | None = None) -> ServerFacts:
-        """Return what it serves; `base` names the base model that it must have, None is for any.
+        """Return what it serves; `base` names the base model that it must have, None allows any.
 
         Raises:
             InputError: if it is no vLLM, or has another base model.
@@ -67,15 +66,15 @@ class PolicyServer:
             cards = json.loads(models)["data"]
             own = next(card for card in cards if card["parent"] is None)
             adapters = {card["id"]: card["root"] for card in cards if card["parent"] is not None}
-            facts = ServerFacts(own["id"], own["max_model_len"], adapters, json.loads(version)["version"])
+            served, facts = own["id"], ServerFacts(own["max_model_len"], adapters, json.loads(version)["version"])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise InputError(
                 f"what answers at {self.address} is no vLLM server: {models[:200]}; start one with grpo_step1.sh, or "
                 "correct rollout_servers"
             ) from None
-        if base is not None and facts.base != base:
+        if base not in (None, served):
             raise InputError(
-                f"{self} serves {facts.base!r}, the trainer's base model is {base!r}; stop it and start it again with "
+                f"{self} serves {served!r}, the trainer's base model is {base!r}; stop it and start it again with "
                 "grpo_step1.sh and this recipe"
             )
         return facts
@@ -106,11 +105,10 @@ class PolicyServer:
     def complete(
         self, policy: str, prompt: Sequence[int], num_generations: int, stop: Collection[int], sampling: dict[str, Any]
     ) -> list[Completion]:
-        """Sample completions of one prompt.
+        """Sample completions of one prompt, which is token ids.
 
         Args:
             policy: name of the adapter that must sample.
-            prompt: token ids.
             stop: the token ids that end a completion.
             sampling: the request's other values: max_tokens, temperature, ...
 

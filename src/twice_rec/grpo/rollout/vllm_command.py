@@ -61,9 +61,8 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
 
 def server_environment(recipe: GRPORecipe, number: int, servers: int) -> dict[str, str]:
     """Return the environment of server `number` of this machine's `servers`: switches, and its share of the GPUs."""
-    variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(recipe.rollout_cpu_kvcache_gib)}
     switch = "VLLM_SERVER_DEV_MODE" if recipe.rollout == "trl_server" else "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-    variables[switch] = "1"
+    variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(recipe.rollout_cpu_kvcache_gib), switch: "1"}
     if servers > 1:
         size = recipe.rollout_tensor_parallel_size
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
