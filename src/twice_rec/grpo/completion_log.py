@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from twice_rec.catalog import Outcome
 from twice_rec.files import atomic_path
 from twice_rec.grpo.rewards import REWARDS
-from twice_rec.grpo.trl_private import newest_completions, record
+from twice_rec.grpo.trl_private import metrics, newest_completions
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,10 @@ class CompletionLog(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, sample_every: int | None, sample_completions: int):
-        self._trainer = trainer
-        self._sample_every = sample_every
-        self._sample_completions = sample_completions
+        self._trainer, self._sample_every, self._sample_completions = trainer, sample_every, sample_completions
         self._folder = Path(trainer.args.output_dir) / "completions"
         self._columns: dict[str, list[Any]] = {}
-        self._newest: Any = None
+        self._newest: Any = None  # last completion that was read
         self._bad_steps = [0] * len(ALARMS)
 
     def path(self, step: int) -> Path:
@@ -133,60 +131,46 @@ class CompletionLog(TrainerCallback):
                     path.unlink()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Read the trainer after each micro-batch but the step's last; it may have sampled for it."""
-        self._take()
+        """Read what the trainer has sampled since the last call; it calls this before each further micro-batch."""
+        columns = newest_completions(self._trainer)
+        if columns["completion"] and columns["completion"][-1] is not self._newest:
+            self._newest = columns["completion"][-1]
+            for name, values in columns.items():
+                self._columns.setdefault(name, []).extend(values)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Write the step's completions and log its figures."""
-        self._take()
+        self.on_substep_end(args, state, control)  # of the last micro-batch
         if not self._columns:
             return  # the step trained once more on completions of an earlier one
-        count = len(self._columns["completion"])
-        columns = {"step": [state.global_step] * count, **self._columns}
+        columns = {"step": [state.global_step] * len(self._columns["completion"]), **self._columns}
         self._columns = {}
         names, values = self._trainer.reward_func_names, self._trainer.reward_weights.tolist()
         figures = step_figures(columns, self._trainer.num_generations, dict(zip(names, values, strict=True)))
         for name, value in figures.items():
-            record(self._trainer, name, value)
-        self._warn(figures)
+            metrics(self._trainer)[name].append(value)
+        for number, (is_bad, text) in enumerate(ALARMS):
+            self._bad_steps[number] = self._bad_steps[number] + 1 if is_bad(figures) else 0
+            if self._bad_steps[number] == PATIENCE:
+                logger.warning(text, PATIENCE, self._folder)
         if state.is_world_process_zero:
             with atomic_path(self.path(state.global_step)) as temporary:
                 pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
             if self._sample_every and state.global_step % self._sample_every == 0:
                 self._show(columns, names, "wandb" in args.report_to)
 
-    def _take(self) -> None:
-        """Copy the trainer's newest batch, unless it is the one of the last time."""
-        columns = newest_completions(self._trainer)
-        if not columns["completion"] or columns["completion"][-1] is self._newest:
-            return
-        self._newest = columns["completion"][-1]
-        for name, values in columns.items():
-            self._columns.setdefault(name, []).extend(values)
-
-    def _warn(self, figures: Mapping[str, float]) -> None:
-        for number, (is_bad, text) in enumerate(ALARMS):
-            self._bad_steps[number] = self._bad_steps[number] + 1 if is_bad(figures) else 0
-            if self._bad_steps[number] == PATIENCE:
-                logger.warning(text, PATIENCE, self._folder)
-
     def _show(self, columns: Columns, rewards: Sequence[str], to_wandb: bool) -> None:
         count = len(columns["completion"])
         chosen = np.unique(np.linspace(0, count - 1, min(self._sample_completions, count)).astype(int))
-        shown = {name: values for name, values in columns.items() if name != "prompt"}
-        rows = [{name: values[i] for name, values in shown.items()} for i in chosen]
+        rows = [{name: values[i] for name, values in columns.items() if name != "prompt"} for i in chosen]
         for row in rows:
             row["completion"] = row["completion"][0]["content"]
-            earned = ", ".join(f"{name} {row[name]:.3g}" for name in rewards)
+            earned = ", ".join([row["outcome"], *(f"{name} {row[name]:.3g}" for name in rewards)])
             text = " ".join(row["completion"].split())
-            logger.info(
-                "step %d, %s, %s, advantage %+.2f: %s", row["step"], row["outcome"], earned, row["advantage"], text
-            )
+            logger.info("step %d, %s, advantage %+.2f: %s", row["step"], earned, row["advantage"], text)
         if to_wandb:
             import wandb
 
             # The JSON of a table has no NaN, the only value that differs from itself.
-            table = wandb.Table(
-                list(shown), [[value if value == value else None for value in r.values()] for r in rows]
-            )
-            wandb.log({"completions": table}, commit=False)
+            values = [[value if value == value else None for value in row.values()] for row in rows]
+            wandb.log({"completions": wandb.Table(list(rows[0]), values)}, commit=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,14 +14,12 @@ from twice_rec.recipe import Settings, TrainerRecipe, key, one_of, rule
 from twice_rec.run import require
 
 RewardName = one_of(REWARDS)
-
-# Results of stage 3: stage3, or stage3_NAME; names that evaluation gives to second rankings are left to it.
-_VARIANT = re.compile(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)")
+run_key = partial(key, changes_result=False)  # of how a run goes, not of what comes out
 
 
 def is_grpo_variant(variant: str) -> bool:
-    """Whether a name is one of stage 3's results."""
-    return _VARIANT.fullmatch(variant) is not None
+    """Whether a name is one of stage 3's results; those that evaluation gives to second rankings are left to it."""
+    return re.fullmatch(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)", variant) is not None
 
 
 def grpo_folder(variant: str) -> str:
@@ -40,45 +39,34 @@ class RolloutConfig(Settings):
         "get each policy as a LoRA adapter; such a server that gets full weights by NCCL (TRL's server mode); or a "
         "vLLM inside the trainer (TRL's colocate mode)",
     )
-    rollout_servers: list[str] = key(
-        ["127.0.0.1:8000"],
-        "host:port of each server; grpo_step1.sh starts those whose host is its machine",
-        changes_result=False,
+    rollout_servers: list[str] = run_key(
+        ["127.0.0.1:8000"], "host:port of each server; grpo_step1.sh starts those whose host is its machine"
     )
-    rollout_tensor_parallel_size: int = key(1, "GPUs per server", changes_result=False, ge=1)
-    rollout_executor: Literal["mp", "ray"] | None = key(
-        None, "how a server's GPUs are run; ray for several machines; null lets vLLM choose", changes_result=False
+    rollout_tensor_parallel_size: int = run_key(1, "GPUs per server", ge=1)
+    rollout_executor: Literal["mp", "ray"] | None = run_key(
+        None, "how a server's GPUs are run; ray for several machines; null lets vLLM choose"
     )
-    rollout_max_model_len: int | None = key(
-        None, "longest prompt and completion together that a server takes, in tokens", changes_result=False, ge=1
+    rollout_max_model_len: int | None = run_key(
+        None, "longest prompt and completion together that a server takes, in tokens", ge=1
     )
-    rollout_gpu_memory_utilization: float = key(
-        0.9, "share of a GPU's memory that a server takes", changes_result=False, ge=0.01, le=1
-    )
-    rollout_cpu_kvcache_gib: int = key(
-        4, "GiB of memory for a server's caches if it runs on a CPU", changes_result=False, ge=1
-    )
-    rollout_server_args: dict[str, Any] = key(
-        {}, "more of vLLM's flags, such as {max_num_seqs: 64, enforce_eager: true}", changes_result=False
+    rollout_gpu_memory_utilization: float = run_key(0.9, "share of a GPU's memory that a server takes", ge=0.01, le=1)
+    rollout_cpu_kvcache_gib: int = run_key(4, "GiB of memory for a server's caches if it runs on a CPU", ge=1)
+    rollout_server_args: dict[str, Any] = run_key(
+        {}, "more of vLLM's flags, such as {max_num_seqs: 64, enforce_eager: true}"
     )
     rollout_seeds: bool = key(
         True, "send a seed with each request; a vLLM on a CPU ends at one whose prompt it computes in parts"
     )
-    rollout_adapter_dir: str | None = key(
-        None, "folder in which policies are written for the servers; null for policy/ beside the results",
-        changes_result=False,
-    )  # fmt: skip
-    rollout_timeout_seconds: float = key(600.0, "time limit of one request to a server", changes_result=False, ge=1)
-    rollout_wait_seconds: float = key(
-        900.0,
-        "how long training waits for a server that is down before it is saved and ends; below ddp_timeout",
-        changes_result=False,
-        ge=0,
+    rollout_adapter_dir: str | None = run_key(
+        None, "folder in which policies are written for the servers; null for policy/ beside the results"
     )
-    rollout_logprob_gap: float = key(
+    rollout_timeout_seconds: float = run_key(600.0, "time limit of one request to a server", ge=1)
+    rollout_wait_seconds: float = run_key(
+        900.0, "how long training waits for a server that is down before it is saved and ends; below ddp_timeout", ge=0
+    )
+    rollout_logprob_gap: float = run_key(
         0.05,
         "mean difference of the server's and the trainer's log-probabilities from which on a warning is logged",
-        changes_result=False,
         ge=0,
     )
 
@@ -115,10 +103,9 @@ class GRPORecipe(
         "vllm_mode": "use rollout: trl_server or trl_colocate",
     }
 
-    variant: str = key(
+    variant: str = run_key(
         "stage3",
         "name of the results, stage3 or stage3_NAME: folder grpo or grpo_NAME under run_dir, and name in evaluate",
-        changes_result=False,
     )
     model_name_or_path: str | None = key(
         None, "the model that stage 3 starts from, a folder or a name on the hub; null for the stage-2 model"
@@ -128,11 +115,10 @@ class GRPORecipe(
         ["collaborative", "structure", "tags", "only_expected_tags"], "rewards that are added up; see grpo/rewards.py"
     )
     reward_weights: list[float] = key([4.0, 1.0, 1.0, 1.0], "weight of each reward, in the same order")
-    sample_every: int | None = key(
-        None, "show sample completions with their rewards every so many steps; null for never", changes_result=False,
-        ge=1,
-    )  # fmt: skip
-    sample_completions: int = key(4, "number of sample completions that are shown", changes_result=False, ge=1)
+    sample_every: int | None = run_key(
+        None, "show sample completions with their rewards every so many steps; null for never", ge=1
+    )
+    sample_completions: int = run_key(4, "number of sample completions that are shown", ge=1)
 
     @property
     def folder(self) -> str:
@@ -142,19 +128,15 @@ class GRPORecipe(
     @rule
     def variant_names_a_folder(self) -> str | None:
         if not is_grpo_variant(self.variant):
-            return (
-                f"variant is {self.variant!r}; it must be stage3 or stage3_NAME, NAME of letters, digits, _ . - and "
-                "not sampled or likelihood"
-            )
+            names = "stage3 or stage3_NAME, NAME of letters, digits, _ . - and not sampled or likelihood"
+            return f"variant is {self.variant!r}; it must be {names}"
         return None
 
     @rule
     def a_revision_needs_a_model(self) -> str | None:
         if self.model_revision is not None and self.model_name_or_path is None:
-            return (
-                f"model_revision is {self.model_revision}, but model_name_or_path is null: the stage-2 model has no "
-                "revisions"
-            )
+            found = f"model_revision is {self.model_revision}, but model_name_or_path is null"
+            return f"{found}: the stage-2 model has no revisions"
         return None
 
     @rule
@@ -174,10 +156,10 @@ class GRPORecipe(
     @rule
     def rewards_have_weights(self) -> str | None:
         if len(self.reward_funcs) != len(self.reward_weights):
-            return (
-                f"reward_funcs has {len(self.reward_funcs)} names and reward_weights {len(self.reward_weights)} "
-                "values; they go in pairs"
+            found = (
+                f"reward_funcs has {len(self.reward_funcs)} names and reward_weights {len(self.reward_weights)} values"
             )
+            return f"{found}; they go in pairs"
         if not self.reward_funcs:
             return "reward_funcs is empty; there is nothing to optimise"
         if not any(self.reward_weights):

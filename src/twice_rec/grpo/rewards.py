@@ -34,10 +34,8 @@ class RewardConfig(Settings):
     def one_tau(self) -> str | None:
         """Tau is a value or a quantile."""
         if (self.reward_tau is None) == (self.reward_tau_quantile is None):
-            return (
-                f"reward_tau is {self.reward_tau} and reward_tau_quantile {self.reward_tau_quantile}; set one of them "
-                "and the other to null"
-            )
+            found = f"reward_tau is {self.reward_tau} and reward_tau_quantile {self.reward_tau_quantile}"
+            return f"{found}; set one of them and the other to null"
         return None
 
 

@@ -3,68 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.answer_format import parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.cf.confidence import ConfidenceModel
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS, ScoredCompletion
 from twice_rec.metrics import ranks_from_scores
-from twice_rec.prompts import Message, rationale_answer
+from twice_rec.prompts import rationale_answer
+
+if TYPE_CHECKING:
+    from twice_rec.llm.generation import PolicyScorer  # imports torch
 
 Columns = Mapping[str, Any]  # name -> one value per completion, as TRL passes them to reward functions
 
-# What a rollout may say of a completion, as columns beside it; kept with the completion.
-ROLLOUT_COLUMNS = ("policy_version", "truncated")
-
-
-class ConfidenceModel(Protocol):
-    """What the rewards need of a CF model."""
-
-    def confidences(
-        self, histories: Sequence[Sequence[int]], candidates: NDArray[np.int64], kind: str, debiased: bool
-    ) -> NDArray[np.float32]:
-        """Return the confidence in each candidate: item indices [B, C] -> float32 [B, C] in [0, 1]."""
-
-
-class AnswerScorer(Protocol):
-    """What a reward that needs the policy asks of it."""
-
-    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]:
-        """Return the logprob of each answer to one prompt, up to a constant that all of them share."""
-
 
 def _confidences(
-    asked: Iterable[tuple[Iterable[str], Iterable[str]]],
-    catalog: ItemCatalog,
-    model: ConfidenceModel,
-    config: ConfidenceConfig,
+    asked: Iterable[Sequence[Iterable[str]]], catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> NDArray[np.float32]:
     """Return the confidences for pairs of history and candidates, which are item ids: [pairs, C]."""
-    pairs = [(catalog.indices(history), catalog.indices(candidates)) for history, candidates in asked]
-    histories, candidates = zip(*pairs, strict=True)
+    histories, candidates = zip(*([catalog.indices(ids) for ids in pair] for pair in asked), strict=True)
     return model.confidences(list(histories), np.array(candidates), config.confidence, config.confidence_debiased)
 
 
 def score_completions(
     texts: Sequence[str], columns: Columns, catalog: ItemCatalog, model: ConfidenceModel, config: ConfidenceConfig
 ) -> list[ScoredCompletion]:
-    """Parse and judge a step's completions; the CF model is asked once, for the different prompts.
+    """Parse and judge a step's B completions, without target ranks; ask the CF model once, for the different prompts.
 
     Args:
-        texts: B completions.
         columns: B values each: `candidates` and `history` (item ids), `target` (item id), and `completion_ids` (token
             ids), which may be missing.
-
-    Returns:
-        B scored completions, without target ranks.
     """
     prompts: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}  # (history, candidates) -> row of the CF model
     rows = [
@@ -84,27 +61,22 @@ def score_completions(
     return scored
 
 
-def target_ranks(
-    policy: AnswerScorer,
-    prompts: Sequence[Sequence[Message]],
-    scored: Sequence[ScoredCompletion],
-    columns: Columns,
-    catalog: ItemCatalog,
-) -> list[int | None]:
-    """Return each completion's `target_rank`, as evaluation ranks by likelihood; ties count against the target.
+def with_target_ranks(
+    scored: Sequence[ScoredCompletion], prompts: Any, columns: Columns, catalog: ItemCatalog, policy: PolicyScorer
+) -> Iterator[ScoredCompletion]:
+    """Give each completion with a rationale its `target_rank`, as evaluation ranks by likelihood.
 
-    The policy scores all candidates of one completion at once. Each completion is scored apart, since each has its own
-    rationale.
+    Ties count against the target. The policy scores all candidates of one completion at once. Each completion is scored
+    apart, since each has its own rationale. `prompts` are messages, one list per completion.
     """
-    ranks: list[int | None] = []
     for prompt, one, shown, target in zip(prompts, scored, columns["candidates"], columns["target"], strict=True):
         if not one.answer.rationale:
-            ranks.append(None)
+            yield one
             continue
         rationale = without_tags(one.answer.rationale)
         logprobs = policy.score(prompt, [rationale_answer(rationale, catalog[item_id]) for item_id in shown])
-        ranks.append(int(ranks_from_scores([list(logprobs)], [list(shown).index(target)])[0]))
-    return ranks
+        (rank,) = ranks_from_scores([list(logprobs)], [list(shown).index(target)])
+        yield replace(one, target_rank=int(rank))
 
 
 class StepRewards:
@@ -112,7 +84,7 @@ class StepRewards:
 
     With each step's completions TRL keeps these columns: `outcome`, `target` (its id), `recommended` (the id of the
     recommended candidate, or empty), `confidence`, `log_popularity` (natural logarithm of 1 + the recommended
-    candidate's training interactions; NaN without one), and those of `ROLLOUT_COLUMNS` that the rollout gives.
+    candidate's training interactions; NaN without one), and `policy_version` and `truncated` if the rollout gives them.
 
     Args:
         recipe: names the rewards and has their parameters; a tau that is given as a quantile is resolved in `config`.
@@ -124,7 +96,7 @@ class StepRewards:
         ValueError: if a reward needs the policy and there is none.
     """
 
-    def __init__(self, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: AnswerScorer | None):
+    def __init__(self, recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, policy: PolicyScorer | None):
         asking = [name for name in recipe.reward_funcs if REWARDS[name].needs_policy]
         if asking and policy is None:
             raise ValueError(f"the reward {asking[0]} needs the policy")
@@ -133,7 +105,7 @@ class StepRewards:
         self._policy = policy if asking else None
         items = [index for history in data.training_histories() for index in history]
         self._log_popularity = np.log1p(np.bincount(items, minlength=len(data.catalog) + 1))  # [N + 1]
-        self._last: tuple[Any, list[ScoredCompletion]] | None = None
+        self._last: tuple[Any, list[ScoredCompletion]] = (None, [])  # a step's completions as they came, and scored
         self.functions = [self._named(name) for name in recipe.reward_funcs]
 
     def _named(self, name: str) -> Callable[..., list[float]]:
@@ -146,12 +118,11 @@ class StepRewards:
 
     def _of_step(self, prompts: Any, completions: Sequence[Any], log_extra: Any, columns: Columns) -> list[Any]:
         """Score the step's completions when its first reward asks."""
-        if self._last is None or self._last[0] is not completions:
+        if self._last[0] is not completions:
             texts = [completion[0]["content"] for completion in completions]
             scored = score_completions(texts, columns, self._catalog, self._model, self.config)
             if self._policy is not None:
-                ranks = target_ranks(self._policy, prompts, scored, columns, self._catalog)
-                scored = [replace(one, target_rank=rank) for one, rank in zip(scored, ranks, strict=True)]
+                scored = list(with_target_ranks(scored, prompts, columns, self._catalog, self._policy))
             self._last = (completions, scored)
             if log_extra is not None:
                 for name, values in self._kept(scored, columns).items():
@@ -168,17 +139,16 @@ class StepRewards:
             "log_popularity": [
                 float(self._log_popularity[self._catalog.index(item_id)]) if item_id else math.nan for item_id in named
             ],
-            **{name: list(columns[name]) for name in ROLLOUT_COLUMNS if name in columns},
+            **{name: list(columns[name]) for name in ("policy_version", "truncated") if name in columns},
         }
 
 
 def tau_of(recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel) -> float:
     """Return tau as the recipe gives it, or the recipe's quantile of the confidences in all validation candidates."""
-    if recipe.reward_tau_quantile is None:
-        assert recipe.reward_tau is not None  # a rule of RewardConfig: one of the two is given
+    if recipe.reward_tau is not None:  # by a rule of RewardConfig one of the two is given, not both
         return recipe.reward_tau
     (kind,) = data.candidates("train")[0].lists
-    examples = list(data.examples("valid", kind))
-    asked = [([interaction.item_id for interaction in one.history], one.candidates) for one in examples]
+    examples = data.examples("valid", kind)
+    asked = (([interaction.item_id for interaction in one.history], one.candidates) for one in examples)
     confidences = _confidences(asked, data.catalog, model, recipe)  # [users, C]
     return float(np.quantile(confidences, recipe.reward_tau_quantile))

@@ -18,21 +18,12 @@ from torch import Tensor
 Batch = dict[str, Any]
 
 
-def record(trainer: Any, name: str, value: float) -> None:
-    """Log a value with the trainer's next line, averaged with others of this name.
+def metrics(trainer: Any) -> dict[str, list[float]]:
+    """Return name -> values since the trainer's last log line. The next line has the mean of each list; append to it.
 
-    Relies on: `_metrics["train" | "eval"]`, name -> values since the last line.
+    Relies on: `_metrics["train" | "eval"]`, each a `defaultdict(list)`.
     """
-    trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
-
-
-def newest_metric(trainer: Any, name: str) -> float | None:
-    """Return the newest value of a training metric since the trainer's last log line; None if there is none.
-
-    Relies on: `_metrics`, see `record`.
-    """
-    values = trainer._metrics["train"].get(name)
-    return values[-1] if values else None
+    return trainer._metrics["train" if trainer.model.training else "eval"]
 
 
 def newest_completions(trainer: Any) -> dict[str, Sequence[Any]]:
@@ -117,13 +108,6 @@ class TrainerHooks:
     # micro-batches of one optimizer step -> the same completions in another order
     regrouped: Callable[[list[Batch]], list[Batch]]
 
-    accelerator: Any
-    args: Any
-    top_entropy_quantile: float
-    _buffered_inputs: Any
-    _entropy_bonus_enabled: bool
-    _step: int
-
     def _get_per_token_logps_and_entropies(
         self,
         model: torch.nn.Module,
@@ -151,9 +135,8 @@ class TrainerHooks:
         tokens count), the shuffle stays as it is.
         """
         before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)  # type: ignore[misc]
-        compares_entropies = self._entropy_bonus_enabled or self.top_entropy_quantile < 1
-        if self._buffered_inputs is before or compares_entropies:
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or self._entropy_bonus_enabled or self.top_entropy_quantile < 1:
             return inputs
         per_step = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
         self._buffered_inputs = [

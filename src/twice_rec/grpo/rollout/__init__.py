@@ -1,4 +1,8 @@
-"""Who samples a step's completions; the choice by recipe."""
+"""Who samples a step's completions; the choice by recipe.
+
+Both functions wait for the recipe's servers if they will reach any. They raise an InputError if a server does not come
+up in time, or has another base model.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def make_rollouts(recipe: GRPORecipe, tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> Rollouts | None:
-    """Return the recipe's rollouts, or None if TRL samples itself; `attach` them to the trainer before it trains.
-
-    Raises:
-        InputError: if a server does not come up in time, or has another base model.
-    """
+    """Return the recipe's rollouts, or None if TRL samples itself; `attach` them to the trainer before it trains."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL says that the hook may change; its version is pinned
     if recipe.rollout == "transformers":
         from twice_rec.grpo.rollout.local import InProcessRollouts
@@ -32,11 +32,7 @@ def make_rollouts(recipe: GRPORecipe, tokenizer: PreTrainedTokenizerBase, model_
 
 
 def trl_arguments(recipe: GRPORecipe, model_folder: Path) -> dict[str, Any]:
-    """Return what TRL's configuration needs if TRL reaches vLLM itself; nothing otherwise.
-
-    Raises:
-        InputError: if TRL's server does not come up in time, or has another base model.
-    """
+    """Return what TRL's configuration needs if TRL reaches vLLM itself; nothing otherwise."""
     if recipe.rollout == "trl_colocate":
         return {
             "use_vllm": True,

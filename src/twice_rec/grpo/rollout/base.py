@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from twice_rec.grpo.trl_private import record
+from twice_rec.grpo.trl_private import metrics
 from twice_rec.llm.generation import Completion
 from twice_rec.llm.tokens import encode_chat
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """The completions of one prompt in one process."""
 
     prompt_ids: list[int]
@@ -28,14 +26,11 @@ class Group:
 class Rollouts(ABC):
     """Samples completions when TRL's `rollout_func` hook asks; subclasses say how.
 
-    Args:
-        tokenizer: of the policy.
-        seed: of the sampling, together with step and process; nothing depends on the state of a global generator.
+    `seed` and the step decide what is drawn; nothing depends on the state of a global generator.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
-        self._tokenizer = tokenizer
-        self._seed = seed
+        self._tokenizer, self._seed = tokenizer, seed
         self._calls = (-1, -1)  # step, calls since it began
         self._sync_seconds = 0.0
 
@@ -71,10 +66,10 @@ class Rollouts(ABC):
             for position, completion in zip(group.positions, completions, strict=True):
                 entries[position] = (group.prompt_ids, completion)
         seconds, tokens = time.perf_counter() - started, sum(len(completion.token_ids) for _, completion in entries)
-        record(trainer, "rollout/seconds", seconds)
-        record(trainer, "rollout/tokens_per_second", tokens / seconds)
-        record(trainer, "rollout/sync_seconds", self._sync_seconds)
-        record(trainer, "rollout/policy_version", version)
+        metrics(trainer)["rollout/seconds"].append(seconds)
+        metrics(trainer)["rollout/tokens_per_second"].append(tokens / seconds)
+        metrics(trainer)["rollout/sync_seconds"].append(self._sync_seconds)
+        metrics(trainer)["rollout/policy_version"].append(version)
         self._sync_seconds = 0.0
         return {
             "prompt_ids": [prompt_ids for prompt_ids, _ in entries],

@@ -28,11 +28,7 @@ class InProcessRollouts(Rollouts):
     """The trainer's model samples, by `sample_completions`: a prompt is computed once per group."""
 
     def attach(self, trainer: Any) -> None:
-        """Check the recipe's sampling.
-
-        Raises:
-            InputError: if the recipe asks for more than a temperature.
-        """
+        """Refuse, with an InputError, a recipe whose sampling asks for more than a temperature."""
         for name, off in _OFF.items():
             value = getattr(trainer.args, name)
             if value not in off:
@@ -42,8 +38,8 @@ class InProcessRollouts(Rollouts):
                 )
 
     def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Completion]]:
-        generator = torch.Generator(trainer.accelerator.device)
-        generator.manual_seed(self._seed_of(version, call, trainer.accelerator.process_index))
+        seed = self._seed_of(version, call, trainer.accelerator.process_index)
+        generator = torch.Generator(trainer.accelerator.device).manual_seed(seed)
         completions: list[list[Completion]] = []
         with model_for_generation(trainer) as model:
             was_training = model.training

@@ -11,9 +11,8 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twice_rec.errors import InputError
 from twice_rec.files import hash_file
@@ -26,11 +25,9 @@ class ServerDown(InputError):
     """A server does not answer, or not with what it was asked for; later it may."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerFacts:
+class ServerFacts(NamedTuple):
     """What a server says about itself."""
 
-    base: str  # name of its base model
     max_model_len: int  # longest prompt and completion together, in tokens
     adapters: Mapping[str, str]  # name -> folder of each that is loaded
     version: str  # of vLLM
@@ -52,15 +49,14 @@ class PolicyServer:
     """
 
     def __init__(self, address: str, timeout: float):
-        self.address = address
-        self._timeout = timeout
+        self.address, self._timeout = address, timeout
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
-    def facts(self, base: str | None = None) -> ServerFacts:
-        """Return what it serves.
+    def __str__(self) -> str:
+        return f"the rollout server at {self.address}"
 
-        Args:
-            base: name of the base model that it must have; None for any.
+    def facts(self, base: str | None = None) -> ServerFacts:
+        """Return what it serves; `base` names the base model that it must have, None allows any.
 
         Raises:
             InputError: if it is no vLLM, or has another base model.
@@ -70,16 +66,16 @@ class PolicyServer:
             cards = json.loads(models)["data"]
             own = next(card for card in cards if card["parent"] is None)
             adapters = {card["id"]: card["root"] for card in cards if card["parent"] is not None}
-            facts = ServerFacts(own["id"], own["max_model_len"], adapters, json.loads(version)["version"])
+            served, facts = own["id"], ServerFacts(own["max_model_len"], adapters, json.loads(version)["version"])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise InputError(
                 f"what answers at {self.address} is no vLLM server: {models[:200]}; start one with grpo_step1.sh, or "
                 "correct rollout_servers"
             ) from None
-        if base is not None and facts.base != base:
+        if base not in (None, served):
             raise InputError(
-                f"the rollout server at {self.address} serves {facts.base!r}, the trainer's base model is {base!r}; "
-                "stop it and start it again with grpo_step1.sh and this recipe"
+                f"{self} serves {served!r}, the trainer's base model is {base!r}; stop it and start it again with "
+                "grpo_step1.sh and this recipe"
             )
         return facts
 
@@ -95,9 +91,9 @@ class PolicyServer:
         if status >= 500:
             self._call("/health")  # down, or only unwilling?
         raise InputError(
-            f"the rollout server at {self.address} does not load the adapter {folder}: HTTP {status}, {words}. It must "
-            "run with LoRA on and a rank limit of at least lora_r, as grpo_step1.sh starts it with this recipe, and "
-            "see this folder under the same name; on another machine set rollout_adapter_dir to a shared folder"
+            f"{self} does not load the adapter {folder}: HTTP {status}, {words}. It must run with LoRA on and a rank "
+            "limit of at least lora_r, as grpo_step1.sh starts it with this recipe, and see this folder under the same "
+            "name; on another machine set rollout_adapter_dir to a shared folder"
         )
 
     def unload(self, name: str) -> None:
@@ -107,19 +103,12 @@ class PolicyServer:
             raise ServerDown(f"{self.address}: HTTP {status}, {words}")
 
     def complete(
-        self,
-        policy: str,
-        prompt: Sequence[int],
-        num_generations: int,
-        stop: Collection[int],
-        sampling: Mapping[str, Any],
+        self, policy: str, prompt: Sequence[int], num_generations: int, stop: Collection[int], sampling: dict[str, Any]
     ) -> list[Completion]:
-        """Sample completions of one prompt.
+        """Sample completions of one prompt, which is token ids.
 
         Args:
             policy: name of the adapter that must sample.
-            prompt: token ids.
-            num_generations: number of completions.
             stop: the token ids that end a completion.
             sampling: the request's other values: max_tokens, temperature, ...
 
@@ -131,13 +120,13 @@ class PolicyServer:
         asks = {"logprobs": 0, "return_token_ids": True, "stream": False}
         status, text = self._call("/v1/completions", {**body, **sampling, **asks})
         if status != 200:
-            what = f"the rollout server at {self.address} answers HTTP {status}, {text}"
-            raise ServerDown(what) if status == 404 or status >= 500 else InputError(what)
+            kind = ServerDown if status == 404 or status >= 500 else InputError
+            raise kind(f"{self} answers HTTP {status}, {text}")
         response = json.loads(text)
         if response["model"] != policy:
             raise InputError(
-                f"the rollout server at {self.address} answered as {response['model']!r}, asked for {policy!r}; "
-                "another program is between, or changes its adapters: give the run a server of its own"
+                f"{self} answered as {response['model']!r}, asked for {policy!r}; another program is between, or "
+                "changes its adapters: give the run a server of its own"
             )
         choices = sorted(response["choices"], key=lambda choice: choice["index"])
         if len(choices) != num_generations:
@@ -150,15 +139,14 @@ class PolicyServer:
         ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         if not ids or len(ids) != len(logprobs):
             raise InputError(
-                f"the rollout server at {self.address} returned {len(ids or [])} tokens and {len(logprobs)} logprobs; "
-                "it must be vLLM 0.31, started by grpo_step1.sh"
+                f"{self} returned {len(ids or [])} tokens and {len(logprobs)} logprobs; it must be vLLM 0.31, started "
+                "by grpo_step1.sh"
             )
         truncated = ids[-1] not in stop
         if truncated and len(ids) < max_tokens:
             raise InputError(
-                f"the rollout server at {self.address} ended a completion with token {ids[-1]} after {len(ids)} "
-                f"tokens, which is not one of the stop tokens {sorted(stop)}; start it with --generation-config vllm, "
-                "as grpo_step1.sh does"
+                f"{self} ended a completion with token {ids[-1]} after {len(ids)} tokens, which is not one of the stop "
+                f"tokens {sorted(stop)}; start it with --generation-config vllm, as grpo_step1.sh does"
             )
         return Completion(ids, logprobs, truncated)
 

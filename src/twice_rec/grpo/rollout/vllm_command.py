@@ -61,9 +61,8 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
 
 def server_environment(recipe: GRPORecipe, number: int, servers: int) -> dict[str, str]:
     """Return the environment of server `number` of this machine's `servers`: switches, and its share of the GPUs."""
-    variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(recipe.rollout_cpu_kvcache_gib)}
     switch = "VLLM_SERVER_DEV_MODE" if recipe.rollout == "trl_server" else "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-    variables[switch] = "1"
+    variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(recipe.rollout_cpu_kvcache_gib), switch: "1"}
     if servers > 1:
         size = recipe.rollout_tensor_parallel_size
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -73,11 +72,7 @@ def server_environment(recipe: GRPORecipe, number: int, servers: int) -> dict[st
 
 
 def addresses_here(addresses: Sequence[str]) -> list[str]:
-    """Return those whose host is this machine.
-
-    Raises:
-        InputError: if there is none, or its port is taken.
-    """
+    """Return those whose host is this machine; an InputError says that there is none, or that its port is taken."""
     found = []
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -100,18 +95,14 @@ def addresses_here(addresses: Sequence[str]) -> list[str]:
 def become_server(recipe: GRPORecipe, model_folder: Path, then: str) -> NoReturn:
     """Replace this process by the last of this machine's servers; the others are its children and end with it.
 
-    Args:
-        then: logged before; what the user does next.
-
-    Raises:
-        InputError: if an address is taken, or none is this machine's.
+    What the user does next, `then`, is logged before. For errors see `addresses_here`.
     """
     addresses = addresses_here(recipe.rollout_servers)
-    for number, address in enumerate(addresses, start=1):
+    for number, address in enumerate(addresses):
         command = server_command(recipe, address, model_folder)
-        environment = server_environment(recipe, number - 1, len(addresses))
+        environment = server_environment(recipe, number, len(addresses))
         logger.info("%s", shlex.join(command))
-        if number < len(addresses):
+        if number + 1 < len(addresses):
             subprocess.Popen(command, env=environment, preexec_fn=vllm_process.end_with_parent)
     logger.info("%s", then)
     os.execvpe(command[0], command, environment)
