@@ -20,21 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sources.amazon import Amazon2023
-from twice_rec.data.sources.base import Source, source
 from twice_rec.files import write_jsonl
 from twice_rec.progress import progress
 from twice_rec.recipe import Settings, key
 from twice_rec.records import UserSequence
-
-if TYPE_CHECKING:
-    from twice_rec.data.recipe import PrepareRecipe
 
 T = TypeVar("T")
 
@@ -85,26 +81,24 @@ class SyntheticConfig(Settings):
     synthetic_brand: float = key(1.0, "strength of the popularity of brands, which only interactions show")
 
 
-@source("synthetic")
-class SyntheticSource(Amazon2023):
+class SyntheticSource(Amazon2023, name="synthetic"):
     """The synthetic domain, written as raw files and then read as any domain of 2023 is."""
 
     reads_folder = False
 
     def __init__(self, config: SyntheticConfig, domain: str, seed: int):
-        Source.__init__(self, Path(), domain)  # the files that Amazon2023 looks for are not there yet
+        super().__init__(Path(), domain)
         self._config, self._seed = config, seed
 
-    @classmethod
-    def open(cls, recipe: PrepareRecipe) -> Source:
-        """Return the domain that the `synthetic_*` keys and the seed describe."""
-        return cls(recipe, recipe.domain, recipe.seed)
+    def find_files(self) -> None:
+        """Find nothing: the files that Amazon2023 looks for are not there before `generate`."""
 
     def generate(self, folder: Path) -> None:
         """Draw the domain and write its raw files."""
         self._drawn = SyntheticDomain(self._config, self._seed)
         self._drawn.write(folder, self.domain)
-        super().__init__(folder, self.domain)
+        self.folder = folder
+        super().find_files()
 
     def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
         """See `SyntheticDomain.test_log_probabilities`."""
