@@ -150,15 +150,12 @@ def draw_candidates(
             target = sequence.target(split).item_id
             lists = {}
             for kind in kinds:
-                rng = np.random.default_rng(_user_seed(seed, sequence.user_id, split, kind))
+                names_the_draw = f"{seed}\0{sequence.user_id}\0{split}\0{kind}".encode()
+                digest = hashlib.blake2b(names_the_draw, digest_size=16).digest()
+                rng = np.random.default_rng(int.from_bytes(digest, "little"))
                 ids = [target, *(catalog.at(index).item_id for index in CANDIDATE_LISTS[kind](rng, choice))]
                 lists[kind] = tuple(ids[position] for position in rng.permutation(len(ids)))
             yield CandidateLists(sequence.user_id, target, lists)
-
-
-def _user_seed(seed: int, user_id: str, split: str, kind: str) -> int:
-    digest = hashlib.blake2b(f"{seed}\0{user_id}\0{split}\0{kind}".encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "little")
 
 
 def training_counts(sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.int64]:

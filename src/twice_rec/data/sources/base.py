@@ -80,17 +80,19 @@ def table_of(rows: Iterable[Row]) -> InteractionTable:
 REGISTERED: dict[str, type[Source]] = {}  # name in the recipe -> class
 
 
+@dataclass(eq=False)
 class Source(ABC):
     """A place that interactions come from. `class CsvSource(Source, name="csv")` is the source that recipes call csv.
-
-    Args:
-        domain: what the usual names of the files hold.
-        reviews_file, metadata_file: other names.
-        metadata_required: whether a missing metadata file is an error; without one no item has a title.
 
     Raises:
         InputError: if there is no such folder, or a file in it is missing or empty.
     """
+
+    folder: Path
+    domain: str  # what the usual names of the files hold
+    reviews_file: str | None = None  # another name
+    metadata_file: str | None = None
+    metadata_required: bool = True  # whether a missing file is an error; without one no item has a title
 
     reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
     without_title = "item without title"  # what `problems` calls an item without title
@@ -98,18 +100,9 @@ class Source(ABC):
     def __init_subclass__(cls, name: str) -> None:
         REGISTERED[name] = cls
 
-    def __init__(
-        self,
-        folder: Path,
-        domain: str,
-        reviews_file: str | None = None,
-        metadata_file: str | None = None,
-        metadata_required: bool = True,
-    ):
-        if not folder.is_dir():
-            raise InputError(f"source_dir {folder.resolve()}: no such folder; pass --source_dir FOLDER")
-        self.folder, self.domain = folder, domain
-        self.reviews_file, self.metadata_file, self.metadata_required = reviews_file, metadata_file, metadata_required
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise InputError(f"source_dir {self.folder.resolve()}: no such folder; pass --source_dir FOLDER")
         self.problems = Problems()  # what could not be used as it is
         self.interaction_files: list[Path] = []
         self.item_files: list[Path] = []

@@ -8,6 +8,7 @@ column becomes a detail.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -45,14 +46,20 @@ class RecBoleSource(Source, name="recbole"):
         longest = dict[str, tuple[int, list[str]]]()
         usable = 0
         for number, (where, row) in enumerate(_rows(self.interaction_files, self.problems, "user_id"), start=1):
-            history = row.get("item_id_list")
+            user_id, item_id, history = row["user_id"], row.get("item_id"), row.get("item_id_list")
             if history is not None:
-                sequence = history.split() + ([row["item_id"]] if row.get("item_id") else [])
-                if len(sequence) > len(longest.get(row["user_id"], (0, []))[1]):
-                    longest[row["user_id"]] = (number, sequence)
-            elif interaction := self._interaction(row, number, where):
+                sequence = history.split() + ([item_id] if item_id else [])
+                if len(sequence) > len(longest.get(user_id, (0, []))[1]):
+                    longest[user_id] = (number, sequence)
+                continue
+            time = self._number(row, "timestamp", where) or 0
+            rating = self._number(row, "rating", where)
+            if user_id and item_id:
                 usable += 1
-                yield interaction
+                # Files count time in seconds or milliseconds, and 1e11 s is the year 5138.
+                yield user_id, item_id, int(time * 1000) if time < 1e11 else int(time), rating, number
+            else:
+                self.problems.add("row without user_id or item_id", where)
         for user_id, (number, sequence) in longest.items():
             yield from ((user_id, item_id, 0, None, number) for item_id in sequence)
         if not usable and not longest:
@@ -61,28 +68,15 @@ class RecBoleSource(Source, name="recbole"):
                 "`user_id:token<TAB>item_id:token<TAB>timestamp:float` and one row per interaction"
             )
 
-    def _interaction(self, row: dict[str, str], number: int, where: str) -> Row | None:
-        time = self._number(row, "timestamp", where) or 0
-        rating = self._number(row, "rating", where)
-        if not row.get("user_id") or not row.get("item_id"):
-            self.problems.add("row without user_id or item_id", where)
-            return None
-        # RecBole files count time in seconds or milliseconds, and 1e11 s is the year 5138.
-        return row["user_id"], row["item_id"], int(time * 1000) if time < 1e11 else int(time), rating, number
-
     def _number(self, row: dict[str, str], column: str, where: str) -> float | None:
         """Return the number in a column; None if it is missing, or counted as no number."""
-        text = row.get(column)
-        if not text:
+        if not (text := row.get(column)):
             return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            self.problems.add(f"{column} that is not a number, left out", f"{where}: {text!r}")
-            return None
-        return value
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := float(text)):
+                return value
+        self.problems.add(f"{column} that is not a number, left out", f"{where}: {text!r}")
+        return None
 
     def described(self, wanted: set[str], problems: Problems) -> Iterator[Item]:
         """Yield the wanted items of `NAME.item`, the first row of each."""
@@ -108,11 +102,7 @@ def _item(item_id: str, row: dict[str, str]) -> Item:
 
 
 def _rows(paths: Iterable[Path], problems: Problems, required: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (file and line, column -> text); rows with another number of columns are counted.
-
-    Raises:
-        InputError: if a header has no types, or not the required column.
-    """
+    """Yield (file and line, column -> text), counting rows that do not fit; InputError for a header that is none."""
     for path in paths:
         with open(path, encoding="utf-8", errors="replace") as file:
             header = file.readline().rstrip("\r\n").split("\t")

@@ -88,14 +88,14 @@ class ReleaseSource(Source, name="release"):
         )  # (user id, item indices with the target last) of each row
         if [user for user, _ in train] != [user for user, _ in test]:
             raise InputError(f"{self._train} and {self._test} do not list the same users in the same order")
-        by_sequence: dict[tuple[int, ...], list[int]] = {}  # whole or training sequence -> rows that have it
+        rows_of: dict[tuple[int, ...], list[int]] = {}  # whole or training sequence -> rows that have it
         for row, ((user, whole), (_, start)) in enumerate(zip(test, train, strict=True)):
             if whole[: len(start)] != start:
                 says = f"the history of user {user} does not begin with its row in {self._train.name}"
                 raise InputError(f"{self._test}, row {row + 1}: {says}")
-            by_sequence.setdefault(tuple(whole), []).append(row)
-            by_sequence.setdefault(tuple(start), []).append(row)
-        reviews, line = self._read_reviews(by_sequence), 0
+            rows_of.setdefault(tuple(whole), []).append(row)
+            rows_of.setdefault(tuple(start), []).append(row)
+        reviews, line = self._read_reviews(rows_of), 0
         for row, (user, sequence) in enumerate(test):
             for index in sequence:
                 item_id = self._items[index - 1].item_id
@@ -105,15 +105,13 @@ class ReleaseSource(Source, name="release"):
                 yield user, item_id, 0, rating, line
                 line += 1
 
-    def _read_reviews(
-        self, by_sequence: Mapping[tuple[int, ...], list[int]]
-    ) -> dict[tuple[int, str], tuple[str, float]]:
+    def _read_reviews(self, rows_of: Mapping[tuple[int, ...], list[int]]) -> dict[tuple[int, str], tuple[str, float]]:
         """Return (row of the user, item id) -> review title and rating, from the histories in the prompts."""
         found: dict[tuple[int, str], tuple[str, float]] = {}
         for where, row in _rows(*self._prompts):
             history = _HISTORY.search(str(row.get("input", "")))
             indices = self._indices(row, where)
-            users = by_sequence.get(tuple(indices), [])
+            users = rows_of.get(tuple(indices), [])
             if not history or len(users) != 1:
                 self.problems.add("prompt that belongs to no single user, its reviews left out", where)
                 continue
