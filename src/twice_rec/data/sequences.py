@@ -61,7 +61,7 @@ class SequenceConfig(Settings):
 
 
 def assemble(source: Source, config: SequenceConfig) -> tuple[ItemCatalog, list[UserSequence]]:
-    """Return the catalogue and all sequences, users in the source's order; InputError if nothing is left, or no split."""
+    """Return the catalogue and all sequences in the source's order; InputError if nothing is left or no split fits."""
     problems, table = source.problems, source.interactions()
     titled = source.titled(set(table.items))  # in either case, because it counts what is wrong with the metadata
     if config.untitled_items == "drop":
@@ -122,7 +122,7 @@ def without_duplicates(table: InteractionTable, problems: Problems) -> Interacti
 
 
 def core(table: InteractionTable, k_core: int, min_history: int, max_history: int | None) -> InteractionTable:
-    """Keep each user's latest rows of an ordered table, then drop rare items and short users; InputError if none is left."""
+    """Cut an ordered table to each user's latest rows, drop rare items and short users; InputError if none is left."""
     found = len(table)
     if max_history is not None:
         end = np.searchsorted(table.user, table.user, side="right")  # [n], where the user's rows end

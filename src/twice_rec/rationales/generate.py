@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from twice_rec import prompts
+from twice_rec.catalog import ItemCatalog
 from twice_rec.progress import progress
-from twice_rec.prompts import ItemLookup, Message, PromptFormat
+from twice_rec.prompts import Message, PromptFormat
 from twice_rec.rationales import answers
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.client import ChatClient
@@ -45,7 +46,7 @@ class Questions:
         worth_reviewing: which rationales get a self-check; None for none.
     """
 
-    catalog: ItemLookup
+    catalog: ItemCatalog
     shown: PromptFormat
     instructions: Sequence[Message]
     config: SamplingConfig

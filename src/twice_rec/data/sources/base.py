@@ -113,11 +113,7 @@ class Source(ABC):
         """Set `interaction_files` and `item_files`."""
 
     def find_file(self, given: str | None, usual: Sequence[str], what: str) -> Path:
-        """Return the `given` file, or else the first `usual` one that exists; InputError if it is missing or empty.
-
-        Args:
-            usual: names, with `{domain}` for the domain.
-        """
+        """Return the given file or the first usual one (`{domain}` is filled in); InputError if missing or empty."""
         names = [given] if given else [name.replace("{domain}", self.domain) for name in usual]
         for path in (self.folder / name for name in names):
             if path.is_file():

@@ -52,8 +52,7 @@ class ReleaseSource(Source, name="release"):
 
     def _read_items(self) -> list[Item]:
         """Read all items in index order, so that item i of the release has index i here."""
-        vocab = read_json(self._vocab)
-        rows = read_json(self._meta)
+        vocab, rows = read_json(self._vocab), read_json(self._meta)
         if not isinstance(vocab, dict) or list(vocab) != [str(i) for i in range(1, len(vocab) + 1)]:
             raise InputError(f"{self._vocab}: expected item indices 1, 2, ... as keys, each with a title")
         if not isinstance(rows, list) or len(rows) != len(vocab):
@@ -124,11 +123,7 @@ class ReleaseSource(Source, name="release"):
         return found
 
     def rationales(self) -> dict[tuple[str, ...], str]:
-        """Return the authors' rationales (`train_case_1`): item ids of the history and the target, in order -> text.
-
-        Raises:
-            InputError: if there is no such file, or a row of one has no rationale.
-        """
+        """Return ids of the history's items and the target -> the authors' rationale; InputError if one is missing."""
         found = {}
         for where, row in _rows(*(path for path in self._prompts if "_llm_train_case_1" in path.name)):
             text = answer_format.parse(str(row.get("output", ""))).rationale

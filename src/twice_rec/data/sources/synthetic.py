@@ -110,11 +110,10 @@ class SyntheticDomain:
     """N items and U users with all that is hidden about them; an item is named by its position, not by an index."""
 
     def __init__(self, config: SyntheticConfig, seed: int):
-        """Draw the items and the users; their interactions are drawn when they are needed."""
         self.config = config
         # One generator per purpose, so that the items do not depend on the number of users.
         item_seed, user_seed, self._interaction_seed, self._review_seed = np.random.SeedSequence(seed).spawn(4)
-        rng, n, u = np.random.default_rng(item_seed), config.synthetic_items, config.synthetic_users
+        rng, n = np.random.default_rng(item_seed), config.synthetic_items  # the items
         titles: dict[tuple[int, int, int, int], None] = {}  # a title does not name the brand: each is used once
         while len(titles) < n:
             category = int(rng.integers(len(CATEGORIES)))
@@ -133,7 +132,7 @@ class SyntheticDomain:
         fame = rng.standard_normal(len(BRANDS))  # [B], f of the formula
         fame = (fame - fame.mean()) / fame.std()
         self.appeal = config.synthetic_popularity * base + config.synthetic_brand * fame[self.brand]  # [N]
-        rng = np.random.default_rng(user_seed)
+        rng, u = np.random.default_rng(user_seed), config.synthetic_users  # the users
         self.user_cohort = rng.integers(COHORTS, size=u)  # [U]
         self.diet_taste = _tastes(rng, u, len(DIETS), liked=2, disliked=1)  # [U, D]
         self.brand_taste = _tastes(rng, u, len(BRANDS), liked=3, disliked=2)  # [U, B]
@@ -182,11 +181,9 @@ class SyntheticDomain:
         return histories
 
     def test_log_probabilities(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
-        """Return the oracle's scores: true log-probabilities of each user's test target, in the order of the file.
+        """Return the oracle's scores: float32 [len(sequences), len(catalog)], column j for catalogue index j + 1.
 
-        Returns:
-            float32 [len(sequences), len(catalog)], column j for catalogue index j + 1; a user without a test target
-            gets those of the interaction after the last.
+        They are the true log-probabilities of the test target, or of the interaction after the last if there is none.
         """
         user_at, item_at = ({one: at for at, one in enumerate(ids)} for ids in (self.user_ids, self.item_ids))
         columns = [item_at[item_id] for item_id in catalog.ids]
