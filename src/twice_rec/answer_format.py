@@ -47,17 +47,11 @@ TAGS = tuple(tag for field in FIELDS for tag in (opening(field), closing(field))
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """What a completion holds of the answer format.
+    """What a completion holds of the answer format."""
 
-    Args:
-        fields: the text inside each complete element (opened once, closed once, in this order), stripped.
-        counts: tag -> how often it occurs (`<think>` and `</think>` apart), for the tags that occur.
-        other_tags: number of tags with other names.
-    """
-
-    fields: Mapping[Field, str]
-    counts: Mapping[str, int]
-    other_tags: int
+    fields: Mapping[Field, str]  # the text inside each complete element (opened once, then closed once), stripped
+    counts: Mapping[str, int]  # tag -> how often it occurs (`<think>` and `</think>` apart), for the tags that occur
+    other_tags: int  # number of tags with other names
 
     @property
     def rationale(self) -> str | None:

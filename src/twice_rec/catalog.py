@@ -13,8 +13,6 @@ from twice_rec.errors import InputError
 from twice_rec.files import read_records, write_records
 from twice_rec.records import Item
 
-PADDING = 0
-
 
 class Outcome(Enum):
     """What an answer recommends, judged by the candidate list of its prompt."""
@@ -42,8 +40,7 @@ class ItemCatalog:
             if not item.item_id or not item.title:
                 found = f"found id {item.item_id!r}, title {item.title!r}"
                 raise InputError(f"catalogue row {index}: an item needs an id and a title, {found}")
-            if item.item_id in self._index:
-                first = self._index[item.item_id]
+            if first := self._index.get(item.item_id):
                 raise InputError(f"catalogue row {index}: id {item.item_id} is in row {first} too")
             self._index[item.item_id] = index
         if not self._items:

@@ -20,14 +20,13 @@ METRICS: tuple[str, ...] = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
 
 
 def ranks_from_scores(scores: ArrayLike, target: ArrayLike) -> IntArray:
-    """Return the rank of each row's target: the number of columns that score at least as high, itself included.
+    """Return the rank of each row's target, int64 [B]: the number of columns that score at least as high as it.
+
+    So 1 is best, and a target tied with m others ranks behind all m of them.
 
     Args:
         scores: float [B, C]; `-inf` marks columns that must not be recommended.
         target: int [B], the column of each row's target.
-
-    Returns:
-        int64 [B], 1 is best. A target tied with m others ranks behind all m of them.
 
     Raises:
         ValueError: if a score is NaN, which would compare as if it were low.
@@ -84,11 +83,6 @@ def summarise(ranks: ArrayLike, names: Sequence[str] = METRICS) -> dict[str, flo
     return {name: float(per_user(name, ranks).mean()) for name in names}
 
 
-def random_ranking(num_candidates: int, names: Sequence[str] = METRICS) -> dict[str, float]:
-    """Return the metrics that a uniformly random order of `num_candidates` items is expected to reach."""
-    return summarise(np.arange(1, num_candidates + 1), names)
-
-
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A paired comparison: mean of a - b, its 95 % interval, and the two-sided bootstrap p-value."""
@@ -127,8 +121,7 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 1000, seed: int 
     """Compare two models on the same users, resampling users.
 
     Args:
-        a: float [n], one value per user.
-        b: float [n], the other model's values of the same users in the same order.
+        a, b: float [n], one value per user, in the same order.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import TypedDict
 
 from twice_rec import answer_format
+from twice_rec.catalog import ItemCatalog
 from twice_rec.recipe import Settings, key, one_of, rule
 from twice_rec.records import Example, Interaction, Item
 
@@ -27,11 +28,8 @@ class Message(TypedDict):
     content: str
 
 
-class ItemLookup(Protocol):
-    """Items by id; `catalog.ItemCatalog` is one."""
-
-    def __getitem__(self, item_id: str) -> Item: ...
-
+# What a prompt shows of a history, oldest first.
+History = Sequence[tuple[Interaction, Item]]
 
 # Field of an item, field of a review -> (its label in a prompt, its text).
 ITEM_FIELDS: Mapping[str, tuple[str, Callable[[Item, PromptFormat], str]]] = {
@@ -148,7 +146,7 @@ def describe_interaction(interaction: Interaction, item: Item, shown: PromptForm
     return " | ".join([describe_item(item, shown.prompt_history_fields, shown), *said])
 
 
-def show_lists(example: Example, catalog: ItemLookup, shown: PromptFormat) -> list[str]:
+def show_lists(example: Example, catalog: ItemCatalog, shown: PromptFormat) -> list[str]:
     """Return the lines of the history and of the candidates, each numbered from 1, as every prompt shows them."""
     history = example.history[-shown.prompt_history_items :] if shown.prompt_history_items else example.history
     past = [describe_interaction(entry, catalog[entry.item_id], shown) for entry in history]
@@ -157,7 +155,7 @@ def show_lists(example: Example, catalog: ItemLookup, shown: PromptFormat) -> li
 
 
 def recommend(
-    example: Example, catalog: ItemLookup, shown: PromptFormat, with_rationale: bool, item_first: bool = False
+    example: Example, catalog: ItemCatalog, shown: PromptFormat, with_rationale: bool, item_first: bool = False
 ) -> list[Message]:
     """Return the prompt for one user: task 3, its rationale asked for before or after the item, or task 2."""
     expected, instruction = answer_format.ITEM_ONLY, _CHOOSE
@@ -193,19 +191,14 @@ def item_info_answer(item: Item, shown: PromptFormat) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Exemplar:
-    """One worked annotation that the prompt shows; `rationales/exemplars.py` reads them from a file.
-
-    Args:
-        rationale, forward_rationale: the text that looks back, and the text that leaves the target unnamed.
-        evidence: numbers of the interactions, counted from 1 as prompts show them.
-    """
+    """One worked annotation that the prompt shows; `rationales/exemplars.py` reads them from a file."""
 
     history: tuple[tuple[Interaction, Item], ...]
     target: Item
-    rationale: str
-    forward_rationale: str
+    rationale: str  # the text that looks back
+    forward_rationale: str  # the text that leaves the target unnamed
     verdict: str
-    evidence: tuple[int, ...]
+    evidence: tuple[int, ...]  # numbers of the interactions, counted from 1 as prompts show them
     confidence: float
 
 
@@ -230,25 +223,17 @@ def annotation_instructions(
     return messages
 
 
-def annotation_question(history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat) -> Message:
-    """Return the question for a rationale. It shows no ids, because they explain nothing.
-
-    Args:
-        history: what the prompt shows, oldest first; the evidence counts it from 1.
-    """
+def annotation_question(history: History, target: Item, shown: PromptFormat) -> Message:
+    """Return the question for a rationale. It shows no ids, because they explain nothing."""
     return {"role": "user", "content": _history_and_target(history, target, shown)}
 
 
-def self_check(
-    history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat, rationale: str
-) -> list[Message]:
+def self_check(history: History, target: Item, shown: PromptFormat, rationale: str) -> list[Message]:
     """Return the prompt that asks whether a rationale meets each point of the rubric."""
     rubric = "\n".join(f"{name}: {meaning}." for name, meaning in RUBRIC.items())
     form = json.dumps(dict.fromkeys(RUBRIC, "true or false"), indent=1)
-    lists = _history_and_target(history, target, shown)
-    return _conversation(
-        _CHECKER, "\n\n".join([lists, f"Explanation:\n{rationale}", f"Points:\n{rubric}", _AS_JSON, form])
-    )
+    parts = [_history_and_target(history, target, shown), f"Explanation:\n{rationale}", f"Points:\n{rubric}"]
+    return _conversation(_CHECKER, "\n\n".join([*parts, _AS_JSON, form]))
 
 
 def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[Message]:
@@ -257,8 +242,8 @@ def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[
     return [*messages, {"role": "assistant", "content": completion}, {"role": "user", "content": complaint}]
 
 
-def _history_and_target(history: Sequence[tuple[Interaction, Item]], target: Item, shown: PromptFormat) -> str:
-    """Return the history, numbered from 1, and the next product, without ids."""
+def _history_and_target(history: History, target: Item, shown: PromptFormat) -> str:
+    """Return the history, numbered from 1 as the evidence counts it, and the next product, without ids."""
     past_fields = [name for name in shown.prompt_history_fields if name != "item_id"]
     next_fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
     without_ids = shown.model_copy(update={"prompt_history_fields": past_fields})

@@ -28,25 +28,15 @@ RANKED_LISTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One product, as text.
+    """One product, as text."""
 
-    Args:
-        item_id: the id that prompts show and completions name (`parent_asin` on Amazon).
-        title: the name shown to users; titles need not be unique.
-        description: free text, possibly empty.
-        details: attributes as JSON members without the outer braces, `"Brand": "Yogi", "Size": "16 oz"`.
-        brand: the store or brand, possibly empty.
-        categories: from the widest to the narrowest.
-        price: as written in the source, because its type varies there.
-    """
-
-    item_id: str
-    title: str
+    item_id: str  # what prompts show and completions name (`parent_asin` on Amazon)
+    title: str  # the name shown to users; titles need not be unique
     description: str = ""
-    details: str = ""
-    brand: str = ""
-    categories: tuple[str, ...] = ()
-    price: str = ""
+    details: str = ""  # attributes as JSON members without the outer braces, `"Brand": "Yogi", "Size": "16 oz"`
+    brand: str = ""  # the store or brand
+    categories: tuple[str, ...] = ()  # from the widest to the narrowest
+    price: str = ""  # as written in the source, because its type varies there
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +54,13 @@ class Interaction:
 class UserSequence:
     """A user's interactions in time order, and where the splits fall in them.
 
-    Args:
-        num_train: `interactions[:num_train]` may be trained on.
-        valid, test: positions of the two targets, None if the user has none. Leave-one-out gives
-            `num_train == valid == n - 2` and `test == n - 1`.
+    Leave-one-out gives `num_train == valid == n - 2` and `test == n - 1`.
     """
 
     user_id: str
     interactions: tuple[Interaction, ...]
-    num_train: int
-    valid: int | None
+    num_train: int  # `interactions[:num_train]` may be trained on
+    valid: int | None  # position of the validation target, None if the user has none
     test: int | None
 
     def target_position(self, split: Split) -> int | None:
@@ -121,34 +108,24 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Rationale:
-    """A post-hoc rationale for one user's training target (stage 1), with the annotator's own verdict.
-
-    `evidence` holds positions in the history, from 0; `confidence` is the annotator's in its verdict, 0 to 1.
-    """
+    """A post-hoc rationale for one user's training target (stage 1), with the annotator's own verdict."""
 
     user_id: str
     target: str
     text: str
     verdict: Verdict
-    evidence: tuple[int, ...]
-    confidence: float
+    evidence: tuple[int, ...]  # positions in the history, from 0
+    confidence: float  # the annotator's in its verdict, 0 to 1
     annotator: str
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one model did with one user: the target's rank per kind of list, and what an LLM wrote.
-
-    Args:
-        ranks: list kind (`uniform`, `popularity`, `hard`, `full`) -> rank of the target, 1 is best.
-        seed: seed of the model's training run; one file may hold several runs.
-        ranking: the candidates from best to worst (LLMs only).
-        answers: the completions (LLMs only).
-    """
+    """What one model did with one user: the target's rank per kind of list, and what an LLM wrote."""
 
     user_id: str
     target: str
-    ranks: dict[str, int]
-    seed: int = 0
-    ranking: tuple[str, ...] = ()
-    answers: tuple[str, ...] = ()
+    ranks: dict[str, int]  # list kind (`uniform`, `popularity`, `hard`, `full`) -> rank of the target, 1 is best
+    seed: int = 0  # of the model's training run; one file may hold several runs
+    ranking: tuple[str, ...] = ()  # the candidates from best to worst (LLMs only)
+    answers: tuple[str, ...] = ()  # the completions (LLMs only)

@@ -9,7 +9,7 @@ from twice_rec import metrics
 from twice_rec.cf.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sequences import SequenceConfig, assemble
-from twice_rec.data.sources import SOURCES, open_source
+from twice_rec.data.sources import SOURCES
 from twice_rec.data.sources.amazon import Amazon2023
 from twice_rec.data.sources.synthetic import (
     BRANDS,
@@ -166,7 +166,7 @@ def test_sources_of_a_recipe(tmp_path):
     assert list(SOURCES) == ["synthetic", "amazon2023", "amazon2014", "recbole", "release"]
     path = tmp_path / "prepare.yaml"
     path.write_text("run_dir: r\ndomain: D\nseed: 5\nsource: world\nworld_users: 30\n")  # the names of before
-    source = open_source(load_recipe(path, PrepareRecipe))
+    source = load_recipe(path, PrepareRecipe).open_source()
     assert isinstance(source, SyntheticSource)
     source.generate(tmp_path)
     assert len(source.interactions().users) == 30

@@ -60,11 +60,8 @@ def hard(rng: np.random.Generator, choice: Choice) -> list[int]:
 def _draw(rng: np.random.Generator, choice: Choice, cumulative: NDArray[np.float64] | None) -> list[int]:
     """Return distinct indices that are not the user's own, one after another in proportion to their weight.
 
-    Draws of taken or own items are repeated. If that goes on for long (few items hold nearly all the weight), the rest
-    is drawn from the exact distribution.
-
-    Args:
-        cumulative: float64 [N], running sum of the weights; None for uniform ones.
+    `cumulative` is the running sum of the weights, float64 [N], None for uniform ones. Draws of taken or own items are
+    repeated. If that goes on for long (few items hold nearly all the weight), the rest is drawn exactly.
     """
     chosen, own, num_items = dict[int, None](), choice.own, len(choice.cumulative)
     for _ in range(20):
@@ -123,10 +120,8 @@ def draw_candidates(
 ) -> Iterator[CandidateLists]:
     """Draw the lists of every user who has a target in the split, in the order of `sequences`.
 
-    For training, only the list that prompts show is drawn.
-
-    Args:
-        score_histories: needed for `hard`; should be fitted on training parts only.
+    For training, only the list that prompts show is drawn. `hard` needs `score_histories`, of a model that is fitted on
+    training parts only.
 
     Raises:
         InputError: if a user leaves fewer negatives than are needed, with the numbers.
@@ -150,15 +145,11 @@ def draw_candidates(
             target = sequence.target(split).item_id
             lists = {}
             for kind in kinds:
-                rng = np.random.default_rng(_user_seed(seed, sequence.user_id, split, kind))
+                draw = hashlib.blake2b(f"{seed}\0{sequence.user_id}\0{split}\0{kind}".encode(), digest_size=16)
+                rng = np.random.default_rng(int.from_bytes(draw.digest(), "little"))
                 ids = [target, *(catalog.at(index).item_id for index in CANDIDATE_LISTS[kind](rng, choice))]
                 lists[kind] = tuple(ids[position] for position in rng.permutation(len(ids)))
             yield CandidateLists(sequence.user_id, target, lists)
-
-
-def _user_seed(seed: int, user_id: str, split: str, kind: str) -> int:
-    digest = hashlib.blake2b(f"{seed}\0{user_id}\0{split}\0{kind}".encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "little")
 
 
 def training_counts(sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.int64]:

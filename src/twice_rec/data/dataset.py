@@ -31,11 +31,7 @@ def candidates_file(split: Split) -> str:
 
 
 def required_files(run_path: Path, *names: str) -> list[Path]:
-    """Return the paths of files in `data/` of a run, which a later stage lists as its inputs.
-
-    Raises:
-        InputError: if one is not there, with the launcher that makes it.
-    """
+    """Return the paths of files in `data/` of a run, inputs of a later stage; InputError if one is not there."""
     return [require(run_path / "data" / name, "prepare.sh") for name in names]
 
 

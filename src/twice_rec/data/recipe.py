@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from twice_rec.data.candidates import CandidateConfig
 from twice_rec.data.sequences import SequenceConfig
 from twice_rec.data.sources import SOURCES
-from twice_rec.data.sources.synthetic import SyntheticConfig
+from twice_rec.data.sources.base import Source
+from twice_rec.data.sources.synthetic import SyntheticConfig, SyntheticSource
 from twice_rec.prompts import PromptFormat
 from twice_rec.recipe import Recipe, key, one_of, required, rule
 
@@ -32,3 +34,11 @@ class PrepareRecipe(Recipe, SequenceConfig, CandidateConfig, PromptFormat, Synth
         if SOURCES[self.source].reads_folder and self.source_dir is None:
             return f"source {self.source} reads files: set source_dir, or pass --source_dir FOLDER"
         return None
+
+    def open_source(self) -> Source:
+        """Return the source; InputError if a file of it is missing or empty."""
+        kind = SOURCES[self.source]
+        if issubclass(kind, SyntheticSource):
+            return kind(self, self.domain, self.seed)
+        folder, titles_required = Path(self.source_dir or "."), self.untitled_items == "drop"
+        return kind(folder, self.domain, self.reviews_file, self.metadata_file, titles_required)

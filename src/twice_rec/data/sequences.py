@@ -61,11 +61,7 @@ class SequenceConfig(Settings):
 
 
 def assemble(source: Source, config: SequenceConfig) -> tuple[ItemCatalog, list[UserSequence]]:
-    """Read a source and make the catalogue and every user's sequence, in the source's order of users.
-
-    Raises:
-        InputError: if nothing is left, or the split is not possible.
-    """
+    """Return the catalogue and all sequences in the source's order; InputError if nothing is left or no split fits."""
     problems, table = source.problems, source.interactions()
     titled = source.titled(set(table.items))  # in either case, because it counts what is wrong with the metadata
     if config.untitled_items == "drop":
@@ -109,8 +105,7 @@ def _sequences(
 def in_time_order(table: InteractionTable) -> InteractionTable:
     """Sort by user (in order of first appearance), then time, then item id; without times, by the source's order."""
     if table.timestamp.any():
-        by_id = np.empty(len(table.items), dtype=np.int64)  # [number of items], place of an item's id in their order
-        by_id[np.argsort(np.array(table.items, dtype=object), kind="stable")] = np.arange(len(table.items))
+        by_id = np.argsort(np.argsort(np.array(table.items, dtype=object)))  # [items], place of an id in their order
         return table.take(np.lexsort((by_id[table.item], table.timestamp, table.user)))
     return table.take(np.argsort(table.user, kind="stable"))
 
@@ -127,14 +122,11 @@ def without_duplicates(table: InteractionTable, problems: Problems) -> Interacti
 
 
 def core(table: InteractionTable, k_core: int, min_history: int, max_history: int | None) -> InteractionTable:
-    """Cut long histories of an ordered table to their most recent part, then drop rare items and short users.
-
-    Raises:
-        InputError: if no user is left.
-    """
+    """Cut an ordered table to each user's latest rows, drop rare items and short users; InputError if none is left."""
     found = len(table)
     if max_history is not None:
-        table = table.take(_position_from_end(table.user) < max_history)
+        end = np.searchsorted(table.user, table.user, side="right")  # [n], where the user's rows end
+        table = table.take(end - np.arange(found) <= max_history)
     shortest = max(k_core, min_history)
     while len(table):
         users = np.bincount(table.user, minlength=len(table.users))  # interactions per user
@@ -147,13 +139,6 @@ def core(table: InteractionTable, k_core: int, min_history: int, max_history: in
         f"no user is left of {found:,} interactions: no group of users with at least {shortest} items each and items "
         f"with at least {k_core} users each; lower k_core ({k_core}) or min_history ({min_history})"
     )
-
-
-def _position_from_end(user: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return how many rows of the same user follow each row, for rows that are grouped by user: [n]."""
-    n = len(user)
-    last = np.flatnonzero(np.append(user[1:] != user[:-1], True)) if n else np.empty(0, dtype=np.int64)
-    return np.repeat(last, np.diff(np.concatenate(([-1], last)))) - np.arange(n)
 
 
 def leave_one_out(length: int) -> SplitPoints:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from twice_rec import prompts
+from twice_rec.catalog import ItemCatalog
 from twice_rec.progress import progress
-from twice_rec.prompts import ItemLookup, Message, PromptFormat
+from twice_rec.prompts import Message, PromptFormat
 from twice_rec.rationales import answers
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.client import ChatClient
@@ -46,7 +47,7 @@ class Questions:
         checks: what passes them gets a self-check; None for no self-checks.
     """
 
-    catalog: ItemLookup
+    catalog: ItemCatalog
     shown: PromptFormat
     instructions: Sequence[Message]
     config: SamplingConfig

@@ -23,7 +23,6 @@ from twice_rec.data import dataset
 from twice_rec.data.candidates import draw_candidates
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sequences import assemble, statistics
-from twice_rec.data.sources import open_source
 from twice_rec.files import atomic_path, write_json, write_records
 from twice_rec.progress import progress
 from twice_rec.records import SPLITS, UserSequence
@@ -35,7 +34,7 @@ logger = logging.getLogger("prepare")
 
 def prepare(recipe: PrepareRecipe) -> None:
     """Make `data/`."""
-    source = open_source(recipe)
+    source = recipe.open_source()
     with StageRun(recipe, "prepare", "data", source.files) as run:
         if run.is_finished():
             return

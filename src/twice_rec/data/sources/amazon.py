@@ -9,32 +9,21 @@ from __future__ import annotations
 import ast
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twice_rec.data.sources.base import Problems, Row, Source, clean_text, find_file, source
+from twice_rec.data.sources.base import Problems, Row, Source, clean_text
 from twice_rec.errors import InputError
 from twice_rec.progress import progress
 from twice_rec.records import Item
 
-if TYPE_CHECKING:
-    from twice_rec.data.recipe import PrepareRecipe
-
 Record = dict[str, Any]
 
 
-@source("amazon2023")
-class Amazon2023(Source):
-    """Reviews and item metadata of one domain of Amazon Reviews 2023.
-
-    Args:
-        domain: fills the usual file names, `Grocery_and_Gourmet_Food`.
-        reviews_file, metadata_file: other names.
-        metadata_required: whether a missing metadata file is an error; without one no item has a title.
-    """
+class Amazon2023(Source, name="amazon2023"):
+    """Reviews and item metadata of one domain of Amazon Reviews 2023, `Grocery_and_Gourmet_Food`."""
 
     schema = "Amazon Reviews 2023"
     usual_reviews: tuple[str, ...] = ("{domain}.jsonl", "{domain}.jsonl.gz")
@@ -45,37 +34,18 @@ class Amazon2023(Source):
     review_title_key, review_text_key = "title", "text"
     brand_key, features_key, category_keys = "store", "features", ["categories"]
 
-    def __init__(
-        self,
-        folder: Path,
-        domain: str,
-        reviews_file: str | None = None,
-        metadata_file: str | None = None,
-        metadata_required: bool = True,
-    ):
-        super().__init__(folder, domain)
-        names = [reviews_file] if reviews_file else [name.format(domain=domain) for name in self.usual_reviews]
-        self.interaction_files = [find_file(folder, names, "reviews")]
-        names = [metadata_file] if metadata_file else [name.format(domain=domain) for name in self.usual_metadata]
+    def find_files(self) -> None:
+        """Find the reviews, and the metadata if there are any or they are required."""
+        self.interaction_files = [self.find_file(self.reviews_file, self.usual_reviews, "reviews")]
         try:
-            self.item_files = [find_file(folder, names, "item metadata")]
+            self.item_files = [self.find_file(self.metadata_file, self.usual_metadata, "item metadata")]
         except InputError:
-            if metadata_required or metadata_file:
+            if self.metadata_required or self.metadata_file:
                 raise
             self.without_title = "item without title (there is no metadata file)"
 
-    @classmethod
-    def open(cls, recipe: PrepareRecipe) -> Source:
-        """Find the files; metadata are required if untitled items are dropped."""
-        folder, required = Path(recipe.source_dir or "."), recipe.untitled_items == "drop"
-        return cls(folder, recipe.domain, recipe.reviews_file, recipe.metadata_file, required)
-
     def rows(self) -> Iterator[Row]:
-        """Yield the reviews without their texts; `line` counts from 0.
-
-        Raises:
-            InputError: if no record fits the schema.
-        """
+        """Yield the reviews without their texts, `line` from 0; InputError if no record fits the schema."""
         (path,), usable = self.interaction_files, 0
         keys_seen: set[str] = set()
         for line, record in _records(path, self.problems):
@@ -149,8 +119,7 @@ class Amazon2023(Source):
         return {line: (_text(record.get(keys[0])), _text(record.get(keys[1]))) for line, record in wanted}
 
 
-@source("amazon2014")
-class Amazon2014(Amazon2023):
+class Amazon2014(Amazon2023, name="amazon2014"):
     """The same of the data sets of 2014 and 2018."""
 
     schema = "Amazon 2014/2018"
@@ -189,18 +158,16 @@ def _parse(text: bytes) -> object:
 
 def _lines(path: Path, problems: Problems) -> Iterator[bytes]:
     """Yield the lines of a plain or gzip file; a damaged end is counted, not raised."""
-    with open(path, "rb") as raw:
-        magic = raw.read(2)
-        raw.seek(0)
-        stream = gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw
-        with progress(desc=f"reading {path.name}", total=os.path.getsize(path), unit="B", unit_scale=True) as bar:
-            try:
-                for number, line in enumerate(stream):
-                    if number % 1000 == 0:
-                        bar.update(raw.tell() - bar.n)
-                    yield line
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                problems.add("file that is cut off or damaged, read up to there", f"{path.name}: {error}")
+    bar = progress(desc=f"reading {path.name}", total=path.stat().st_size, unit="B", unit_scale=True)
+    with open(path, "rb") as raw, bar:
+        stream = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        try:
+            for number, line in enumerate(stream):
+                if number % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            problems.add("file that is cut off or damaged, read up to there", f"{path.name}: {error}")
 
 
 def _text(value: object) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import html
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +21,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
 from twice_rec.records import Item, UserSequence
 
-if TYPE_CHECKING:
-    from twice_rec.data.recipe import PrepareRecipe
-
-S = TypeVar("S", bound="type[Source]")
-
-REGISTERED: dict[str, type[Source]] = {}  # name in the recipe -> class
 _MARKUP = re.compile(r"<[^<>]{1,200}>")
-
-
-def source(name: str) -> Callable[[S], S]:
-    """Register a class as the source that recipes call `name`."""
-
-    def register(cls: S) -> S:
-        REGISTERED[name] = cls
-        return cls
-
-    return register
 
 
 @dataclass
@@ -75,7 +59,7 @@ class InteractionTable:
 
     def take(self, rows: NDArray[Any]) -> InteractionTable:
         """Return the table of some rows (positions or a mask), with the same codes."""
-        columns: list[NDArray[Any]] = [self.user, self.item, self.timestamp, self.rating, self.line]
+        columns = (self.user, self.item, self.timestamp, self.rating, self.line)
         return InteractionTable(self.users, self.items, *(column[rows] for column in columns))
 
 
@@ -86,38 +70,57 @@ _COLUMNS = np.dtype([("user", "i4"), ("item", "i4"), ("timestamp", "i8"), ("rati
 def table_of(rows: Iterable[Row]) -> InteractionTable:
     """Collect rows into compact columns; ids are numbered in the order of their first row."""
     users, items = dict[str, int](), dict[str, int]()
-
-    def coded() -> Iterator[tuple[int, int, int, float, int]]:
-        for user, item, time, rating, line in rows:
-            known = np.nan if rating is None else rating
-            yield users.setdefault(user, len(users)), items.setdefault(item, len(items)), time, known, line
-
-    table = np.fromiter(coded(), dtype=_COLUMNS)  # [n]
+    coded = (
+        (users.setdefault(user, len(users)), items.setdefault(item, len(items)), *rest) for user, item, *rest in rows
+    )
+    table = np.fromiter(coded, dtype=_COLUMNS)  # [n]; a rating of None becomes NaN
     return InteractionTable(list(users), list(items), *(table[name].copy() for name in _COLUMNS.names or ()))
 
 
+REGISTERED: dict[str, type[Source]] = {}  # name in the recipe -> class
+
+
+@dataclass(eq=False)
 class Source(ABC):
-    """A place that interactions come from, by default files in a folder whose names hold the name of the domain.
+    """A place that interactions come from. `class CsvSource(Source, name="csv")` is the source that recipes call csv.
 
     Raises:
-        InputError: if there is no such folder.
+        InputError: if there is no such folder, or a file in it is missing or empty.
     """
+
+    folder: Path
+    domain: str  # what the usual names of the files hold
+    reviews_file: str | None = None  # another name
+    metadata_file: str | None = None
+    metadata_required: bool = True  # whether a missing file is an error; without one no item has a title
 
     reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
     without_title = "item without title"  # what `problems` calls an item without title
 
-    def __init__(self, folder: Path, domain: str):
-        if not folder.is_dir():
-            raise InputError(f"source_dir {folder.resolve()}: no such folder; pass --source_dir FOLDER")
-        self.folder, self.domain = folder, domain
+    def __init_subclass__(cls, name: str) -> None:
+        REGISTERED[name] = cls
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise InputError(f"source_dir {self.folder.resolve()}: no such folder; pass --source_dir FOLDER")
         self.problems = Problems()  # what could not be used as it is
         self.interaction_files: list[Path] = []
         self.item_files: list[Path] = []
+        self.find_files()
 
-    @classmethod
-    def open(cls, recipe: PrepareRecipe) -> Source:
-        """Return the source that a recipe describes."""
-        return cls(Path(recipe.source_dir or "."), recipe.domain)
+    @abstractmethod
+    def find_files(self) -> None:
+        """Set `interaction_files` and `item_files`."""
+
+    def find_file(self, given: str | None, usual: Sequence[str], what: str) -> Path:
+        """Return the given file or the first usual one (`{domain}` is filled in); InputError if missing or empty."""
+        names = [given] if given else [name.replace("{domain}", self.domain) for name in usual]
+        for path in (self.folder / name for name in names):
+            if path.is_file():
+                if path.stat().st_size == 0:
+                    raise InputError(f"{path}: the file is empty; fetch it again")
+                return path
+        raise InputError(f"{self.folder}: no file with {what}; looked for {', '.join(names)}")
 
     @property
     def files(self) -> list[Path]:
@@ -160,20 +163,6 @@ class Source(ABC):
     def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32] | None:
         """Return the true log-probabilities of the test targets [users, items], None if nobody knows them."""
         return None
-
-
-def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
-    """Return the first of `names` that exists in `folder` and is not empty.
-
-    Raises:
-        InputError: with the folder, every name that was tried, and the remedy.
-    """
-    for name in names:
-        if (folder / name).is_file():
-            if (folder / name).stat().st_size == 0:
-                raise InputError(f"{folder / name}: the file is empty; fetch it again")
-            return folder / name
-    raise InputError(f"{folder}: no file with {what}; looked for {', '.join(names)}")
 
 
 def clean_text(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec import answer_format
-from twice_rec.data.sources.base import Problems, Row, Source, clean_text, source
+from twice_rec.data.sources.base import Problems, Row, Source, clean_text
 from twice_rec.errors import InputError
 from twice_rec.files import read_json
 from twice_rec.prompts import RATING_WORDS
@@ -28,28 +28,31 @@ _INTERACTION = re.compile(
 )
 
 
-@source("release")
-class ReleaseSource(Source):
+class ReleaseSource(Source, name="release"):
     """The released files of `domain` in one folder."""
 
-    def __init__(self, folder: Path, domain: str):
-        super().__init__(folder, domain)
-        kinds = ("sasrec_train", "sasrec_test", "llm_meta")
-        self._train, self._test, self._meta = (_find(folder, f"amazon_{domain}_{kind}*.json") for kind in kinds)
-        self._vocab = _find(folder, f"amazon_vocab_{domain}*.json")
-        self._prompts = [
-            path
-            for name in ("llm_train_case_1", "llm_train_case_2", "llm_test")
-            for path in sorted(folder.glob(f"amazon_{domain}_{name}*.json"))
-        ]
+    def find_files(self) -> None:
+        """Find the files, and read all items at once, because everything else is given by their indices."""
+        start, prompts = f"amazon_{self.domain}", ("llm_train_case_1", "llm_train_case_2", "llm_test")
+        self._train = self._find(f"{start}_sasrec_train*.json")
+        self._test = self._find(f"{start}_sasrec_test*.json")
+        self._meta = self._find(f"{start}_llm_meta*.json")
+        self._vocab = self._find(f"amazon_vocab_{self.domain}*.json")
+        self._prompts = [path for kind in prompts for path in sorted(self.folder.glob(f"{start}_{kind}*.json"))]
         self.interaction_files, self.item_files = [self._train, self._test], [self._vocab, self._meta, *self._prompts]
         self._items = self._read_items()
         self._reviews: dict[int, tuple[str, str]] = {}
 
+    def _find(self, pattern: str) -> Path:
+        found = sorted(self.folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        what = f"{len(found)} files ({', '.join(path.name for path in found)})" if found else "no file"
+        raise InputError(f"{self.folder}: {what} named {pattern}; expected one of the authors' released files")
+
     def _read_items(self) -> list[Item]:
         """Read all items in index order, so that item i of the release has index i here."""
-        vocab = read_json(self._vocab)
-        rows = read_json(self._meta)
+        vocab, rows = read_json(self._vocab), read_json(self._meta)
         if not isinstance(vocab, dict) or list(vocab) != [str(i) for i in range(1, len(vocab) + 1)]:
             raise InputError(f"{self._vocab}: expected item indices 1, 2, ... as keys, each with a title")
         if not isinstance(rows, list) or len(rows) != len(vocab):
@@ -78,19 +81,20 @@ class ReleaseSource(Source):
         Raises:
             InputError: if the rows of the two files do not fit together.
         """
-        test, train = self._sequences(self._test), self._sequences(self._train)
+        test, train = (
+            [(str(row.get("user_id")), self._indices(row, where)) for where, row in _rows(path)]
+            for path in (self._test, self._train)
+        )  # (user id, item indices with the target last) of each row
         if [user for user, _ in train] != [user for user, _ in test]:
             raise InputError(f"{self._train} and {self._test} do not list the same users in the same order")
-        by_sequence: dict[tuple[int, ...], list[int]] = {}  # whole or training sequence -> rows that have it
+        rows_of: dict[tuple[int, ...], list[int]] = {}  # whole or training sequence -> rows that have it
         for row, ((user, whole), (_, start)) in enumerate(zip(test, train, strict=True)):
             if whole[: len(start)] != start:
-                raise InputError(
-                    f"{self._test}, row {row + 1}: the history of user {user} does not begin with its row in "
-                    f"{self._train.name}"
-                )
-            by_sequence.setdefault(tuple(whole), []).append(row)
-            by_sequence.setdefault(tuple(start), []).append(row)
-        reviews, line = self._read_reviews(by_sequence), 0
+                says = f"the history of user {user} does not begin with its row in {self._train.name}"
+                raise InputError(f"{self._test}, row {row + 1}: {says}")
+            rows_of.setdefault(tuple(whole), []).append(row)
+            rows_of.setdefault(tuple(start), []).append(row)
+        reviews, line = self._read_reviews(rows_of), 0
         for row, (user, sequence) in enumerate(test):
             for index in sequence:
                 item_id = self._items[index - 1].item_id
@@ -100,15 +104,13 @@ class ReleaseSource(Source):
                 yield user, item_id, 0, rating, line
                 line += 1
 
-    def _read_reviews(
-        self, by_sequence: Mapping[tuple[int, ...], list[int]]
-    ) -> dict[tuple[int, str], tuple[str, float]]:
+    def _read_reviews(self, rows_of: Mapping[tuple[int, ...], list[int]]) -> dict[tuple[int, str], tuple[str, float]]:
         """Return (row of the user, item id) -> review title and rating, from the histories in the prompts."""
         found: dict[tuple[int, str], tuple[str, float]] = {}
         for where, row in _rows(*self._prompts):
             history = _HISTORY.search(str(row.get("input", "")))
             indices = self._indices(row, where)
-            users = by_sequence.get(tuple(indices), [])
+            users = rows_of.get(tuple(indices), [])
             if not history or len(users) != 1:
                 self.problems.add("prompt that belongs to no single user, its reviews left out", where)
                 continue
@@ -121,11 +123,7 @@ class ReleaseSource(Source):
         return found
 
     def rationales(self) -> dict[tuple[str, ...], str]:
-        """Return the authors' rationales (`train_case_1`): item ids of the history and the target, in order -> text.
-
-        Raises:
-            InputError: if there is no such file, or a row of one has no rationale.
-        """
+        """Return ids of the history's items and the target -> the authors' rationale; InputError if one is missing."""
         found = {}
         for where, row in _rows(*(path for path in self._prompts if "_llm_train_case_1" in path.name)):
             text = answer_format.parse(str(row.get("output", ""))).rationale
@@ -148,11 +146,8 @@ class ReleaseSource(Source):
         """Return the review titles that some prompt shows."""
         return {line: review for line, review in self._reviews.items() if line in lines}
 
-    def _sequences(self, path: Path) -> list[tuple[str, list[int]]]:
-        """Return (user id, item indices with the target last) of each row."""
-        return [(str(row.get("user_id")), self._indices(row, where)) for where, row in _rows(path)]
-
     def _indices(self, row: Mapping[str, Any], where: str) -> list[int]:
+        """Return the indices of a row's items, the target last."""
         try:
             indices = [int(part) for part in f"{row['output_id']},{row['positive_item_id']}".split(",")]
         except (KeyError, ValueError):
@@ -160,17 +155,8 @@ class ReleaseSource(Source):
         if not all(1 <= index <= len(self._items) for index in indices):
             raise InputError(f"{where}: item index outside 1..{len(self._items)}: {indices}")
         if len(indices) < 2:
-            user = row.get("user_id")
-            raise InputError(f"{where}: user {user} has {len(indices)} item; needs a history and a target")
+            raise InputError(f"{where}: user {row.get('user_id')} has 1 item; needs a history and a target")
         return indices
-
-
-def _find(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) == 1:
-        return found[0]
-    what = "no file" if not found else f"{len(found)} files ({', '.join(path.name for path in found)})"
-    raise InputError(f"{folder}: {what} named {pattern}; expected one of the authors' released files")
 
 
 def _rows(*paths: Path) -> Iterator[tuple[str, dict[str, Any]]]:

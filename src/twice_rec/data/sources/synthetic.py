@@ -20,21 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sources.amazon import Amazon2023
-from twice_rec.data.sources.base import Source, source
 from twice_rec.files import write_jsonl
 from twice_rec.progress import progress
 from twice_rec.recipe import Settings, key
 from twice_rec.records import UserSequence
-
-if TYPE_CHECKING:
-    from twice_rec.data.recipe import PrepareRecipe
 
 T = TypeVar("T")
 
@@ -53,6 +49,7 @@ PRODUCT_TYPES: dict[str, tuple[str, ...]] = {
     "Spices": ("Paprika", "Curry Powder", "Oregano", "Cinnamon"),
     "Rice": ("Basmati Rice", "Jasmine Rice", "Risotto Rice", "Wild Rice"),
 }
+CATEGORIES = tuple(PRODUCT_TYPES)
 BRANDS = (
     "Alderbrook", "Birchway", "Calloway", "Dunmore", "Elmhurst", "Fairmoor", "Glenrock", "Hazelton",
     "Ironwood", "Juniper", "Kestrel", "Larkfield", "Marlowe", "Northgate", "Oakhaven", "Pinecrest",
@@ -85,26 +82,24 @@ class SyntheticConfig(Settings):
     synthetic_brand: float = key(1.0, "strength of the popularity of brands, which only interactions show")
 
 
-@source("synthetic")
-class SyntheticSource(Amazon2023):
+class SyntheticSource(Amazon2023, name="synthetic"):
     """The synthetic domain, written as raw files and then read as any domain of 2023 is."""
 
     reads_folder = False
 
     def __init__(self, config: SyntheticConfig, domain: str, seed: int):
-        Source.__init__(self, Path(), domain)  # the files that Amazon2023 looks for are not there yet
+        super().__init__(Path(), domain)
         self._config, self._seed = config, seed
 
-    @classmethod
-    def open(cls, recipe: PrepareRecipe) -> Source:
-        """Return the domain that the `synthetic_*` keys and the seed describe."""
-        return cls(recipe, recipe.domain, recipe.seed)
+    def find_files(self) -> None:
+        """Find nothing: the files that Amazon2023 looks for are not there before `generate`."""
 
     def generate(self, folder: Path) -> None:
         """Draw the domain and write its raw files."""
         self._drawn = SyntheticDomain(self._config, self._seed)
         self._drawn.write(folder, self.domain)
-        super().__init__(folder, self.domain)
+        self.folder = folder
+        super().find_files()
 
     def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
         """See `SyntheticDomain.test_log_probabilities`."""
@@ -118,15 +113,11 @@ class SyntheticDomain:
         self.config = config
         # One generator per purpose, so that the items do not depend on the number of users.
         item_seed, user_seed, self._interaction_seed, self._review_seed = np.random.SeedSequence(seed).spawn(4)
-        self._make_items(np.random.default_rng(item_seed))
-        self._make_users(np.random.default_rng(user_seed))
-
-    def _make_items(self, rng: np.random.Generator) -> None:
-        n, categories = self.config.synthetic_items, list(PRODUCT_TYPES)
+        rng, n = np.random.default_rng(item_seed), config.synthetic_items  # the items
         titles: dict[tuple[int, int, int, int], None] = {}  # a title does not name the brand: each is used once
         while len(titles) < n:
-            category = int(rng.integers(len(categories)))
-            kind = int(rng.integers(len(PRODUCT_TYPES[categories[category]])))
+            category = int(rng.integers(len(CATEGORIES)))
+            kind = int(rng.integers(len(PRODUCT_TYPES[CATEGORIES[category]])))
             titles[category, kind, int(rng.integers(len(DIETS))), int(rng.integers(len(SIZES)))] = None
         self.category, self._kind, self.diet, self._size = np.array(list(titles)).T  # int [N] each
         self.brand = rng.integers(len(BRANDS), size=n)  # [N]
@@ -134,38 +125,32 @@ class SyntheticDomain:
         base = rng.standard_normal(n)  # [N], b of the formula
         self.price = rng.integers(200, 2500, size=n) / 100
         self.item_ids = _ids(rng, n, "B0", 8)  # like Amazon's ASINs
-        self.complements = np.zeros((len(categories), len(categories)), dtype=bool)  # [C, C], row calls for column
-        for row in range(len(categories)):
-            others = [c for c in range(len(categories)) if c != row]
+        self.complements = np.zeros((len(CATEGORIES), len(CATEGORIES)), dtype=bool)  # [C, C], row calls for column
+        for row in range(len(CATEGORIES)):
+            others = [c for c in range(len(CATEGORIES)) if c != row]
             self.complements[row, rng.choice(others, size=2, replace=False)] = True
         fame = rng.standard_normal(len(BRANDS))  # [B], f of the formula
         fame = (fame - fame.mean()) / fame.std()
-        self.appeal = self.config.synthetic_popularity * base + self.config.synthetic_brand * fame[self.brand]  # [N]
-
-    def _make_users(self, rng: np.random.Generator) -> None:
-        u = self.config.synthetic_users
+        self.appeal = config.synthetic_popularity * base + config.synthetic_brand * fame[self.brand]  # [N]
+        rng, u = np.random.default_rng(user_seed), config.synthetic_users  # the users
         self.user_cohort = rng.integers(COHORTS, size=u)  # [U]
-        self.diet_taste = _likes_and_dislikes(rng, u, len(DIETS), 2, 1)  # [U, D]
-        self.brand_taste = _likes_and_dislikes(rng, u, len(BRANDS), 3, 2)  # [U, B]
+        self.diet_taste = _tastes(rng, u, len(DIETS), liked=2, disliked=1)  # [U, D]
+        self.brand_taste = _tastes(rng, u, len(BRANDS), liked=3, disliked=2)  # [U, B]
         self.num_interactions = rng.integers(MIN_INTERACTIONS, MAX_INTERACTIONS + 1, size=u)  # [U]
         self.user_ids = _ids(rng, u, "A", 27)
 
     def taste(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return t(p, i) of the formula: float32 [len(users), N], between -2 and 2."""
-        both = self.diet_taste[users][:, self.diet] + self.brand_taste[users][:, self.brand]  # [B, N]
-        return both.astype(np.float32)
+        return self.diet_taste[users][:, self.diet] + self.brand_taste[users][:, self.brand]
 
     def next_item_log_probabilities(
         self, users: Sequence[int] | NDArray[np.int64], histories: Sequence[Sequence[int]]
     ) -> NDArray[np.float32]:
-        """Return the true log-probabilities of each user's next interaction.
+        """Return the true log-probabilities of each user's next interaction: float32 [B, N], -inf for the history.
 
         Args:
-            users: positions in `user_ids`.
-            histories: item positions (0..N-1) so far, in order; may be empty.
-
-        Returns:
-            float32 [B, N]; items in the history have -inf.
+            users: [B], positions in `user_ids`.
+            histories: [B], item positions (0..N-1) so far, in order; may be empty.
         """
         config, people = self.config, np.asarray(users, dtype=np.int64)  # [B]
         utility = config.synthetic_taste * self.taste(people)  # [B, N]
@@ -196,22 +181,18 @@ class SyntheticDomain:
         return histories
 
     def test_log_probabilities(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
-        """Return the oracle's scores: true log-probabilities of each user's test target, in the order of the file.
+        """Return the oracle's scores: float32 [len(sequences), len(catalog)], column j for catalogue index j + 1.
 
-        Returns:
-            float32 [len(sequences), len(catalog)], column j for catalogue index j + 1; a user without a test target
-            gets those of the interaction after the last.
+        They are the true log-probabilities of the test target, or of the interaction after the last if there is none.
         """
-        user_at = {user_id: position for position, user_id in enumerate(self.user_ids)}
-        item_at = {item_id: position for position, item_id in enumerate(self.item_ids)}
+        user_at, item_at = ({one: at for at, one in enumerate(ids)} for ids in (self.user_ids, self.item_ids))
         columns = [item_at[item_id] for item_id in catalog.ids]
         users = [user_at[sequence.user_id] for sequence in sequences]
         histories = []
         for user, sequence in zip(users, sequences, strict=True):
             past = self.histories[user]
-            if sequence.test is not None:
-                past = past[: past.index(item_at[sequence.target("test").item_id])]
-            histories.append(past)
+            end = len(past) if sequence.test is None else past.index(item_at[sequence.target("test").item_id])
+            histories.append(past[:end])
         parts = (slice(start, start + _BATCH) for start in range(0, len(users), _BATCH))
         return np.concatenate(
             [self.next_item_log_probabilities(users[part], histories[part])[:, columns] for part in parts]
@@ -219,12 +200,11 @@ class SyntheticDomain:
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """Yield one record per item, in the schema of the raw metadata of 2023."""
-        categories = list(PRODUCT_TYPES)
         for j, item_id in enumerate(self.item_ids):
-            category = categories[self.category[j]]
+            category = CATEGORIES[self.category[j]]
             kind = PRODUCT_TYPES[category][self._kind[j]]
             brand, diet, size = BRANDS[self.brand[j]], DIETS[self.diet[j]], SIZES[self._size[j]]
-            calls_for = " and ".join(categories[c] for c in np.flatnonzero(self.complements[self.category[j]]))
+            calls_for = " and ".join(CATEGORIES[c] for c in np.flatnonzero(self.complements[self.category[j]]))
             yield {
                 "main_category": "Grocery",
                 "title": f"{diet} {kind}, {size}",
@@ -308,9 +288,7 @@ def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list
     return list(ids)
 
 
-def _likes_and_dislikes(
-    rng: np.random.Generator, users: int, things: int, liked: int, disliked: int
-) -> NDArray[np.float32]:
+def _tastes(rng: np.random.Generator, users: int, things: int, liked: int, disliked: int) -> NDArray[np.float32]:
     """Return float32 [users, things]: +1 for `liked` random things of each user, -1 for `disliked` others."""
     order = rng.permuted(np.tile(np.arange(things), (users, 1)), axis=1)
     taste = np.zeros((users, things), dtype=np.float32)
