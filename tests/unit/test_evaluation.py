@@ -14,7 +14,7 @@ from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, evaluate_scorers, export_scores
+from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
 from twice_rec.evaluation.llm_ranking import ask, evaluate_language_model, rank_by_votes, rationale_of
 from twice_rec.evaluation.predictions import answer_rates, metrics_of
 from twice_rec.files import read_json, read_records, write_records
@@ -65,7 +65,7 @@ SCORES = [[9, 8, 7, 3, 2, 5], [0, 0, 0, 0, 0, 0], [9, 1, 1, 0, 5, 9]]
 
 
 def test_ranks_of_lists_and_of_the_whole_catalogue(data):
-    questions = CFQuestions.of(data, "test", ["uniform", "full"])
+    questions = CFQuestions(data, "test", ["uniform", "full"])
     ranks = questions.ranks(TableScorer(SCORES))
     # u: among I5 (2), I4 (3), I6 (5) the target I4 is second; so it is in the catalogue without I1 to I3.
     # v: among I2 (1), I3 (1), I5 (5) the tie counts against I2; without I6 and I1 in the catalogue too.
@@ -75,21 +75,23 @@ def test_ranks_of_lists_and_of_the_whole_catalogue(data):
 
 def test_missing_lists_say_where_to_add_them(data):
     with pytest.raises(InputError, match=r"have the lists uniform, not hard; add it to candidate_lists"):
-        CFQuestions.of(data, "test", ["hard"])
+        CFQuestions(data, "test", ["hard"])
     with pytest.raises(InputError, match="no such file"):
-        CFQuestions.of(data, "valid", ["full"])
+        CFQuestions(data, "valid", ["full"])
+    write_records(data.folder / dataset.candidates_file("test"), TEST_LISTS[1:])
     with pytest.raises(InputError, match="user u has no stored candidates"):
-        CFQuestions(SEQUENCES, TEST_LISTS[1:], CATALOG, "test", ["uniform"])
+        CFQuestions(data, "test", ["uniform"])
 
 
 def test_several_runs_are_averaged(data, tmp_path):
-    questions = CFQuestions.of(data, "test", ["uniform"])
+    recipe = SASRecRecipe(run_dir=str(tmp_path), domain="D", seed=7)
     best = [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
-    files, metrics = evaluate_scorers(tmp_path / "eval", questions, [TableScorer(SCORES), TableScorer(best)], seed=7)
+    scorers = lambda: [TableScorer(SCORES), TableScorer(best)]
+    evaluate_scorer_variant(recipe, "sasrec", "table", data, ["uniform"], scorers, [])
+    metrics = read_json(tmp_path / "eval" / "table" / "metrics.json")
     assert metrics["uniform/hr@1"] == pytest.approx(2 / 4)
     assert metrics["n"] == 2
-    assert read_json(files[1]) == metrics
-    rows = list(read_records(files[0], Prediction))
+    rows = list(read_records(tmp_path / "eval" / "table" / "predictions.jsonl", Prediction))
     assert [(row.user_id, row.seed, row.ranks["uniform"]) for row in rows] == [
         ("u", 7, 2),
         ("v", 7, 3),

@@ -33,8 +33,6 @@ class CFQuestions:
     """The questions of one split as a CF model sees them: histories, targets and candidates as indices.
 
     Args:
-        sequences: all users, in the files' order.
-        candidates: the stored lists of the split.
         split: `valid` or `test`.
         lists: names of `RANKED_LISTS`; `full` is the catalogue without the seen items.
 
@@ -42,16 +40,9 @@ class CFQuestions:
         InputError: if no user has a target in the split, or if a list is not stored.
     """
 
-    def __init__(
-        self,
-        sequences: Sequence[UserSequence],
-        candidates: Sequence[CandidateLists],
-        catalog: ItemCatalog,
-        split: Split,
-        lists: Sequence[str],
-    ):
-        by_user = {entry.user_id: entry for entry in candidates}
-        rows = [(i, s) for i, s in enumerate(sequences) if s.target_position(split) is not None]
+    def __init__(self, data: Data, split: Split, lists: Sequence[str]):
+        catalog, by_user = data.catalog, {entry.user_id: entry for entry in data.candidates(split)}
+        rows = [(i, s) for i, s in enumerate(data.sequences) if s.target_position(split) is not None]
         if not rows:
             raise InputError(f"no user has a {split} target")
         self.users = np.array([position for position, _ in rows])  # [U], positions in the files
@@ -66,18 +57,10 @@ class CFQuestions:
             if kind != "full"
         }
 
-    @classmethod
-    def of(cls, data: Data, split: Split, lists: Sequence[str]) -> CFQuestions:
-        """Return the questions of prepared data."""
-        return cls(data.sequences, data.candidates(split), data.catalog, split, lists)
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
     def ranks(self, scorer: CFScorer, batch_size: int = 512) -> dict[str, NDArray[np.int64]]:
         """Return the rank of every user's target per list: int64 [U]. Ties count against the target."""
         parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in self.lists}
-        for start in progress(range(0, len(self), batch_size), desc="ranking", unit="batch"):
+        for start in progress(range(0, len(self.users), batch_size), desc="ranking", unit="batch"):
             rows = slice(start, start + batch_size)
             scores = np.asarray(scorer.scores(self.users[rows], self.histories[rows]))  # [B, N]
             targets = self.targets[rows]  # [B]
@@ -95,15 +78,16 @@ class CFQuestions:
         kind, _, name = metric.partition("/")
         return float(per_user(name, self.ranks(scorer)[kind]).mean())
 
-    def predictions(self, ranks: Mapping[str, NDArray[np.int64]], seed: int) -> Iterator[Prediction]:
+    def predictions(self, scorer: CFScorer, seed: int) -> Iterator[Prediction]:
         """Yield the ranks as records, in the files' order of users."""
+        ranks = self.ranks(scorer)
         for row, (user_id, target) in enumerate(zip(self.user_ids, self.target_ids, strict=True)):
             yield Prediction(user_id, target, {kind: int(ranks[kind][row]) for kind in self.lists}, seed)
 
 
 def fit_baseline(name: str, data: Data, seed: int) -> CFScorer:
     """Fit one of `BASELINES` on the training parts, with its settings chosen on validation."""
-    valid = CFQuestions.of(data, "valid", ["full"])
+    valid = CFQuestions(data, "valid", ["full"])
     return BASELINES[name](TrainingData(data.training_histories(), len(data.catalog), seed, valid.mean))
 
 

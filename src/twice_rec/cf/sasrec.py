@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.cf.confidence import ConfidenceModel, Histories, popularity_share
+from twice_rec.cf.confidence import ConfidenceModel, Histories
 from twice_rec.cf.recipe import SASRecConfig
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
@@ -121,8 +121,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()
+        nn.init.zeros_(module.weight[module.padding_idx])
 
 
 def pad_right(sequences: Histories) -> Tensor:
@@ -164,9 +163,17 @@ class SASRecScorer(ConfidenceModel):
 
     @torch.inference_mode()
     def popularity_share(self, histories: Histories) -> float:
-        """Return the popularity share of z over these users; see `confidence.popularity_share`."""
-        items = self.model.item_embedding.weight[1:]  # [N, D]
-        return popularity_share(self.states(histories).cpu().numpy(), items.cpu().numpy())
+        """Return the popularity share of z over B users: the share of its variance that the item alone explains.
+
+        It is the variance over items of the mean z over users, divided by the variance of all z: a number in [0, 1].
+        Near 1, the model ranks the same items first for everybody. No [B, N] matrix is made: second moments suffice.
+        """
+        users = self.states(histories).double().cpu().numpy()  # [B, D]
+        items = self.model.item_embedding.weight[1:].double().cpu().numpy()  # [N, D]
+        mean = users.mean(axis=0) @ items.mean(axis=0)  # of all z
+        second_moment = np.trace((users.T @ users) @ (items.T @ items)) / (len(users) * len(items))
+        by_item = (items @ users.mean(axis=0)).var()
+        return float(by_item / (second_moment - mean**2))
 
     def save(self, path: Path, catalog: ItemCatalog) -> None:
         """Write one safetensors file: weights, item means, settings, calibration, the catalogue's fingerprint."""

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -162,7 +163,7 @@ class SASRecTrainer:
         self.batches = Batches(sequences, config.max_length, trainer_config.batch_size)
         self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=trainer_config.weight_decay, fused=True)
         self.log: list[Epoch] = []
-        self.best = _copy(self.model)
+        self.best = deepcopy(self.model)
         self._validate = validate
         self._state_file = state_file
 
@@ -176,8 +177,7 @@ class SASRecTrainer:
                 bar.set_postfix(loss=f"{epoch.loss:.4f}", validation=f"{epoch.validation:.4f}", refresh=False)
                 bar.update()
                 on_epoch(epoch)
-        self.model.load_state_dict(self.best)
-        return self.model.eval()
+        return self.best.eval()
 
     @property
     def best_epoch(self) -> Epoch:
@@ -190,11 +190,12 @@ class SASRecTrainer:
 
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, number))
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
         total, count = 0.0, 0
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(_epoch_seed(self.seed, number) + 1)  # dropout
+            torch.manual_seed(seed + 1)  # dropout
             for step, sequences in enumerate(self.batches.epoch(generator)):
                 self._set_learning_rate((number - 1) * len(self.batches) + step)
                 loss = training_loss(self.model, sequences, self.config, generator)
@@ -209,7 +210,7 @@ class SASRecTrainer:
         epoch = Epoch(number, total / count, self._validate(self.model), time.perf_counter() - start)
         self.log.append(epoch)
         if self.best_epoch is epoch:
-            self.best = _copy(self.model)
+            self.best = deepcopy(self.model)
         if self._state_file is not None:
             self._save(self._state_file)
         return epoch
@@ -223,7 +224,7 @@ class SASRecTrainer:
 
     def _save(self, path: Path) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
         metadata = {"log": json.dumps([asdict(epoch) for epoch in self.log]), "settings": self._fingerprint()}
@@ -238,9 +239,8 @@ class SASRecTrainer:
                 return
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             self.log = [Epoch(**row) for row in json.loads(file.metadata()["log"])]
-        device = self.model.item_embedding.weight.device
         self.model.load_state_dict(_under("model.", tensors))
-        self.best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
+        self.best.load_state_dict(_under("best.", tensors))
         optimizer = self.optimizer.state_dict()
         for name, tensor in _under("optimizer.", tensors).items():
             index, _, part = name.partition(".")
@@ -254,31 +254,18 @@ class SASRecTrainer:
         return json.dumps([self.model.settings(), training, *data])
 
 
-def _copy(model: SASRec) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 def train_and_save(
     recipe: SASRecRecipe, data: Data, folder: Path, seed: int, device: str, log: Callable[[dict[str, float]], None]
 ) -> dict[str, float]:
-    """Train once and write `model.safetensors`, calibrated on validation, and `log.jsonl`; a kill is gone on from.
+    """Train once, write `model.safetensors`, calibrated on validation, and `log.jsonl`, and return what was measured.
 
-    Args:
-        folder: where the files go.
-        log: told loss and validation after each epoch.
-
-    Returns:
-        What the training measured.
+    A killed training goes on after its last epoch. `log` is told loss and validation after each one.
     """
-    valid = CFQuestions.of(data, "valid", ["uniform", "full"])
+    valid = CFQuestions(data, "valid", ["uniform", "full"])
     state, histories = folder / "training_state.safetensors", data.training_histories()
     validate = lambda model: valid.mean(SASRecScorer(model))
     trainer = SASRecTrainer(recipe, recipe, len(data.catalog), histories, validate, seed, state, device)
@@ -286,7 +273,7 @@ def train_and_save(
     scorer = SASRecScorer(model)
     scorer.calibrate(valid.histories, valid.candidates["uniform"], valid.targets)
     scorer.save(folder / "model.safetensors", data.catalog)
-    write_jsonl(folder / "log.jsonl", (asdict(epoch) for epoch in trainer.log))
+    write_jsonl(folder / "log.jsonl", map(asdict, trainer.log))
     state.unlink()
     figures = {
         "seed": seed,
