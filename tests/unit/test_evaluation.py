@@ -186,11 +186,11 @@ class FakeGenerator:
         return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
 
-CONFIG = SimpleNamespace(with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0)  # LLMRankingConfig's
+CONFIG = SimpleNamespace(with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0, seed=3)  # EvaluateRecipe's
 
 
 def test_likelihood_ranks_all_candidates_after_the_rationale():
-    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, CONFIG, "likelihood", 3, 1)
+    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, CONFIG, "likelihood", 1)
     assert prediction.ranking == ("I6", "I5", "I4")
     assert prediction.ranks == {"uniform": 3}
     assert prediction.answers == ("<think> tea </think>",)
@@ -206,13 +206,13 @@ def test_if_the_item_comes_first_nothing_is_generated():
             return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
     writer = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
-    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 3, 1)
+    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 1)
     assert prediction.ranks == {"uniform": 3}
 
 
 def test_sampled_ranks_by_votes():
     generator = FakeGenerator(item_text("I4"))
-    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, CONFIG, "sampled", 3, 11)
+    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, CONFIG, "sampled", 11)
     assert prediction.ranks == {"hard": 1}
     assert len(prediction.answers) == 5
     assert generator.asked == [(1, 5, 11)]
@@ -227,13 +227,13 @@ def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood", 3)
+    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood")
     with pytest.raises(KeyboardInterrupt):
-        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood", 3)
+        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood")
     with open(killed / "predictions.partial.jsonl", "a") as file:
         file.write('{"user_id": "v", "tar')  # a kill in mid-line
     generator = FakeGenerator()
-    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, CONFIG, "likelihood", 3)
+    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, CONFIG, "likelihood")
     assert len(generator.asked) == 1
     assert found == expected
     assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()

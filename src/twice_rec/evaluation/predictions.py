@@ -54,6 +54,5 @@ def whole_batches(path: Path, sizes: Sequence[int]) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     rows = sum(line.endswith(b"\n") for line in lines)
     done = int(np.searchsorted(np.cumsum(sizes), rows, side="right"))
-    with open(path, "r+b") as file:
-        file.truncate(sum(len(line) for line in lines[: sum(sizes[:done])]))
+    os.truncate(path, sum(map(len, lines[: sum(sizes[:done])])))
     return done

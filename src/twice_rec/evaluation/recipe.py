@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import CANDIDATE_LISTS
 from twice_rec.grpo.recipe import is_grpo_variant
 from twice_rec.llm.recipe import ModelConfig, PromptConfig
 from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, one_of, rule
-from twice_rec.records import RANKED_LISTS
 
 CandidateList = one_of(CANDIDATE_LISTS)
-RankedList = one_of(RANKED_LISTS)
 
 
 def _is_ours(variant: str) -> bool:

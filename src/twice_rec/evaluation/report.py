@@ -12,22 +12,20 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import PREDICTIONS
+from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.tables import Summary, Table, in_order, list_table, lists_of, show
 from twice_rec.files import MANIFEST, hash_file, read_json, read_records, write_json, write_text
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
 from twice_rec.records import RANKED_LISTS, Prediction
 from twice_rec.run import environment
-
-if TYPE_CHECKING:
-    from twice_rec.evaluation.recipe import ReportRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -193,16 +191,14 @@ def save_report(folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, 
     made_of = {str(path): hash_file(path) for run in run_dirs for path in _manifests(run)}
     manifest = {"domain": recipe.domain, "evaluations": made_of, **about}
     write_json(folder / "results.json", {**results, "manifest": manifest})
-    title, facts = (
-        f"TWiCE-Rec on {recipe.domain}",
-        {
-            "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "run": ", ".join(map(str, run_dirs)),
-            "commit": str(about["commit"]),
-            "python": about["python"],
-            "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
-        },
-    )
+    title = f"TWiCE-Rec on {recipe.domain}"
+    facts = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "run": ", ".join(map(str, run_dirs)),
+        "commit": str(about["commit"]),
+        "python": about["python"],
+        "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+    }
     write_text(folder / "index.html", html_page(title, sections, facts))
     text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
     write_text(folder / "tables.md", f"# {title}\n\n{INTRO}\n\n{text}\n")

@@ -38,20 +38,16 @@ def read_metrics(run_dir: Path) -> dict[str, dict[str, float]]:
     return {variant: found[variant] for variant in in_order(list(found))}
 
 
-def columns_of(summary: Summary) -> list[str]:
-    """Return the metric keys that some variant has, in table order."""
-    present = {key for row in summary.values() for key in row["metrics"]}
-    return [key for kind in RANKED_LISTS for name in METRICS if (key := f"{kind}/{name}") in present]
-
-
 def lists_of(summary: Summary) -> list[str]:
     """Return the ranked lists that some variant has metrics of, in table order."""
-    return list(dict.fromkeys(key.partition("/")[0] for key in columns_of(summary)))
+    present = {key.partition("/")[0] for row in summary.values() for key in row["metrics"]}
+    return [kind for kind in RANKED_LISTS if kind in present]
 
 
 def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Table:
     """Return the table of one kind of list: one row per variant that has it; with intervals, also its runs."""
-    keys = [key for key in columns_of(summary) if key.startswith(f"{kind}/")]
+    present = {key for row in summary.values() for key in row["metrics"]}
+    keys = [key for name in METRICS if (key := f"{kind}/{name}") in present]
 
     def cell(row: Mapping[str, Any], key: str) -> str:
         if key not in row["metrics"]:

@@ -78,7 +78,7 @@ def _language_model(
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         batches = list(question_batches(recipe, data))
-        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking, recipe.seed))
+        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking))
 
 
 main = command("evaluate", EvaluateRecipe, evaluate)
