@@ -15,8 +15,8 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
-from twice_rec.evaluation.llm_ranking import ask, evaluate_language_model, rank_by_votes, rationale_of
-from twice_rec.evaluation.predictions import answer_rates, metrics_of
+from twice_rec.evaluation.llm_ranking import answer_rates, ask, evaluate_language_model, rank_by_votes, rationale_of
+from twice_rec.evaluation.predictions import metrics_of
 from twice_rec.files import read_json, read_records, write_records
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
@@ -110,7 +110,7 @@ def test_a_finished_variant_is_left_alone(data, tmp_path, caplog):
         return made
 
     def evaluate(lists):
-        evaluate_scorer_variant(recipe, "sasrec", "table", data, lists, scorers, [sequences], {"seed": 7})
+        evaluate_scorer_variant(recipe, "sasrec", "table", data, lists, scorers, [sequences], seed=7)
 
     evaluate(["uniform", "full"])
     manifest = read_json(tmp_path / "eval" / "table" / "manifest.json")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,9 @@ def evaluate_scorer_variant(
     lists: Sequence[str],
     scorers: Callable[[], Iterable[CFScorer]],
     inputs: Iterable[Path],
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> None:
     """Write eval/<name>/ of a CF model on the test targets, unless it is there already.
-
-    Metrics are means over users and trainings.
 
     Args:
         scorers: makes one model, or one per training: the first has the recipe's seed, the others count on from it.

@@ -6,8 +6,10 @@ mean log-probability and then by the candidates' order.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,9 @@ import numpy as np
 from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, answer_rates, append, metrics_of, whole_batches
+from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, metrics_of
 from twice_rec.evaluation.recipe import EvaluateRecipe
-from twice_rec.files import read_records, write_json
+from twice_rec.files import read_records, to_row, write_json
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
@@ -125,3 +127,28 @@ def rationale_of(text: str) -> str:
     if rationale is None:
         rationale = text.partition(closing("think"))[0].partition(opening("item_nm"))[0]
     return without_tags(rationale)
+
+
+def answer_rates(predictions: Sequence[Prediction], catalog: ItemCatalog) -> dict[str, float]:
+    """Return the share of completions with each outcome (hit, miss, outside, malformed), as `answers/<outcome>`."""
+    outcomes = [catalog.outcome(parse(text), p.ranking, p.target) for p in predictions for text in p.answers]
+    return {f"answers/{o.value}": outcomes.count(o) / len(outcomes) for o in Outcome} if outcomes else {}
+
+
+def append(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Append a batch to a file; it is on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(to_row(prediction), ensure_ascii=False) + "\n" for prediction in predictions))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_batches(path: Path, sizes: Sequence[int]) -> int:
+    """Return how many whole batches an interrupted run has appended, and cut off what follows them in the file."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = sum(line.endswith(b"\n") for line in lines)
+    done = int(np.searchsorted(np.cumsum(sizes), rows, side="right"))
+    os.truncate(path, sum(map(len, lines[: sum(sizes[:done])])))
+    return done

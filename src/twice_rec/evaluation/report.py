@@ -117,14 +117,10 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe) -> dict[st
 
 
 def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int) -> Summary:
-    """Return means, 95 % intervals, number of users and number of trainings of each variant.
-
-    Args:
-        users: take these only; None takes each variant's own.
-    """
+    """Return means, 95 % intervals, users and trainings of each variant, on the given users or else on all its own."""
     summary = {}
     for name, variant in variants.items():
-        of = list(users) if users is not None else list(variant.users)
+        of = list(variant.users) if users is None else users
         columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)  # [users, metrics]
         intervals = bootstrap_intervals(columns, bootstrap_samples)  # [metrics, 2]
         summary[name] = {
