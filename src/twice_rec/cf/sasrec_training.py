@@ -92,29 +92,19 @@ def sample_negatives(sequences: Tensor, num_negatives: int, num_items: int, gene
         negatives[clash] = torch.randint(1, num_items + 1, (count,), generator=generator)
 
 
-class Batches:
-    """Training sequences as one padded table, cut into batches as long as their longest sequence.
+def training_table(sequences: Sequence[Sequence[int]], max_length: int) -> Tensor:
+    """Return the last `max_length + 1` items of each sequence of two or more: int64 [users, longest], 0 is padding."""
+    recent = [sequence[-(max_length + 1) :] for sequence in sequences if len(sequence) >= 2]
+    if not recent:
+        raise InputError("no user has two training interactions; SASRec has nothing to learn from")
+    return pad_right(recent)
 
-    Args:
-        sequences: item indices, each of length 2 or more; the most recent `max_length + 1` count.
-    """
 
-    def __init__(self, sequences: Sequence[Sequence[int]], max_length: int, batch_size: int):
-        recent = [sequence[-(max_length + 1) :] for sequence in sequences if len(sequence) >= 2]
-        if not recent:
-            raise InputError("no user has two training interactions; SASRec has nothing to learn from")
-        self.table = pad_right(recent)  # [users, longest]
-        self.lengths = (self.table > 0).sum(1)  # [users]
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-    def epoch(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield all users in a new order: int64 [B, L] batches; the last one may be smaller."""
-        order = torch.randperm(len(self.lengths), generator=generator)  # [users]
-        for rows in order.split(self.batch_size):
-            yield self.table[rows, : int(self.lengths[rows].max())]
+def batches(table: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield all rows in a new order: int64 [B, L], as long as their longest sequence; the last batch may be smaller."""
+    lengths = (table > 0).sum(1)  # [users]
+    for rows in torch.randperm(len(table), generator=generator).split(batch_size):
+        yield table[rows, : int(lengths[rows].max())]
 
 
 def training_loss(model: SASRec, sequences: Tensor, config: SASRecTrainerConfig, generator: torch.Generator) -> Tensor:
@@ -136,7 +126,6 @@ class SASRecTrainer:
 
     Args:
         config, trainer_config: one recipe may be both.
-        num_items: N.
         sequences: item indices of each user's training part.
         validate: measures a model in evaluation mode, larger is better.
         seed: of the first weights, the order, the negatives and the dropout.
@@ -160,7 +149,8 @@ class SASRecTrainer:
             self.model = SASRec(config, num_items).to(device)
         self.config = trainer_config
         self.seed = seed
-        self.batches = Batches(sequences, config.max_length, trainer_config.batch_size)
+        self.table = training_table(sequences, config.max_length)  # [users, longest]
+        self.steps_per_epoch = math.ceil(len(self.table) / trainer_config.batch_size)
         self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=trainer_config.weight_decay, fused=True)
         self.log: list[Epoch] = []
         self.best = deepcopy(self.model)
@@ -196,8 +186,8 @@ class SASRecTrainer:
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
             torch.manual_seed(seed + 1)  # dropout
-            for step, sequences in enumerate(self.batches.epoch(generator)):
-                self._set_learning_rate((number - 1) * len(self.batches) + step)
+            for step, sequences in enumerate(batches(self.table, self.config.batch_size, generator)):
+                self._set_learning_rate((number - 1) * self.steps_per_epoch + step)
                 loss = training_loss(self.model, sequences, self.config, generator)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -218,9 +208,8 @@ class SASRecTrainer:
     def _set_learning_rate(self, step: int) -> None:
         rate = self.config.learning_rate
         if self.config.lr_scheduler_type == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * len(self.batches))))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            rate *= 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * self.steps_per_epoch)))
+        self.optimizer.param_groups[0]["lr"] = rate  # there is one group
 
     def _save(self, path: Path) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -250,8 +239,7 @@ class SASRecTrainer:
 
     def _fingerprint(self) -> str:
         training = {**self.config.values_of(SASRecTrainerConfig), "seed": self.seed}
-        data = [len(self.batches.lengths), int(self.batches.table.sum())]
-        return json.dumps([self.model.settings(), training, *data])
+        return json.dumps([self.model.settings(), training, len(self.table), int(self.table.sum())])
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
