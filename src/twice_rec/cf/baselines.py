@@ -31,11 +31,8 @@ class CFScorer(Protocol):
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
         """Return the scores of all items: float [B, N], column j for item index j + 1.
 
-        Args:
-            users: int64 [B], a number per user: in evaluation the position in `sequences.jsonl`.
-            histories: their item indices, 1..N, oldest first.
+        `users` is int64 [B], a number per user: in evaluation the position in `sequences.jsonl`.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,7 @@ def interaction_matrix(histories: Histories, num_items: int, decay: float = 1.0)
 class ItemSimilarityScorer:
     """Item-to-item weights summed over the history, the k-th most recent item weighted by decay ** (k - 1).
 
-    Args:
-        similarity: [N, N], from the history's item (row) to the scored item; sparse or dense.
-        decay: 1 forgets nothing.
+    `similarity` is [N, N], from the history's item (row) to the scored item; sparse or dense.
     """
 
     def __init__(self, similarity: sparse.csr_matrix | Floats, decay: float):

@@ -127,8 +127,7 @@ def _initialise(module: nn.Module) -> None:
 
 def pad_right(sequences: Histories) -> Tensor:
     """Return int64 [B, L], with 0 behind the shorter sequences; L is the longest one's length."""
-    length = max(len(sequence) for sequence in sequences)
-    return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences], dtype=torch.int64)
+    return nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
 
 
 class SASRecScorer(ConfidenceModel):

@@ -182,7 +182,7 @@ class SASRecTrainer:
         start = time.perf_counter()
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
-        total, count = 0.0, 0
+        total = 0.0
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
             torch.manual_seed(seed + 1)  # dropout
@@ -193,11 +193,10 @@ class SASRecTrainer:
                 loss.backward()
                 self.optimizer.step()
                 total += float(loss.detach()) * len(sequences)
-                count += len(sequences)
         if not math.isfinite(total):
             raise InputError(f"SASRec's loss is {total} in epoch {number}; lower learning_rate")
         self.model.eval()
-        epoch = Epoch(number, total / count, self._validate(self.model), time.perf_counter() - start)
+        epoch = Epoch(number, total / len(self.table), self._validate(self.model), time.perf_counter() - start)
         self.log.append(epoch)
         if self.best_epoch is epoch:
             self.best = deepcopy(self.model)
@@ -212,13 +211,12 @@ class SASRecTrainer:
         self.optimizer.param_groups[0]["lr"] = rate  # there is one group
 
     def _save(self, path: Path) -> None:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        groups = {"model": self.model.state_dict(), "best": self.best.state_dict()}
+        groups |= {f"optimizer.{index}": state for index, state in self.optimizer.state_dict()["state"].items()}
+        tensors = {f"{group}.{name}": tensor.contiguous() for group in groups for name, tensor in groups[group].items()}
         metadata = {"log": json.dumps([asdict(epoch) for epoch in self.log]), "settings": self._fingerprint()}
         with atomic_path(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file(tensors, temporary, metadata)
 
     def _restore(self, path: Path) -> None:
         """Take up a saved state if it is one of these settings."""
@@ -231,9 +229,8 @@ class SASRecTrainer:
         self.model.load_state_dict(_under("model.", tensors))
         self.best.load_state_dict(_under("best.", tensors))
         optimizer = self.optimizer.state_dict()
-        for name, tensor in _under("optimizer.", tensors).items():
-            index, _, part = name.partition(".")
-            optimizer["state"].setdefault(int(index), {})[part] = tensor
+        parameters = optimizer["param_groups"][0]["params"]
+        optimizer["state"] = {index: _under(f"optimizer.{index}.", tensors) for index in parameters}
         self.optimizer.load_state_dict(optimizer)
         logger.info("resuming after epoch %d of at most %d", len(self.log), self.config.epochs)
 
