@@ -97,12 +97,10 @@ class ConfidenceModel(ABC):
 def fit_calibration(logits: Floats, is_target: NDArray[np.bool_], steps: int = 50) -> Calibration:
     """Fit a and b that maximise the likelihood of `is_target` under sigmoid(a z + b) (Platt scaling, Newton's method).
 
-    Both arguments are [n].
-
     Raises:
         ValueError: if `is_target` is the same everywhere.
     """
-    z, y = np.asarray(logits, dtype=np.float64), np.asarray(is_target, dtype=np.float64)
+    z, y = np.asarray(logits, dtype=np.float64), np.asarray(is_target, dtype=np.float64)  # [n], [n]
     if not 0 < y.sum() < y.size:
         raise ValueError(f"calibration needs targets and other items, got {y.sum():.0f} targets among {y.size} items")
     scale = max(float(z.std()), 1e-12)

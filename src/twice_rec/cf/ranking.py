@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import BASELINES, CFScorer, TrainingData
-from twice_rec.cf.confidence import Floats, Histories
+from twice_rec.cf.confidence import Histories
 from twice_rec.errors import InputError
 from twice_rec.metrics import per_user, ranks_from_scores
 from twice_rec.progress import progress
@@ -66,11 +66,14 @@ class CFQuestions:
             targets = self.targets[rows]  # [B]
             for kind in self.lists:
                 if kind == "full":
-                    parts[kind].append(ranks_from_scores(_without_seen(scores, self.histories[rows]), targets - 1))
+                    ranked, column = np.array(scores, dtype=np.float32), targets - 1  # [B, N], [B]
+                    for row, history in enumerate(self.histories[rows]):
+                        ranked[row, np.array(history) - 1] = -np.inf  # seen items are not recommended again
                 else:
                     shown = self.candidates[kind][rows]  # [B, C]
-                    column = (shown == targets[:, None]).argmax(axis=1)  # [B], of the target
-                    parts[kind].append(ranks_from_scores(np.take_along_axis(scores, shown - 1, axis=1), column))
+                    ranked = np.take_along_axis(scores, shown - 1, axis=1)  # [B, C]
+                    column = (shown == targets[:, None]).argmax(axis=1)  # [B]
+                parts[kind].append(ranks_from_scores(ranked, column))
         return {kind: np.concatenate(ranks) for kind, ranks in parts.items()}
 
     def mean(self, scorer: CFScorer, metric: str = CHOSEN_ON) -> float:
@@ -100,10 +103,3 @@ def _list_of(by_user: Mapping[str, CandidateLists], user_id: str, kind: str) -> 
             "candidate_lists in prepare.yaml and run prepare.sh again, or leave it out of lists"
         )
     return by_user[user_id].lists[kind]
-
-
-def _without_seen(scores: Floats, histories: Histories) -> Floats:
-    masked = np.array(scores, dtype=np.float32)  # [B, N]
-    for row, history in enumerate(histories):
-        masked[row, np.array(history) - 1] = -np.inf
-    return masked

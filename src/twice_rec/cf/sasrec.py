@@ -166,8 +166,7 @@ class SASRecScorer(ConfidenceModel):
         items = self.model.item_embedding.weight[1:].double().cpu().numpy()  # [N, D]
         mean = users.mean(axis=0) @ items.mean(axis=0)  # of all z
         second_moment = np.trace((users.T @ users) @ (items.T @ items)) / (len(users) * len(items))
-        by_item = (items @ users.mean(axis=0)).var()
-        return float(by_item / (second_moment - mean**2))
+        return float((items @ users.mean(axis=0)).var() / (second_moment - mean**2))
 
     def save(self, path: Path, catalog: ItemCatalog) -> None:
         """Write one safetensors file: weights, item means, settings, calibration, the catalogue's fingerprint."""

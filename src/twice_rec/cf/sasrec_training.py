@@ -86,8 +86,7 @@ def sample_negatives(sequences: Tensor, num_negatives: int, num_items: int, gene
     own = torch.zeros(batch, num_items + 1, dtype=torch.bool).scatter_(1, sequences, True) if num_items < 4096 else None
     while True:
         clash = own.gather(1, negatives) if own is not None else (negatives[:, :, None] == sequences[:, None]).any(-1)
-        count = int(clash.sum())
-        if not count:
+        if not (count := int(clash.sum())):
             return negatives.view(batch, length - 1, num_negatives)
         negatives[clash] = torch.randint(1, num_items + 1, (count,), generator=generator)
 
@@ -161,8 +160,9 @@ class SASRecTrainer:
         """Train to the last epoch or the end of patience, and return the model of the best epoch on validation."""
         if self._state_file is not None and self._state_file.exists():
             self._restore(self._state_file)
-        with progress(desc="SASRec", total=self.config.epochs, initial=len(self.log), unit="epoch") as bar:
-            while len(self.log) < self.config.epochs and not self._out_of_patience():
+        epochs, patience = self.config.epochs, self.config.patience or math.inf
+        with progress(desc="SASRec", total=epochs, initial=len(self.log), unit="epoch") as bar:
+            while len(self.log) < epochs and (not self.log or len(self.log) - self.best_epoch.number < patience):
                 epoch = self._epoch(len(self.log) + 1)
                 bar.set_postfix(loss=f"{epoch.loss:.4f}", validation=f"{epoch.validation:.4f}", refresh=False)
                 bar.update()
@@ -173,10 +173,6 @@ class SASRecTrainer:
     def best_epoch(self) -> Epoch:
         """Return the first epoch with the best validation."""
         return max(self.log, key=lambda epoch: epoch.validation)
-
-    def _out_of_patience(self) -> bool:
-        patience = self.config.patience or math.inf
-        return bool(self.log) and len(self.log) - self.best_epoch.number >= patience
 
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()

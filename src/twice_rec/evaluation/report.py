@@ -53,8 +53,7 @@ def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
     """
     folders: dict[str, list[Path]] = {}
     for run_dir in run_dirs:
-        found = _manifests(run_dir)
-        if not found:
+        if not (found := _manifests(run_dir)):
             raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
         for path in found:
             folders.setdefault(path.parent.name, []).append(path.parent)
