@@ -14,7 +14,6 @@ from twice_rec.cf.baselines import (
     ease_weights,
     interaction_matrix,
     knn_similarity,
-    weighted_histories,
 )
 from twice_rec.errors import InputError
 
@@ -37,8 +36,8 @@ def test_random_is_the_same_for_a_user_whenever_asked():
     assert not np.array_equal(both[0], both[1])
 
 
-def test_weighted_histories_decay_with_age():
-    assert weighted_histories([[3, 1], [2]], 3, 0.5).toarray().tolist() == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]
+def test_interactions_decay_with_age():
+    assert interaction_matrix([[3, 1], [2]], 3, 0.5).toarray().tolist() == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]
 
 
 def test_knn_similarity_by_hand():

@@ -14,9 +14,9 @@ from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, evaluate_scorers, export_scores
-from twice_rec.evaluation.llm_ranking import ask, evaluate_language_model, rank_by_votes, rationale_of
-from twice_rec.evaluation.predictions import answer_rates, metrics_of
+from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
+from twice_rec.evaluation.llm_ranking import answer_rates, ask, evaluate_language_model, rank_by_votes, rationale_of
+from twice_rec.evaluation.predictions import metrics_of
 from twice_rec.files import read_json, read_records, write_records
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
@@ -65,7 +65,7 @@ SCORES = [[9, 8, 7, 3, 2, 5], [0, 0, 0, 0, 0, 0], [9, 1, 1, 0, 5, 9]]
 
 
 def test_ranks_of_lists_and_of_the_whole_catalogue(data):
-    questions = CFQuestions.of(data, "test", ["uniform", "full"])
+    questions = CFQuestions(data, "test", ["uniform", "full"])
     ranks = questions.ranks(TableScorer(SCORES))
     # u: among I5 (2), I4 (3), I6 (5) the target I4 is second; so it is in the catalogue without I1 to I3.
     # v: among I2 (1), I3 (1), I5 (5) the tie counts against I2; without I6 and I1 in the catalogue too.
@@ -75,21 +75,23 @@ def test_ranks_of_lists_and_of_the_whole_catalogue(data):
 
 def test_missing_lists_say_where_to_add_them(data):
     with pytest.raises(InputError, match=r"have the lists uniform, not hard; add it to candidate_lists"):
-        CFQuestions.of(data, "test", ["hard"])
+        CFQuestions(data, "test", ["hard"])
     with pytest.raises(InputError, match="no such file"):
-        CFQuestions.of(data, "valid", ["full"])
+        CFQuestions(data, "valid", ["full"])
+    write_records(data.folder / dataset.candidates_file("test"), TEST_LISTS[1:])
     with pytest.raises(InputError, match="user u has no stored candidates"):
-        CFQuestions(SEQUENCES, TEST_LISTS[1:], CATALOG, "test", ["uniform"])
+        CFQuestions(data, "test", ["uniform"])
 
 
 def test_several_runs_are_averaged(data, tmp_path):
-    questions = CFQuestions.of(data, "test", ["uniform"])
+    recipe = SASRecRecipe(run_dir=str(tmp_path), domain="D", seed=7)
     best = [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
-    files, metrics = evaluate_scorers(tmp_path / "eval", questions, [TableScorer(SCORES), TableScorer(best)], seed=7)
+    scorers = lambda: [TableScorer(SCORES), TableScorer(best)]
+    evaluate_scorer_variant(recipe, "sasrec", "table", data, ["uniform"], scorers, [])
+    metrics = read_json(tmp_path / "eval" / "table" / "metrics.json")
     assert metrics["uniform/hr@1"] == pytest.approx(2 / 4)
     assert metrics["n"] == 2
-    assert read_json(files[1]) == metrics
-    rows = list(read_records(files[0], Prediction))
+    rows = list(read_records(tmp_path / "eval" / "table" / "predictions.jsonl", Prediction))
     assert [(row.user_id, row.seed, row.ranks["uniform"]) for row in rows] == [
         ("u", 7, 2),
         ("v", 7, 3),
@@ -108,7 +110,7 @@ def test_a_finished_variant_is_left_alone(data, tmp_path, caplog):
         return made
 
     def evaluate(lists):
-        evaluate_scorer_variant(recipe, "sasrec", "table", data, lists, scorers, [sequences], {"seed": 7})
+        evaluate_scorer_variant(recipe, "sasrec", "table", data, lists, scorers, [sequences], seed=7)
 
     evaluate(["uniform", "full"])
     manifest = read_json(tmp_path / "eval" / "table" / "manifest.json")
@@ -184,11 +186,11 @@ class FakeGenerator:
         return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
 
-CONFIG = SimpleNamespace(with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0)  # LLMRankingConfig's
+CONFIG = SimpleNamespace(with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0, seed=3)  # EvaluateRecipe's
 
 
 def test_likelihood_ranks_all_candidates_after_the_rationale():
-    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, CONFIG, "likelihood", 3, 1)
+    (prediction,) = ask(FakeGenerator(), [EXAMPLE], "uniform", WRITER, CONFIG, "likelihood", 1)
     assert prediction.ranking == ("I6", "I5", "I4")
     assert prediction.ranks == {"uniform": 3}
     assert prediction.answers == ("<think> tea </think>",)
@@ -204,13 +206,13 @@ def test_if_the_item_comes_first_nothing_is_generated():
             return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
     writer = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
-    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 3, 1)
+    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 1)
     assert prediction.ranks == {"uniform": 3}
 
 
 def test_sampled_ranks_by_votes():
     generator = FakeGenerator(item_text("I4"))
-    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, CONFIG, "sampled", 3, 11)
+    (prediction,) = ask(generator, [EXAMPLE], "hard", WRITER, CONFIG, "sampled", 11)
     assert prediction.ranks == {"hard": 1}
     assert len(prediction.answers) == 5
     assert generator.asked == [(1, 5, 11)]
@@ -225,13 +227,13 @@ def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood", 3)
+    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood")
     with pytest.raises(KeyboardInterrupt):
-        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood", 3)
+        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood")
     with open(killed / "predictions.partial.jsonl", "a") as file:
         file.write('{"user_id": "v", "tar')  # a kill in mid-line
     generator = FakeGenerator()
-    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, CONFIG, "likelihood", 3)
+    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, CONFIG, "likelihood")
     assert len(generator.asked) == 1
     assert found == expected
     assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()

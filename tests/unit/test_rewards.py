@@ -291,8 +291,8 @@ def test_rank_is_that_of_evaluation_by_likelihood():
         generator = SimpleNamespace(
             score=policy.score, generate=lambda prompts, text=text: [[SimpleNamespace(text=text)] for _ in prompts]
         )
-        config = SimpleNamespace(with_rationale=True)
-        (predicted,) = ask(generator, [example], "uniform", writer, config, "likelihood", 0, 0)
+        config = SimpleNamespace(with_rationale=True, seed=0)
+        (predicted,) = ask(generator, [example], "uniform", writer, config, "likelihood", 0)
         asked = call([text], [list(example.candidates)], [example.target])
         asked["prompts"] = [writer.recommend(example, with_rationale=True)]
         (reward,) = step_rewards(["rank"], policy=policy).functions[0](**asked)

@@ -10,13 +10,14 @@ import torch
 from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
 from twice_rec.cf.sasrec import SASRec, pad_right
 from twice_rec.cf.sasrec_training import (
-    Batches,
     SASRecTrainer,
+    batches,
     gbce_beta,
     sample_negatives,
     sampled_loss,
     softmax_loss,
     training_loss,
+    training_table,
 )
 from twice_rec.errors import InputError
 
@@ -122,15 +123,15 @@ def test_no_negative_left_is_an_error():
 
 def test_batches_hold_everybody_once_and_are_as_long_as_their_longest():
     sequences = [[1] * length for length in (2, 3, 9, 4, 2, 2, 5)]
-    batches = list(Batches(sequences, max_length=6, batch_size=3).epoch(torch.Generator().manual_seed(0)))
-    assert sorted((row > 0).sum().item() for batch in batches for row in batch) == [2, 2, 2, 3, 4, 5, 7]
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert all(batch.shape[1] == int((batch > 0).sum(1).max()) for batch in batches)
+    found = list(batches(training_table(sequences, max_length=6), 3, torch.Generator().manual_seed(0)))
+    assert sorted((row > 0).sum().item() for batch in found for row in batch) == [2, 2, 2, 3, 4, 5, 7]
+    assert [len(batch) for batch in found] == [3, 3, 1]
+    assert all(batch.shape[1] == int((batch > 0).sum(1).max()) for batch in found)
 
 
 def test_nothing_to_learn_from():
     with pytest.raises(InputError, match="no user has two training interactions"):
-        Batches([[1], [2]], 5, 2)
+        training_table([[1], [2]], 5)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "bce", "gbce"])

@@ -10,7 +10,7 @@ tables and stage 3's `cf_model` take its name from `BASELINES`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,11 +31,8 @@ class CFScorer(Protocol):
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
         """Return the scores of all items: float [B, N], column j for item index j + 1.
 
-        Args:
-            users: int64 [B], a number per user: in evaluation the position in `sequences.jsonl`.
-            histories: their item indices, 1..N, oldest first.
+        `users` is int64 [B], a number per user: in evaluation the position in `sequences.jsonl`.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -88,26 +85,19 @@ class PopularityScorer:
         return np.broadcast_to(self._counts, (len(histories), len(self._counts)))
 
 
-def interaction_matrix(histories: Histories, num_items: int) -> sparse.csr_matrix:
-    """Return the sparse 0/1 [users, N] of item index sequences, column j for index j + 1."""
-    return weighted_histories(histories, num_items, 1.0)
-
-
-def weighted_histories(histories: Histories, num_items: int, decay: float) -> sparse.csr_matrix:
-    """Return a sparse [B, N] with decay ** (number of later items) at each item of each history."""
+def interaction_matrix(histories: Histories, num_items: int, decay: float = 1.0) -> sparse.csr_matrix:
+    """Return a sparse [B, N], column j for item index j + 1, with decay ** (number of later items) at each item."""
     lengths = [len(history) for history in histories]
     rows = np.repeat(np.arange(len(histories)), lengths)
     columns = np.fromiter((index - 1 for history in histories for index in history), dtype=np.int64, count=sum(lengths))
-    age = np.concatenate([np.arange(length - 1, -1, -1) for length in lengths]) if lengths else np.empty(0)
+    age = np.concatenate([np.arange(length)[::-1] for length in lengths])
     return sparse.csr_matrix((decay**age, (rows, columns)), shape=(len(histories), num_items))
 
 
 class ItemSimilarityScorer:
     """Item-to-item weights summed over the history, the k-th most recent item weighted by decay ** (k - 1).
 
-    Args:
-        similarity: [N, N], from the history's item (row) to the scored item; sparse or dense.
-        decay: 1 forgets nothing.
+    `similarity` is [N, N], from the history's item (row) to the scored item; sparse or dense.
     """
 
     def __init__(self, similarity: sparse.csr_matrix | Floats, decay: float):
@@ -116,7 +106,7 @@ class ItemSimilarityScorer:
 
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
         """See `CFScorer`."""
-        summed = weighted_histories(histories, self._similarity.shape[0], self._decay) @ self._similarity  # [B, N]
+        summed = interaction_matrix(histories, self._similarity.shape[0], self._decay) @ self._similarity  # [B, N]
         return summed.toarray() if sparse.issparse(summed) else summed
 
 
@@ -125,18 +115,19 @@ def choose_similarity(
 ) -> ItemSimilarityScorer:
     """Fit a similarity with each setting and decay, and keep the best on validation; the earlier one wins a tie."""
     interactions = interaction_matrix(training.histories, training.num_items)  # [users, N]
-    best: tuple[float, str, ItemSimilarityScorer] | None = None
-    for value in values:
-        similarity = fit(interactions, value)  # [N, N]
-        for decay in (1.0, 0.9, 0.8):
-            model, chosen = ItemSimilarityScorer(similarity, decay), f"{setting} {value:g}, decay {decay:g}"
-            reached = training.validate(model)
-            logger.info("  %s: validation %.4f", chosen, reached)
-            if best is None or reached > best[0]:
-                best = (reached, chosen, model)
-    assert best is not None
-    logger.info("chose %s: validation %.4f", best[1], best[0])
-    return best[2]
+
+    def tried() -> Iterator[tuple[float, str, ItemSimilarityScorer]]:
+        for value in values:
+            similarity = fit(interactions, value)  # [N, N]
+            for decay in (1.0, 0.9, 0.8):
+                model, chosen = ItemSimilarityScorer(similarity, decay), f"{setting} {value:g}, decay {decay:g}"
+                reached = training.validate(model)
+                logger.info("  %s: validation %.4f", chosen, reached)
+                yield reached, chosen, model
+
+    reached, chosen, model = max(tried(), key=lambda one: one[0])
+    logger.info("chose %s: validation %.4f", chosen, reached)
+    return model
 
 
 def knn_similarity(interactions: sparse.csr_matrix, shrink: float) -> sparse.csr_matrix:
@@ -145,12 +136,9 @@ def knn_similarity(interactions: sparse.csr_matrix, shrink: float) -> sparse.csr
     Sparse 0/1 [users, N] -> sparse [N, N].
     """
     together = (interactions.T @ interactions).tocoo()  # [N, N]
-    counts = together.tocsr().diagonal()  # [N]
-    different = together.row != together.col
-    row, column, value = together.row[different], together.col[different], together.data[different]
-    return sparse.csr_matrix(
-        (value / (np.sqrt(counts[row] * counts[column]) + shrink), (row, column)), shape=together.shape
-    )
+    counts, row, column = together.diagonal(), together.row, together.col  # [N], [pairs], [pairs]
+    cosine = together.data / (np.sqrt(counts[row] * counts[column]) + shrink)  # [pairs]
+    return sparse.csr_matrix((np.where(row == column, 0.0, cosine), (row, column)), shape=together.shape)
 
 
 @baseline("itemknn")

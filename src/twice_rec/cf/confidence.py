@@ -19,33 +19,20 @@ Histories = Sequence[Sequence[int]]  # item indices 1..N, oldest first
 Calibration = tuple[float, float]
 
 
-def sigmoid(z: Floats, calibration: Calibration | None = None) -> Floats:
+def sigmoid(z: Floats) -> Floats:
     """Return the sigmoid of z, the paper's confidence."""
     return 1 / (1 + np.exp(-z))
 
 
-def calibrated(z: Floats, calibration: Calibration | None) -> Floats:
-    """Return sigmoid(a z + b): the chance that a candidate is the target, as fitted on validation.
-
-    Raises:
-        ValueError: if the model has no calibration (a, b) of these scores.
-    """
-    if calibration is None:
-        raise ValueError("this CF model has no calibration of these scores; call `calibrate` before saving it")
-    a, b = calibration
-    return sigmoid(a * z + b)
-
-
-def softmax(z: Floats, calibration: Calibration | None = None) -> Floats:
+def softmax(z: Floats) -> Floats:
     """Return the softmax of z over the candidate list."""
     e = np.exp(z - z.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
 
 
-# Name in recipes -> the function from z, float [B, C], and the model's calibration of such z, to confidences [B, C].
-CONFIDENCES: Mapping[str, Callable[[Floats, Calibration | None], Floats]] = {
-    function.__name__: function for function in (sigmoid, calibrated, softmax)
-}
+# Name in recipes -> the function from z, float [B, C], to confidences [B, C]. `calibrated` takes a z + b instead of z:
+# the chance that a candidate is the target, as fitted on validation.
+CONFIDENCES: Mapping[str, Callable[[Floats], Floats]] = {"sigmoid": sigmoid, "calibrated": sigmoid, "softmax": softmax}
 
 
 class ConfidenceModel(ABC):
@@ -53,7 +40,7 @@ class ConfidenceModel(ABC):
 
     Attributes:
         item_mean: float32 [N + 1], the mean z of each item over users; None before `calibrate`.
-        calibration: `raw` and `debiased` scores -> (a, b) of `calibrated`.
+        calibration: `raw` and `debiased` -> the (a, b) with which such scores are `calibrated`.
     """
 
     item_mean: NDArray[np.float32] | None = None
@@ -84,8 +71,13 @@ class ConfidenceModel(ABC):
             if self.item_mean is None:
                 raise ValueError("this CF model has no item means; call `calibrate` before saving it")
             z = z - self.item_mean[candidates]
-        calibration = self.calibration.get("debiased" if debiased else "raw")
-        return CONFIDENCES[kind](z, calibration).astype(np.float32)
+        if kind == "calibrated":
+            scores = "debiased" if debiased else "raw"
+            if scores not in self.calibration:
+                raise ValueError("this CF model has no calibration of these scores; call `calibrate` before saving it")
+            a, b = self.calibration[scores]
+            z = a * z + b
+        return CONFIDENCES[kind](z).astype(np.float32)
 
     def calibrate(self, histories: Histories, shown: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
         """Fit item means over B validation users, and calibrations of raw and debiased scores on their candidates.
@@ -102,29 +94,13 @@ class ConfidenceModel(ABC):
             self.calibration["debiased"] = fit_calibration(debiased.ravel(), is_target)
 
 
-def popularity_share(states: Floats, items: Floats) -> float:
-    """Return the popularity share of z = states @ items.T: the share of its variance that the item alone explains.
-
-    It is the variance over items of the mean z over users, divided by the variance of all z, so a number in [0, 1].
-    Near 1, the model ranks the same items first for everybody. Computed from second moments, without the [users, N]
-    matrix, of `states`, float [users, D], and `items`, float [N, D] without padding.
-    """
-    users, embeddings = states.astype(np.float64), items.astype(np.float64)
-    mean = users.mean(axis=0) @ embeddings.mean(axis=0)  # of all z
-    second_moment = np.trace((users.T @ users) @ (embeddings.T @ embeddings)) / (len(users) * len(embeddings))
-    by_item = (embeddings @ users.mean(axis=0)).var()
-    return float(by_item / (second_moment - mean**2))
-
-
 def fit_calibration(logits: Floats, is_target: NDArray[np.bool_], steps: int = 50) -> Calibration:
     """Fit a and b that maximise the likelihood of `is_target` under sigmoid(a z + b) (Platt scaling, Newton's method).
-
-    Both arguments are [n].
 
     Raises:
         ValueError: if `is_target` is the same everywhere.
     """
-    z, y = np.asarray(logits, dtype=np.float64), np.asarray(is_target, dtype=np.float64)
+    z, y = np.asarray(logits, dtype=np.float64), np.asarray(is_target, dtype=np.float64)  # [n], [n]
     if not 0 < y.sum() < y.size:
         raise ValueError(f"calibration needs targets and other items, got {y.sum():.0f} targets among {y.size} items")
     scale = max(float(z.std()), 1e-12)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import BASELINES, CFScorer, TrainingData
-from twice_rec.cf.confidence import Floats, Histories
+from twice_rec.cf.confidence import Histories
 from twice_rec.errors import InputError
 from twice_rec.metrics import per_user, ranks_from_scores
 from twice_rec.progress import progress
@@ -33,8 +33,6 @@ class CFQuestions:
     """The questions of one split as a CF model sees them: histories, targets and candidates as indices.
 
     Args:
-        sequences: all users, in the files' order.
-        candidates: the stored lists of the split.
         split: `valid` or `test`.
         lists: names of `RANKED_LISTS`; `full` is the catalogue without the seen items.
 
@@ -42,16 +40,9 @@ class CFQuestions:
         InputError: if no user has a target in the split, or if a list is not stored.
     """
 
-    def __init__(
-        self,
-        sequences: Sequence[UserSequence],
-        candidates: Sequence[CandidateLists],
-        catalog: ItemCatalog,
-        split: Split,
-        lists: Sequence[str],
-    ):
-        by_user = {entry.user_id: entry for entry in candidates}
-        rows = [(i, s) for i, s in enumerate(sequences) if s.target_position(split) is not None]
+    def __init__(self, data: Data, split: Split, lists: Sequence[str]):
+        catalog, by_user = data.catalog, {entry.user_id: entry for entry in data.candidates(split)}
+        rows = [(i, s) for i, s in enumerate(data.sequences) if s.target_position(split) is not None]
         if not rows:
             raise InputError(f"no user has a {split} target")
         self.users = np.array([position for position, _ in rows])  # [U], positions in the files
@@ -66,28 +57,23 @@ class CFQuestions:
             if kind != "full"
         }
 
-    @classmethod
-    def of(cls, data: Data, split: Split, lists: Sequence[str]) -> CFQuestions:
-        """Return the questions of prepared data."""
-        return cls(data.sequences, data.candidates(split), data.catalog, split, lists)
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
     def ranks(self, scorer: CFScorer, batch_size: int = 512) -> dict[str, NDArray[np.int64]]:
         """Return the rank of every user's target per list: int64 [U]. Ties count against the target."""
         parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in self.lists}
-        for start in progress(range(0, len(self), batch_size), desc="ranking", unit="batch"):
+        for start in progress(range(0, len(self.users), batch_size), desc="ranking", unit="batch"):
             rows = slice(start, start + batch_size)
             scores = np.asarray(scorer.scores(self.users[rows], self.histories[rows]))  # [B, N]
             targets = self.targets[rows]  # [B]
             for kind in self.lists:
                 if kind == "full":
-                    parts[kind].append(ranks_from_scores(_without_seen(scores, self.histories[rows]), targets - 1))
+                    ranked, column = np.array(scores, dtype=np.float32), targets - 1  # [B, N], [B]
+                    for row, history in enumerate(self.histories[rows]):
+                        ranked[row, np.array(history) - 1] = -np.inf  # seen items are not recommended again
                 else:
                     shown = self.candidates[kind][rows]  # [B, C]
-                    column = (shown == targets[:, None]).argmax(axis=1)  # [B], of the target
-                    parts[kind].append(ranks_from_scores(np.take_along_axis(scores, shown - 1, axis=1), column))
+                    ranked = np.take_along_axis(scores, shown - 1, axis=1)  # [B, C]
+                    column = (shown == targets[:, None]).argmax(axis=1)  # [B]
+                parts[kind].append(ranks_from_scores(ranked, column))
         return {kind: np.concatenate(ranks) for kind, ranks in parts.items()}
 
     def mean(self, scorer: CFScorer, metric: str = CHOSEN_ON) -> float:
@@ -95,15 +81,16 @@ class CFQuestions:
         kind, _, name = metric.partition("/")
         return float(per_user(name, self.ranks(scorer)[kind]).mean())
 
-    def predictions(self, ranks: Mapping[str, NDArray[np.int64]], seed: int) -> Iterator[Prediction]:
+    def predictions(self, scorer: CFScorer, seed: int) -> Iterator[Prediction]:
         """Yield the ranks as records, in the files' order of users."""
+        ranks = self.ranks(scorer)
         for row, (user_id, target) in enumerate(zip(self.user_ids, self.target_ids, strict=True)):
             yield Prediction(user_id, target, {kind: int(ranks[kind][row]) for kind in self.lists}, seed)
 
 
 def fit_baseline(name: str, data: Data, seed: int) -> CFScorer:
     """Fit one of `BASELINES` on the training parts, with its settings chosen on validation."""
-    valid = CFQuestions.of(data, "valid", ["full"])
+    valid = CFQuestions(data, "valid", ["full"])
     return BASELINES[name](TrainingData(data.training_histories(), len(data.catalog), seed, valid.mean))
 
 
@@ -116,10 +103,3 @@ def _list_of(by_user: Mapping[str, CandidateLists], user_id: str, kind: str) -> 
             "candidate_lists in prepare.yaml and run prepare.sh again, or leave it out of lists"
         )
     return by_user[user_id].lists[kind]
-
-
-def _without_seen(scores: Floats, histories: Histories) -> Floats:
-    masked = np.array(scores, dtype=np.float32)  # [B, N]
-    for row, history in enumerate(histories):
-        masked[row, np.array(history) - 1] = -np.inf
-    return masked

@@ -28,9 +28,8 @@ class SASRecConfig(Settings):
 
     @rule
     def heads_divide_the_width(self) -> str | None:
-        if self.hidden_size % self.num_heads:
-            return f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}"
-        return None
+        broken = f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}"
+        return broken if self.hidden_size % self.num_heads else None
 
 
 class SASRecTrainerConfig(Settings):
@@ -95,6 +94,5 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
     def variant_names_folders(self) -> str | None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.variant):
             return f"variant is {self.variant!r}; it names folders: letters, digits, _ . -"
-        if self.variant in BASELINES:
-            return f"variant is {self.variant!r}, the name of a baseline; choose another"
-        return None
+        taken = f"variant is {self.variant!r}, the name of a baseline; choose another"
+        return taken if self.variant in BASELINES else None

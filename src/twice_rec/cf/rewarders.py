@@ -33,22 +33,20 @@ class ScorerRewarder(ConfidenceModel):
 
     def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `ConfidenceModel`."""
-        starts = range(0, len(histories), self._batch_size)
-        scores = zip(starts, self._scores(histories), strict=True)
-        parts = [np.take_along_axis(z, items[start : start + len(z)] - 1, axis=1) for start, z in scores]  # [B, C]
+        parts = [np.take_along_axis(z, items[rows] - 1, axis=1) for rows, z in self._scores(histories)]  # [B, C]
         return np.concatenate(parts).astype(np.float32)
 
     def item_means(self, histories: Histories) -> NDArray[np.float32]:
         """See `ConfidenceModel`."""
-        total = sum(z.sum(axis=0, dtype=np.float64) for z in self._scores(histories))  # [N]
+        total = sum(z.sum(axis=0, dtype=np.float64) for _, z in self._scores(histories))  # [N]
         return np.concatenate([[0.0], total / len(histories)]).astype(np.float32)
 
-    def _scores(self, histories: Histories) -> Iterator[Floats]:
-        """Yield the scores of one batch after another: float [B, N]."""
+    def _scores(self, histories: Histories) -> Iterator[tuple[slice, Floats]]:
+        """Yield one batch after another: its rows of the histories, and their scores, float [B, N]."""
         for start in range(0, len(histories), self._batch_size):
-            batch = histories[start : start + self._batch_size]
-            users = np.array([zlib.crc32(np.array(history, np.int64).tobytes()) for history in batch])
-            yield np.asarray(self._scorer.scores(users, batch))
+            rows = slice(start, start + self._batch_size)
+            users = np.array([zlib.crc32(np.array(history, np.int64).tobytes()) for history in histories[rows]])
+            yield rows, np.asarray(self._scorer.scores(users, histories[rows]))
 
 
 def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
@@ -79,7 +77,7 @@ def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, device: 
     model = ScorerRewarder(fit_baseline(config.cf_model, data, seed=0))
     stored = data.candidates("valid")[0].lists
     kind = "uniform" if "uniform" in stored else next(iter(data.candidates("train")[0].lists))  # else the prompt's
-    valid = CFQuestions.of(data, "valid", [kind])
+    valid = CFQuestions(data, "valid", [kind])
     model.calibrate(valid.histories, valid.candidates[kind], valid.targets)
     if config.confidence_debiased and "debiased" not in model.calibration:
         raise InputError(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.cf.confidence import ConfidenceModel, Histories, popularity_share
+from twice_rec.cf.confidence import ConfidenceModel, Histories
 from twice_rec.cf.recipe import SASRecConfig
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
@@ -34,8 +34,7 @@ class Block(nn.Module):
     def __init__(self, config: SASRecConfig):
         super().__init__()
         width = config.hidden_size
-        self.heads = config.num_heads
-        self.pre = config.norm == "pre"
+        self.config = config
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.inner = nn.Linear(width, config.inner_size)
@@ -51,18 +50,17 @@ class Block(nn.Module):
             real: int64 [T], the place of each position in the flattened [B * L] batch.
             shape: (B, L).
         """
-        if self.pre:
+        if self.config.norm == "pre":
             x = x + self.dropout(self._attend(self.attention_norm(x), real, shape))
             return x + self.dropout(self._feed_forward(self.feed_forward_norm(x)))
         x = self.attention_norm(x + self.dropout(self._attend(x, real, shape)))
         return self.feed_forward_norm(x + self.dropout(self._feed_forward(x)))
 
     def _attend(self, x: Tensor, real: Tensor, shape: tuple[int, int]) -> Tensor:
-        batch, length = shape
-        width = x.shape[-1]
+        (batch, length), width, heads = shape, x.shape[-1], self.config.num_heads
         # Queries, keys and values go back to their places in the padded batch; only attention needs it.
         padded = x.new_zeros(batch * length, 3 * width).index_copy(0, real, self.query_key_value(x))  # [B * L, 3D]
-        q, k, v = padded.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = padded.view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # [B, H, L, D / H]
         return self.output(mixed.transpose(1, 2).reshape(batch * length, width).index_select(0, real))  # [T, D]
@@ -100,18 +98,21 @@ class SASRec(nn.Module):
             x = block(x, real, tuple(items.shape))  # [T, D]
         return self.final_norm(x)
 
-    def user_states(self, histories: Histories) -> Tensor:
+    @torch.no_grad()
+    def user_states(self, histories: Histories, batch_size: int = 1024) -> Tensor:
         """Return the state after each history's last item: float [B, D]. The most recent `max_length` items count.
 
         Raises:
             ValueError: for an empty history.
         """
-        if not all(len(history) for history in histories):
+        if not all(map(len, histories)):
             raise ValueError("SASRec needs at least one item of history")
-        recent = [history[-self.config.max_length :] for history in histories]
-        device = self.item_embedding.weight.device
-        last = torch.tensor([len(history) for history in recent], device=device).cumsum(0) - 1  # [B]
-        return self(pad_right(recent).to(device))[last]
+        states, device = [], self.item_embedding.weight.device
+        for start in range(0, len(histories), batch_size):
+            recent = [history[-self.config.max_length :] for history in histories[start : start + batch_size]]
+            last = torch.tensor(list(map(len, recent)), device=device).cumsum(0) - 1  # [batch], laid end to end
+            states.append(self(pad_right(recent).to(device))[last])  # [batch, D]
+        return torch.cat(states)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -121,14 +122,12 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()
+        nn.init.zeros_(module.weight[module.padding_idx])
 
 
 def pad_right(sequences: Histories) -> Tensor:
     """Return int64 [B, L], with 0 behind the shorter sequences; L is the longest one's length."""
-    length = max(len(sequence) for sequence in sequences)
-    return torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences], dtype=torch.int64)
+    return nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
 
 
 class SASRecScorer(ConfidenceModel):
@@ -138,35 +137,36 @@ class SASRecScorer(ConfidenceModel):
         self.model = model.eval()
 
     @torch.inference_mode()
-    def states(self, histories: Histories, batch_size: int = 1024) -> Tensor:
-        """Return the user states: float32 [B, D]."""
-        starts = range(0, len(histories), batch_size)
-        return torch.cat([self.model.user_states(histories[start : start + batch_size]) for start in starts])
-
-    @torch.inference_mode()
     def scores(self, users: NDArray[np.int64], histories: Histories) -> NDArray[np.float32]:
         """Return z of the whole catalogue: float32 [B, N], column j for index j + 1. See `CFScorer`."""
-        return (self.states(histories) @ self.model.item_embedding.weight[1:].T).cpu().numpy()
+        return (self.model.user_states(histories) @ self.model.item_embedding.weight[1:].T).cpu().numpy()
 
     @torch.inference_mode()
     def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `ConfidenceModel`. Equal histories are computed once, all in one forward pass."""
         rows: dict[tuple[int, ...], int] = {}
         row_of = [rows.setdefault(tuple(history), len(rows)) for history in histories]
-        states = self.states(list(rows))[torch.tensor(row_of)]  # [B, D]
+        states = self.model.user_states(list(rows))[torch.tensor(row_of)]  # [B, D]
         embeddings = self.model.item_embedding.weight[torch.from_numpy(items).to(states.device)]  # [B, C, D]
         return torch.einsum("bd,bcd->bc", states, embeddings).cpu().numpy()
 
     @torch.inference_mode()
     def item_means(self, histories: Histories) -> NDArray[np.float32]:
         """See `ConfidenceModel`. z is linear in the state, so the mean state gives the mean z."""
-        return (self.model.item_embedding.weight @ self.states(histories).mean(0)).cpu().numpy()
+        return (self.model.item_embedding.weight @ self.model.user_states(histories).mean(0)).cpu().numpy()
 
     @torch.inference_mode()
     def popularity_share(self, histories: Histories) -> float:
-        """Return the popularity share of z over these users; see `confidence.popularity_share`."""
-        items = self.model.item_embedding.weight[1:]  # [N, D]
-        return popularity_share(self.states(histories).cpu().numpy(), items.cpu().numpy())
+        """Return the popularity share of z over B users: the share of its variance that the item alone explains.
+
+        It is the variance over items of the mean z over users, divided by the variance of all z: a number in [0, 1].
+        Near 1, the model ranks the same items first for everybody. No [B, N] matrix is made: second moments suffice.
+        """
+        users = self.model.user_states(histories).double().cpu().numpy()  # [B, D]
+        items = self.model.item_embedding.weight[1:].double().cpu().numpy()  # [N, D]
+        mean = users.mean(axis=0) @ items.mean(axis=0)  # of all z
+        second_moment = np.trace((users.T @ users) @ (items.T @ items)) / (len(users) * len(items))
+        return float((items @ users.mean(axis=0)).var() / (second_moment - mean**2))
 
     def save(self, path: Path, catalog: ItemCatalog) -> None:
         """Write one safetensors file: weights, item means, settings, calibration, the catalogue's fingerprint."""

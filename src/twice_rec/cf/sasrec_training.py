@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,35 +86,24 @@ def sample_negatives(sequences: Tensor, num_negatives: int, num_items: int, gene
     own = torch.zeros(batch, num_items + 1, dtype=torch.bool).scatter_(1, sequences, True) if num_items < 4096 else None
     while True:
         clash = own.gather(1, negatives) if own is not None else (negatives[:, :, None] == sequences[:, None]).any(-1)
-        count = int(clash.sum())
-        if not count:
+        if not (count := int(clash.sum())):
             return negatives.view(batch, length - 1, num_negatives)
         negatives[clash] = torch.randint(1, num_items + 1, (count,), generator=generator)
 
 
-class Batches:
-    """Training sequences as one padded table, cut into batches as long as their longest sequence.
+def training_table(sequences: Sequence[Sequence[int]], max_length: int) -> Tensor:
+    """Return the last `max_length + 1` items of each sequence of two or more: int64 [users, longest], 0 is padding."""
+    recent = [sequence[-(max_length + 1) :] for sequence in sequences if len(sequence) >= 2]
+    if not recent:
+        raise InputError("no user has two training interactions; SASRec has nothing to learn from")
+    return pad_right(recent)
 
-    Args:
-        sequences: item indices, each of length 2 or more; the most recent `max_length + 1` count.
-    """
 
-    def __init__(self, sequences: Sequence[Sequence[int]], max_length: int, batch_size: int):
-        recent = [sequence[-(max_length + 1) :] for sequence in sequences if len(sequence) >= 2]
-        if not recent:
-            raise InputError("no user has two training interactions; SASRec has nothing to learn from")
-        self.table = pad_right(recent)  # [users, longest]
-        self.lengths = (self.table > 0).sum(1)  # [users]
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-    def epoch(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield all users in a new order: int64 [B, L] batches; the last one may be smaller."""
-        order = torch.randperm(len(self.lengths), generator=generator)  # [users]
-        for rows in order.split(self.batch_size):
-            yield self.table[rows, : int(self.lengths[rows].max())]
+def batches(table: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield all rows in a new order: int64 [B, L], as long as their longest sequence; the last batch may be smaller."""
+    lengths = (table > 0).sum(1)  # [users]
+    for rows in torch.randperm(len(table), generator=generator).split(batch_size):
+        yield table[rows, : int(lengths[rows].max())]
 
 
 def training_loss(model: SASRec, sequences: Tensor, config: SASRecTrainerConfig, generator: torch.Generator) -> Tensor:
@@ -135,7 +125,6 @@ class SASRecTrainer:
 
     Args:
         config, trainer_config: one recipe may be both.
-        num_items: N.
         sequences: item indices of each user's training part.
         validate: measures a model in evaluation mode, larger is better.
         seed: of the first weights, the order, the negatives and the dropout.
@@ -159,10 +148,11 @@ class SASRecTrainer:
             self.model = SASRec(config, num_items).to(device)
         self.config = trainer_config
         self.seed = seed
-        self.batches = Batches(sequences, config.max_length, trainer_config.batch_size)
+        self.table = training_table(sequences, config.max_length)  # [users, longest]
+        self.steps_per_epoch = math.ceil(len(self.table) / trainer_config.batch_size)
         self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=trainer_config.weight_decay, fused=True)
         self.log: list[Epoch] = []
-        self.best = _copy(self.model)
+        self.best = deepcopy(self.model)
         self._validate = validate
         self._state_file = state_file
 
@@ -170,46 +160,42 @@ class SASRecTrainer:
         """Train to the last epoch or the end of patience, and return the model of the best epoch on validation."""
         if self._state_file is not None and self._state_file.exists():
             self._restore(self._state_file)
-        with progress(desc="SASRec", total=self.config.epochs, initial=len(self.log), unit="epoch") as bar:
-            while len(self.log) < self.config.epochs and not self._out_of_patience():
+        epochs, patience = self.config.epochs, self.config.patience or math.inf
+        with progress(desc="SASRec", total=epochs, initial=len(self.log), unit="epoch") as bar:
+            while len(self.log) < epochs and (not self.log or len(self.log) - self.best_epoch.number < patience):
                 epoch = self._epoch(len(self.log) + 1)
                 bar.set_postfix(loss=f"{epoch.loss:.4f}", validation=f"{epoch.validation:.4f}", refresh=False)
                 bar.update()
                 on_epoch(epoch)
-        self.model.load_state_dict(self.best)
-        return self.model.eval()
+        return self.best.eval()
 
     @property
     def best_epoch(self) -> Epoch:
         """Return the first epoch with the best validation."""
         return max(self.log, key=lambda epoch: epoch.validation)
 
-    def _out_of_patience(self) -> bool:
-        patience = self.config.patience or math.inf
-        return bool(self.log) and len(self.log) - self.best_epoch.number >= patience
-
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, number))
-        total, count = 0.0, 0
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        total = 0.0
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(_epoch_seed(self.seed, number) + 1)  # dropout
-            for step, sequences in enumerate(self.batches.epoch(generator)):
-                self._set_learning_rate((number - 1) * len(self.batches) + step)
+            torch.manual_seed(seed + 1)  # dropout
+            for step, sequences in enumerate(batches(self.table, self.config.batch_size, generator)):
+                self._set_learning_rate((number - 1) * self.steps_per_epoch + step)
                 loss = training_loss(self.model, sequences, self.config, generator)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
                 total += float(loss.detach()) * len(sequences)
-                count += len(sequences)
         if not math.isfinite(total):
             raise InputError(f"SASRec's loss is {total} in epoch {number}; lower learning_rate")
         self.model.eval()
-        epoch = Epoch(number, total / count, self._validate(self.model), time.perf_counter() - start)
+        epoch = Epoch(number, total / len(self.table), self._validate(self.model), time.perf_counter() - start)
         self.log.append(epoch)
         if self.best_epoch is epoch:
-            self.best = _copy(self.model)
+            self.best = deepcopy(self.model)
         if self._state_file is not None:
             self._save(self._state_file)
         return epoch
@@ -217,18 +203,16 @@ class SASRecTrainer:
     def _set_learning_rate(self, step: int) -> None:
         rate = self.config.learning_rate
         if self.config.lr_scheduler_type == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * len(self.batches))))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            rate *= 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * self.steps_per_epoch)))
+        self.optimizer.param_groups[0]["lr"] = rate  # there is one group
 
     def _save(self, path: Path) -> None:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        groups = {"model": self.model.state_dict(), "best": self.best.state_dict()}
+        groups |= {f"optimizer.{index}": state for index, state in self.optimizer.state_dict()["state"].items()}
+        tensors = {f"{group}.{name}": tensor.contiguous() for group in groups for name, tensor in groups[group].items()}
         metadata = {"log": json.dumps([asdict(epoch) for epoch in self.log]), "settings": self._fingerprint()}
         with atomic_path(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file(tensors, temporary, metadata)
 
     def _restore(self, path: Path) -> None:
         """Take up a saved state if it is one of these settings."""
@@ -238,47 +222,31 @@ class SASRecTrainer:
                 return
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             self.log = [Epoch(**row) for row in json.loads(file.metadata()["log"])]
-        device = self.model.item_embedding.weight.device
         self.model.load_state_dict(_under("model.", tensors))
-        self.best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
+        self.best.load_state_dict(_under("best.", tensors))
         optimizer = self.optimizer.state_dict()
-        for name, tensor in _under("optimizer.", tensors).items():
-            index, _, part = name.partition(".")
-            optimizer["state"].setdefault(int(index), {})[part] = tensor
+        parameters = optimizer["param_groups"][0]["params"]
+        optimizer["state"] = {index: _under(f"optimizer.{index}.", tensors) for index in parameters}
         self.optimizer.load_state_dict(optimizer)
         logger.info("resuming after epoch %d of at most %d", len(self.log), self.config.epochs)
 
     def _fingerprint(self) -> str:
         training = {**self.config.values_of(SASRecTrainerConfig), "seed": self.seed}
-        data = [len(self.batches.lengths), int(self.batches.table.sum())]
-        return json.dumps([self.model.settings(), training, *data])
-
-
-def _copy(model: SASRec) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return json.dumps([self.model.settings(), training, len(self.table), int(self.table.sum())])
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
 def train_and_save(
     recipe: SASRecRecipe, data: Data, folder: Path, seed: int, device: str, log: Callable[[dict[str, float]], None]
 ) -> dict[str, float]:
-    """Train once and write `model.safetensors`, calibrated on validation, and `log.jsonl`; a kill is gone on from.
+    """Train once, write `model.safetensors`, calibrated on validation, and `log.jsonl`, and return what was measured.
 
-    Args:
-        folder: where the files go.
-        log: told loss and validation after each epoch.
-
-    Returns:
-        What the training measured.
+    A killed training goes on after its last epoch. `log` is told loss and validation after each one.
     """
-    valid = CFQuestions.of(data, "valid", ["uniform", "full"])
+    valid = CFQuestions(data, "valid", ["uniform", "full"])
     state, histories = folder / "training_state.safetensors", data.training_histories()
     validate = lambda model: valid.mean(SASRecScorer(model))
     trainer = SASRecTrainer(recipe, recipe, len(data.catalog), histories, validate, seed, state, device)
@@ -286,7 +254,7 @@ def train_and_save(
     scorer = SASRecScorer(model)
     scorer.calibrate(valid.histories, valid.candidates["uniform"], valid.targets)
     scorer.save(folder / "model.safetensors", data.catalog)
-    write_jsonl(folder / "log.jsonl", (asdict(epoch) for epoch in trainer.log))
+    write_jsonl(folder / "log.jsonl", map(asdict, trainer.log))
     state.unlink()
     figures = {
         "seed": seed,

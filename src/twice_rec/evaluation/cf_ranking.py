@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,12 @@ def evaluate_scorer_variant(
     lists: Sequence[str],
     scorers: Callable[[], Iterable[CFScorer]],
     inputs: Iterable[Path],
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> None:
     """Write eval/<name>/ of a CF model on the test targets, unless it is there already.
 
     Args:
-        scorers: makes one model, or one per training.
+        scorers: makes one model, or one per training: the first has the recipe's seed, the others count on from it.
         inputs: files that the result depends on.
         settings: what else it depends on, beside the lists.
     """
@@ -39,21 +38,13 @@ def evaluate_scorer_variant(
         if run.is_finished():
             return
         run.begin()
-        run.finish(*evaluate_scorers(run.path, CFQuestions.of(data, "test", lists), scorers(), recipe.seed))
-
-
-def evaluate_scorers(
-    folder: Path, questions: CFQuestions, scorers: Iterable[CFScorer], seed: int
-) -> tuple[list[Path], dict[str, float]]:
-    """Rank all targets with one model, or one per training; write and return predictions and metrics.
-
-    The first training has the seed, the others count on from it. Metrics are means over users and trainings.
-    """
-    rows = [row for i, scorer in enumerate(scorers) for row in questions.predictions(questions.ranks(scorer), seed + i)]
-    write_records(folder / PREDICTIONS, rows)
-    metrics = metrics_of(rows)
-    write_json(folder / METRICS_FILE, metrics)
-    return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
+        questions = CFQuestions(data, "test", lists)
+        rows = [row for i, scorer in enumerate(scorers()) for row in questions.predictions(scorer, recipe.seed + i)]
+        metrics = metrics_of(rows)
+        files = [run.path / PREDICTIONS, run.path / METRICS_FILE]
+        write_records(files[0], rows)
+        write_json(files[1], metrics)
+        run.finish(files, metrics)
 
 
 def export_scores(path: Path, scorer: CFScorer, data: PreparedData) -> None:
@@ -61,7 +52,7 @@ def export_scores(path: Path, scorer: CFScorer, data: PreparedData) -> None:
 
     A user without a test target gets zeros.
     """
-    test = CFQuestions.of(data, "test", [])
+    test = CFQuestions(data, "test", [])
     scores = np.zeros((len(data.sequences), len(data.catalog)), dtype=np.float32)  # [users, N]
     scores[test.users] = scorer.scores(test.users, test.histories)
     with atomic_path(path) as temporary:

@@ -6,42 +6,33 @@ mean log-probability and then by the candidates' order.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, answer_rates, append, metrics_of, whole_batches
-from twice_rec.evaluation.recipe import EvaluateRecipe, LLMRankingConfig
-from twice_rec.files import read_records, write_json
+from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, metrics_of
+from twice_rec.evaluation.recipe import EvaluateRecipe
+from twice_rec.files import read_records, to_row, write_json
 from twice_rec.llm import tokens
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
-from twice_rec.prompts import Message, item_answer, rationale_answer
+from twice_rec.prompts import item_answer, rationale_answer
 from twice_rec.records import Example, Prediction
 from twice_rec.run import StageRun
 
+if TYPE_CHECKING:  # it takes seconds to import
+    from twice_rec.llm.generation import TextCompletion, TransformersGenerator
+
 logger = logging.getLogger(__name__)
-
-
-class Completion(Protocol):
-    """One completion; `llm.generation` has it."""
-
-    text: str
-    mean_logprob: float
-
-
-class Generator(Protocol):
-    """What evaluation needs of a language model; `llm.generation.TransformersGenerator` says it in full."""
-
-    def generate(self, prompts: Sequence[Sequence[Message]], *sampling: Any) -> Sequence[Sequence[Completion]]: ...  # noqa: D102
-    def score(self, prompt: Sequence[Message], answers: Sequence[str]) -> Sequence[float]: ...  # noqa: D102
 
 
 def question_batches(recipe: EvaluateRecipe, data: PreparedData) -> Iterator[tuple[str, list[Example]]]:
@@ -55,23 +46,16 @@ def question_batches(recipe: EvaluateRecipe, data: PreparedData) -> Iterator[tup
 
 def evaluate_language_model(
     folder: Path,
-    generator: Generator,
+    generator: TransformersGenerator,
     batches: Sequence[tuple[str, Sequence[Example]]],
     builder: PromptBuilder,
-    config: LLMRankingConfig,
+    recipe: EvaluateRecipe,
     ranking: str,
-    seed: int,
 ) -> tuple[list[Path], dict[str, float]]:
-    """Ask all questions and write predictions and metrics; a killed run goes on after its last whole batch.
+    """Ask all questions, and write and return predictions and metrics, with the rates of the completions' outcomes.
 
-    Args:
-        batches: (name of the candidate list, questions), asked together in this order.
-        builder: builds the prompts.
-        ranking: `likelihood` or `sampled`; see `ask`.
-        seed: of the sampling.
-
-    Returns:
-        The files, and the metrics with the rates of the completions' outcomes.
+    A killed run goes on after its last whole batch. `batches` are (name of the candidate list, questions), asked in
+    this order; `ranking` is `likelihood` or `sampled`, see `ask`.
     """
     partial = folder / "predictions.partial.jsonl"
     done = whole_batches(partial, [len(examples) for _, examples in batches])
@@ -79,8 +63,8 @@ def evaluate_language_model(
         logger.info("%s: going on after batch %d of %d", folder, done, len(batches))
     for number in progress(range(done, len(batches)), desc=folder.name, unit="batch", total=len(batches), initial=done):
         kind, examples = batches[number]
-        sampling_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        append(partial, ask(generator, examples, kind, builder, config, ranking, seed, sampling_seed))
+        sampling_seed = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0])
+        append(partial, ask(generator, examples, kind, builder, recipe, ranking, sampling_seed))
     rows = list(read_records(partial, Prediction))
     metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog)}
     write_json(folder / METRICS_FILE, metrics)
@@ -89,31 +73,25 @@ def evaluate_language_model(
 
 
 def ask(
-    generator: Generator,
+    generator: TransformersGenerator,
     examples: Sequence[Example],
     kind: str,
     builder: PromptBuilder,
-    config: LLMRankingConfig,
+    recipe: EvaluateRecipe,
     ranking: str,
-    seed: int,
     sampling_seed: int,
 ) -> list[Prediction]:
-    """Ask a language model one batch of questions, and rank each candidate list.
+    """Ask a language model one batch of questions, and rank each candidate list, whose name is `kind`.
 
     `likelihood`: the model writes its rationale greedily, then every candidate is scored as the answer that follows it.
     If the item comes first or alone, the candidates are scored at once.
     `sampled`: several completions are sampled; see `rank_by_votes`.
-
-    Args:
-        kind: name of the candidate list, for the records.
-        seed: of the evaluation, for the records.
-        sampling_seed: of this batch.
     """
-    prompts = [builder.recommend(example, config.with_rationale) for example in examples]
-    completions: Sequence[Sequence[Completion]] = [[] for _ in prompts]
+    prompts = [builder.recommend(example, recipe.with_rationale) for example in examples]
+    completions: list[list[TextCompletion]] = [[] for _ in prompts]
     if ranking == "sampled":
-        completions = generator.generate(prompts, config.num_samples, config.temperature, config.top_p, sampling_seed)
-    elif config.with_rationale and not builder.item_first:
+        completions = generator.generate(prompts, recipe.num_samples, recipe.temperature, recipe.top_p, sampling_seed)
+    elif recipe.with_rationale and not builder.item_first:
         completions = generator.generate(prompts)
     predictions = []
     for example, prompt, written in zip(examples, prompts, completions, strict=True):
@@ -127,11 +105,11 @@ def ask(
             ranked = [example.candidates[position] for position in np.argsort(-scores[0], kind="stable")]
             rank = int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0])
         said = tuple(completion.text for completion in written)
-        predictions.append(Prediction(example.user_id, example.target, {kind: rank}, seed, tuple(ranked), said))
+        predictions.append(Prediction(example.user_id, example.target, {kind: rank}, recipe.seed, tuple(ranked), said))
     return predictions
 
 
-def rank_by_votes(completions: Sequence[Completion], example: Example, catalog: ItemCatalog) -> list[str]:
+def rank_by_votes(completions: Sequence[TextCompletion], example: Example, catalog: ItemCatalog) -> list[str]:
     """Return all candidates by votes, then by mean log-probability of the completions that voted, then as listed.
 
     A completion that is malformed or names no candidate votes for nothing.
@@ -151,6 +129,31 @@ def rationale_of(text: str) -> str:
     if rationale is None:
         rationale = text.partition(closing("think"))[0].partition(opening("item_nm"))[0]
     return without_tags(rationale)
+
+
+def answer_rates(predictions: Sequence[Prediction], catalog: ItemCatalog) -> dict[str, float]:
+    """Return the share of completions with each outcome (hit, miss, outside, malformed), as `answers/<outcome>`."""
+    outcomes = [catalog.outcome(parse(text), p.ranking, p.target) for p in predictions for text in p.answers]
+    return {f"answers/{o.value}": outcomes.count(o) / len(outcomes) for o in Outcome} if outcomes else {}
+
+
+def append(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Append a batch to a file; it is on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(to_row(prediction), ensure_ascii=False) + "\n" for prediction in predictions))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_batches(path: Path, sizes: Sequence[int]) -> int:
+    """Return how many whole batches an interrupted run has appended, and cut off what follows them in the file."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = sum(line.endswith(b"\n") for line in lines)
+    done = int(np.searchsorted(np.cumsum(sizes), rows, side="right"))
+    os.truncate(path, sum(map(len, lines[: sum(sizes[:done])])))
+    return done
 
 
 def evaluate_llm_variant(
@@ -173,4 +176,4 @@ def evaluate_llm_variant(
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         batches = list(question_batches(recipe, data))
-        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking, recipe.seed))
+        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking))

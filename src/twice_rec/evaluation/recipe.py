@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from twice_rec.data.candidates import CANDIDATE_LISTS
+from twice_rec.cf.recipe import RankedList
+from twice_rec.data.candidates import ListKind
 from twice_rec.grpo.recipe import is_grpo_variant
 from twice_rec.llm.recipe import ModelConfig, PromptConfig
-from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, one_of, rule
-from twice_rec.records import RANKED_LISTS
-
-CandidateList = one_of(CANDIDATE_LISTS)
-RankedList = one_of(RANKED_LISTS)
+from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, rule
 
 
 def _is_ours(variant: str) -> bool:
@@ -47,7 +44,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     num_users: int | None = key(
         None, "language models are asked about this many test users, drawn by seed; null for all", ge=1
     )
-    lists: list[CandidateList] = key(["uniform"], "candidate lists that language models are asked about")
+    lists: list[ListKind] = key(["uniform"], "candidate lists that language models are asked about")
     score_lists: list[RankedList] = key(["uniform", "full"], "lists that the oracle and precomputed scores rank")
     rankings: list[Literal["likelihood", "sampled"]] = key(
         ["likelihood"],
@@ -67,9 +64,8 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
 
     @rule
     def variants_differ(self) -> str | None:
-        if len(set(self.variants)) < len(self.variants):
-            return f"variants names one twice: {', '.join(self.variants)}"
-        return None
+        repeated = len(set(self.variants)) < len(self.variants)
+        return f"variants names one twice: {', '.join(self.variants)}" if repeated else None
 
     @rule
     def precomputed_scores_have_names_of_their_own(self) -> str | None:
@@ -97,6 +93,5 @@ class ReportRecipe(Recipe):
 
     @rule
     def comparisons_are_pairs(self) -> str | None:
-        if not all(len(pair) == 2 for pair in self.comparisons):
-            return "comparisons holds something that is not a pair [a, b]"
-        return None
+        pairs = all(len(pair) == 2 for pair in self.comparisons)
+        return None if pairs else "comparisons holds something that is not a pair [a, b]"

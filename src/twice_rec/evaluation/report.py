@@ -12,22 +12,20 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import PREDICTIONS
+from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.tables import Summary, Table, in_order, list_table, lists_of, show
 from twice_rec.files import MANIFEST, hash_file, read_json, read_records, write_json, write_text
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
 from twice_rec.records import RANKED_LISTS, Prediction
 from twice_rec.run import environment
-
-if TYPE_CHECKING:
-    from twice_rec.evaluation.recipe import ReportRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +53,7 @@ def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
     """
     folders: dict[str, list[Path]] = {}
     for run_dir in run_dirs:
-        found = _manifests(run_dir)
-        if not found:
+        if not (found := _manifests(run_dir)):
             raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
         for path in found:
             folders.setdefault(path.parent.name, []).append(path.parent)
@@ -119,14 +116,10 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe) -> dict[st
 
 
 def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int) -> Summary:
-    """Return means, 95 % intervals, number of users and number of trainings of each variant.
-
-    Args:
-        users: take these only; None takes each variant's own.
-    """
+    """Return means, 95 % intervals, users and trainings of each variant, on the given users or else on all its own."""
     summary = {}
     for name, variant in variants.items():
-        of = list(users) if users is not None else list(variant.users)
+        of = list(variant.users) if users is None else users
         columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)  # [users, metrics]
         intervals = bootstrap_intervals(columns, bootstrap_samples)  # [metrics, 2]
         summary[name] = {
@@ -193,16 +186,14 @@ def save_report(folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, 
     made_of = {str(path): hash_file(path) for run in run_dirs for path in _manifests(run)}
     manifest = {"domain": recipe.domain, "evaluations": made_of, **about}
     write_json(folder / "results.json", {**results, "manifest": manifest})
-    title, facts = (
-        f"TWiCE-Rec on {recipe.domain}",
-        {
-            "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "run": ", ".join(map(str, run_dirs)),
-            "commit": str(about["commit"]),
-            "python": about["python"],
-            "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
-        },
-    )
+    title = f"TWiCE-Rec on {recipe.domain}"
+    facts = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "run": ", ".join(map(str, run_dirs)),
+        "commit": str(about["commit"]),
+        "python": about["python"],
+        "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+    }
     write_text(folder / "index.html", html_page(title, sections, facts))
     text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
     write_text(folder / "tables.md", f"# {title}\n\n{INTRO}\n\n{text}\n")

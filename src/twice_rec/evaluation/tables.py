@@ -32,26 +32,16 @@ def in_order(variants: Sequence[str]) -> list[str]:
     return sorted(variants, key=lambda variant: (place(variant), variant))
 
 
-def read_metrics(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Read the metrics of every finished evaluation of a run: variant -> metrics, in table order."""
-    found = {path.parent.name: read_json(path) for path in (run_dir / "eval").glob(f"*/{METRICS_FILE}")}
-    return {variant: found[variant] for variant in in_order(list(found))}
-
-
-def columns_of(summary: Summary) -> list[str]:
-    """Return the metric keys that some variant has, in table order."""
-    present = {key for row in summary.values() for key in row["metrics"]}
-    return [key for kind in RANKED_LISTS for name in METRICS if (key := f"{kind}/{name}") in present]
-
-
 def lists_of(summary: Summary) -> list[str]:
     """Return the ranked lists that some variant has metrics of, in table order."""
-    return list(dict.fromkeys(key.partition("/")[0] for key in columns_of(summary)))
+    present = {key.partition("/")[0] for row in summary.values() for key in row["metrics"]}
+    return [kind for kind in RANKED_LISTS if kind in present]
 
 
 def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Table:
     """Return the table of one kind of list: one row per variant that has it; with intervals, also its runs."""
-    keys = [key for key in columns_of(summary) if key.startswith(f"{kind}/")]
+    present = {key for row in summary.values() for key in row["metrics"]}
+    keys = [key for name in METRICS if (key := f"{kind}/{name}") in present]
 
     def cell(row: Mapping[str, Any], key: str) -> str:
         if key not in row["metrics"]:
@@ -67,9 +57,10 @@ def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Tab
     return ["variant", "users", *(["runs"] if with_intervals else []), *keys], rows
 
 
-def show_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Print the tables of all lists to standard output."""
-    summary = {name: {"metrics": row, "n": row["n"]} for name, row in metrics.items()}
+def show_metrics(run_dir: Path) -> None:
+    """Print the metrics of every finished evaluation of a run, one table per kind of list."""
+    found = {path.parent.name: read_json(path) for path in (run_dir / "eval").glob(f"*/{METRICS_FILE}")}
+    summary = {name: {"metrics": found[name], "n": found[name]["n"]} for name in in_order(list(found))}
     show("\n\n".join(markdown_table(*list_table(summary, kind)) for kind in lists_of(summary)))
 
 

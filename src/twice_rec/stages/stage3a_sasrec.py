@@ -23,7 +23,7 @@ from twice_rec.cf.sasrec_training import train_and_save
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
-from twice_rec.evaluation.tables import read_metrics, show_metrics
+from twice_rec.evaluation.tables import show_metrics
 from twice_rec.run import StageRun, wandb_run
 from twice_rec.stages.command_line import command
 
@@ -56,11 +56,11 @@ def sasrec(recipe: SASRecRecipe) -> None:
     for name in recipe.baselines:
         seed = {"seed": recipe.seed} if name == "random" else {}
         fitted = lambda name=name: [fit_baseline(name, data, recipe.seed)]
-        evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, seed)
+        evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, **seed)
     if recipe.export_scores:
         export_scores(Path(recipe.export_scores), trained()[0], data)
         logger.info("%s: test scores of the first seed", recipe.export_scores)
-    show_metrics(read_metrics(recipe.run_path))
+    show_metrics(recipe.run_path)
 
 
 main = command("sasrec", SASRecRecipe, sasrec)

@@ -17,7 +17,7 @@ from twice_rec.errors import InputError
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant
 from twice_rec.evaluation.llm_ranking import evaluate_llm_variant
 from twice_rec.evaluation.recipe import EvaluateRecipe
-from twice_rec.evaluation.tables import read_metrics, show_metrics
+from twice_rec.evaluation.tables import show_metrics
 from twice_rec.grpo.recipe import grpo_folder
 from twice_rec.run import require
 from twice_rec.stages.command_line import command
@@ -36,7 +36,7 @@ def evaluate(recipe: EvaluateRecipe) -> None:
             for ranking in recipe.rankings:
                 name = variant if ranking == recipe.rankings[0] else f"{variant}_{ranking}"
                 evaluate_llm_variant(recipe, data, name, model, ranking, inputs)
-    show_metrics(read_metrics(recipe.run_path))
+    show_metrics(recipe.run_path)
 
 
 def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs: list[Path]) -> None:
