@@ -61,7 +61,7 @@ def test_bad_catalogues(rows, message):
 def test_item_without_id_in_a_file_names_file_and_line(tmp_path):
     path = tmp_path / "catalog.jsonl"
     path.write_text('{"item_id": "A", "title": "Tea"}\n{"title": "Rice"}\n')
-    with pytest.raises(InputError, match=r"catalog.jsonl, line 2: not a Item: no key 'item_id'"):
+    with pytest.raises(InputError, match=r"catalog.jsonl, line 2: not a Item: item_id: Field required"):
         ItemCatalog.load(path)
 
 

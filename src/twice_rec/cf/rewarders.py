@@ -19,6 +19,7 @@ from twice_rec.cf.ranking import CFQuestions, Data, fit_baseline
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.errors import InputError
+from twice_rec.recipe import DeviceConfig
 
 
 class ScorerRewarder(ConfidenceModel):
@@ -66,14 +67,14 @@ def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
     return [path]
 
 
-def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, device: str = "cpu") -> ConfidenceModel:
-    """Load the SASRec that `cf_model` names onto the device, or fit the baseline on the run's data.
+def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data) -> ConfidenceModel:
+    """Load the SASRec that `cf_model` names, onto a GPU if there is one, or fit the baseline on the run's data.
 
     Raises:
         InputError: if there is no such model, or it cannot give the confidences that the recipe asks for.
     """
     if config.cf_model not in BASELINES:
-        return SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, device)
+        return SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, DeviceConfig().torch_device())
     model = ScorerRewarder(fit_baseline(config.cf_model, data, seed=0))
     stored = data.candidates("valid")[0].lists
     kind = "uniform" if "uniform" in stored else next(iter(data.candidates("train")[0].lists))  # else the prompt's

@@ -48,8 +48,7 @@ def sft(recipe: SFTRecipe) -> None:
         trainer = sft_trainer(recipe, rows, tokenizer, run.path)
         figures = run.train(trainer)
         if trainer.is_world_process_zero():
-            outputs = models.save_merged(recipe.model_name_or_path, run.path, recipe)
-            run.finish(outputs, figures)
+            run.finish(models.save_merged(recipe.model_name_or_path, run.path, recipe), figures)
 
 
 main = command("sft", SFTRecipe, sft)

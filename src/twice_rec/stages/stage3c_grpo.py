@@ -1,12 +1,10 @@
 """Stage 3c: confidence-weighted GRPO of the stage-2 model -> grpo/ (adapter, checkpoints, completions), grpo/merged/.
 
-A share of the training examples is prompted as in task 3; the policy samples a group of completions for each; rewards
-are those of `grpo/rewards.py`, the CF model asked once per step. A new LoRA adapter is trained on the merged stage-2
-model, or on the one that `model_name_or_path` names.
+A share of the training examples is prompted as in task 3; the policy samples a group of completions for each, and
+`grpo/rewards.py` judges them. A new LoRA adapter is trained on the merged stage-2 model, or on `model_name_or_path`.
 
-Deviations from the release: one item decides an answer (its id); items outside the candidate list earn nothing; a
-failure of the infrastructure stops the run instead of counting as reward 0.
-Resumes from the newest complete checkpoint in grpo/. Another `variant`, stage3_NAME, goes to grpo_NAME/.
+Deviations from the release: the id alone decides an answer; items outside the candidate list earn nothing; a failure of
+the infrastructure ends the run. Resumes from the newest whole checkpoint. `variant` stage3_NAME goes to grpo_NAME/.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.recipe import GRPORecipe, start_model
 from twice_rec.grpo.scoring import StepRewards
-from twice_rec.recipe import DeviceConfig
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
 
@@ -31,22 +28,22 @@ def grpo(recipe: GRPORecipe) -> None:
     """Train, save, merge."""
     import torch
     from datasets import Dataset
-    from trl import GRPOTrainer
 
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
-    from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer
+    from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
     from twice_rec.llm import models, tokens
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
 
     start = start_model(recipe)  # a folder, or a name on the hub
     inputs = [*dataset.training_files(recipe.run_path), *rewarder_inputs(recipe, recipe.run_path)]
-    with StageRun(recipe, "grpo", recipe.folder, [*inputs, *([start] if start.is_dir() else [])]) as run:
+    inputs += [start] if start.is_dir() else []
+    with StageRun(recipe, "grpo", recipe.folder, inputs) as run:
         if run.is_finished():
             return
         data = PreparedData(recipe.run_path / "data")
-        rewarder = load_rewarder(recipe, recipe.run_path, data, DeviceConfig().torch_device())
+        rewarder = load_rewarder(recipe, recipe.run_path, data)
         of_trl = trl_arguments(recipe, start)
         run.begin()
 
@@ -57,7 +54,6 @@ def grpo(recipe: GRPORecipe) -> None:
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
         logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.config.reward_tau)
-
         torch.manual_seed(recipe.seed)  # the adapter's first weights
         trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
             rollout_func=rollouts,
@@ -73,8 +69,8 @@ def grpo(recipe: GRPORecipe) -> None:
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
         figures = run.train(trainer)
         if trainer.is_world_process_zero():
-            outputs = models.save_merged(start, run.path, recipe)
-            run.finish(outputs, {"tau": rewards.config.reward_tau, **figures})
+            figures["tau"] = rewards.config.reward_tau
+            run.finish(models.save_merged(start, run.path, recipe), figures)
 
 
 main = command("grpo", GRPORecipe, grpo)
