@@ -183,6 +183,14 @@ def test_readme_commands_name_files_that_exist():
                     assert (ROOT / word).is_file(), f"{document}: {command}"
 
 
+def test_the_reward_in_the_readme_is_the_code():
+    shown = re.search(r"```python\n(@reward.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = ast.parse((SOURCE / "grpo" / "rewards.py").read_text())
+    (eq2,) = [node for node in code.body if getattr(node, "name", "") == "collaborative"]
+    eq2.body = eq2.body[1:]  # the README leaves the docstring out
+    assert ast.unparse(ast.parse(shown)) == ast.unparse(eq2)
+
+
 def test_no_large_files_and_no_secrets():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
