@@ -245,7 +245,8 @@ class ServerRollouts(Rollouts, TrainerCallback):
             self._warned = step
             logger.warning(
                 f"step {step}: the server's logprobs are {gap:.3g} per token from the trainer's, above "
-                f"rollout_logprob_gap {limit:g}: another precision or base model, or an adapter that did not arrive"
+                f"rollout_logprob_gap {limit:g}: another precision, another base model, or an adapter that did not "
+                "arrive"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
