@@ -20,6 +20,7 @@ from twice_rec.grpo.rollout.vllm_client import PolicyServer
 from twice_rec.grpo.rollout.vllm_command import addresses_here
 from twice_rec.llm.generation import sample_completions
 from twice_rec.llm.models import load_model
+from twice_rec.llm.recipe import ModelConfig
 from twice_rec.llm.tokens import load_tokenizer, stop_token_ids
 from twice_rec.stages import stage3c_grpo
 
@@ -154,7 +155,7 @@ def test_each_step_adapter_says_the_same_on_the_server(trained, prompts):
             server.load(f"step-{step}", run_dir / "grpo_server" / f"checkpoint-{step}")
             for number, prompt in enumerate(prompts):
                 model = PeftModel.from_pretrained(
-                    load_model(base, "float32", "sdpa"), run_dir / "grpo_server" / f"checkpoint-{step}"
+                    load_model(base, ModelConfig(dtype="float32")), run_dir / "grpo_server" / f"checkpoint-{step}"
                 ).eval()
                 stop = stop_token_ids(model, tokenizer)
                 ((here,),) = sample_completions(model, [prompt], [1], stop, 16)
