@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=$root/tiny_base/recipe.yaml
-case "${1:-}" in "" | --*) ;; *) recipe=$(realpath "$1"); shift ;; esac
+case "${1:-}" in "" | -*) ;; *) recipe=$(realpath "$1"); shift ;; esac
 cd "$root"
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src:$root${PYTHONPATH:+:$PYTHONPATH}"
 processes=1; nvidia-smi -L >/dev/null 2>&1 || processes=$(($(getconf _NPROCESSORS_ONLN) < 4 ? $(getconf _NPROCESSORS_ONLN) : 4))

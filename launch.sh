@@ -7,7 +7,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stage=$1 recipe=$root/$2
 shift 2
-case "${1:-}" in "" | --*) ;; *) recipe=$(realpath "$1"); shift ;; esac
+case "${1:-}" in "" | -*) ;; *) recipe=$(realpath "$1"); shift ;; esac
 cd "$root"
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
 start=(python)

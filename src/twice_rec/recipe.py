@@ -119,6 +119,12 @@ class Recipe(Settings):
         """Return the keys that change the result, for the manifest."""
         return {name: getattr(self, name) for name, field in type(self).model_fields.items() if _changes_result(field)}
 
+    @classmethod
+    def under_present_names(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings that an earlier version stored, under the names that keys and values have now."""
+        renamed = {cls.RENAMED.get(name, name): value for name, value in settings.items()}
+        return {n: cls.RENAMED_VALUES.get((n, v), v) if isinstance(v, str) else v for n, v in renamed.items()}
+
     def everything(self) -> dict[str, Any]:
         """Return all keys, for the manifest to tell."""
         return self.model_dump()

@@ -50,6 +50,13 @@ _Loader.add_implicit_resolver(
 )  # fmt: skip
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as the same value."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 @dataclass(frozen=True)
 class _Given:
     """One value and where it came from: `line 12`, `grpo.yaml, line 12` or `--key`."""
@@ -106,9 +113,9 @@ def _read(
     hints = {f.name: None for f in dataclasses.fields(trainer) if f.init} if trainer else {}
     hints |= {name: hint for name, hint in typing.get_type_hints(trainer).items() if name in hints} if trainer else {}
     hints |= {name: field.annotation for name, field in recipe.model_fields.items()}
-    given = {_present(name, entry, recipe): entry for name, entry in _read_yaml(path, errors).items()}
+    given = _read_yaml(path, recipe, errors)
     for flag, texts in _flags(overrides, errors):
-        name = _present(flag, _Given(None, f"--{flag}"), recipe)
+        name = _present(flag, f"--{flag}", recipe)
         given[name] = _Given(_flag_value(texts, hints.get(name)), f"--{flag}")
     for (name, old_value), new_value in recipe.RENAMED_VALUES.items():
         if name in given and given[name].value == old_value:
@@ -121,39 +128,49 @@ def _read(
     return given, errors
 
 
-def _present(name: str, entry: _Given, recipe: type[Recipe]) -> str:
+def _present(name: str, where: str, recipe: type[Recipe]) -> str:
     """Return the present name of a key, with a warning if an old one is given."""
     if name not in recipe.RENAMED:
         return name
     new = recipe.RENAMED[name]
-    logger.warning("%s: %s is called %s now; the old name still works in this version", entry.where, name, new)
+    logger.warning("%s: %s is called %s now; the old name still works in this version", where, name, new)
     return new
 
 
-def _read_yaml(path: Path, errors: list[str], readers: tuple[Path, ...] = ()) -> dict[str, _Given]:
+def _read_yaml(
+    path: Path, recipe: type[Recipe], errors: list[str], readers: tuple[Path, ...] = ()
+) -> dict[str, _Given]:
     """The keys of a file and of its base; `readers` are the recipes that name it as theirs."""
     if path.resolve() in readers:
         raise InputError(f"{path}: a recipe cannot be its own base: {' -> '.join(p.name for p in readers)}")
     root, loader = _parse(path)
     prefix = f"{path}, " if readers else ""
+    own: list[str] = []
+    given: dict[str, _Given] = {}
     try:
-        own: list[str] = []
         _report_duplicates(root, own)
-        errors += [prefix + message for message in own]
-        given: dict[str, _Given] = {}
         for key_node, value_node in root.value:
-            where = f"{prefix}line {key_node.start_mark.line + 1}"
-            name = str(loader.construct_object(key_node))
-            given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), where))
+            where, given_name = f"line {key_node.start_mark.line + 1}", str(key_node.value)
+            name = _present(given_name, prefix + where, recipe)
+            if name in given and name != given_name:
+                own.append(f"{where}: {given_name} is called {name} now, which is given too; leave one of them out")
+            given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), prefix + where))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
     finally:
         loader.dispose()
+    errors += [prefix + message for message in own]
     if "base" not in given:
         return given
     base = given.pop("base")
     if not isinstance(base.value, str):
         errors.append(f"{base.where}: base must be the path of another recipe, found {base.value!r}")
         return given
-    return {**_read_yaml(path.parent / base.value, errors, (*readers, path.resolve())), **given}
+    try:
+        return {**_read_yaml(path.parent / base.value, recipe, errors, (*readers, path.resolve())), **given}
+    except InputError as error:
+        errors.append(f"{base.where}: base: {error}")
+        return given
 
 
 def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
@@ -180,9 +197,10 @@ def _report_duplicates(node: yaml.Node, errors: list[str]) -> None:
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if key_node.value in seen:
-                errors.append(f"line {line}: {key_node.value} stands in line {seen[key_node.value]} already")
-            seen.setdefault(key_node.value, line)
+            name = str(key_node.value)
+            if name in seen:
+                errors.append(f"line {line}: {name} is in line {seen[name]} already")
+            seen.setdefault(name, line)
             _report_duplicates(value_node, errors)
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
@@ -300,7 +318,7 @@ def _trainer_keys(
     if not errors:
         try:
             trainer(output_dir="unused", report_to="none", **keywords)
-        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever TRL makes of a user's values is the user's to hear
             errors.append(f"{trainer.__name__} refuses the values: {error}")
     return keywords
 
@@ -372,4 +390,4 @@ def describe_keys(recipe: type[Recipe]) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

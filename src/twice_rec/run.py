@@ -151,9 +151,8 @@ class StageRun:
 
     def __enter__(self) -> StageRun:
         if IS_MAIN:
-            self._lock = _locked(
-                self.run_dir / ".locks" / f"{self.path.relative_to(self.run_dir).as_posix()}", self.path
-            )
+            name = self.path.relative_to(self.run_dir).as_posix().replace("/", "__")
+            self._lock = _locked(self.run_dir / ".locks" / name, self.path)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -250,6 +249,7 @@ class StageRun:
         return {"steps": trainer.state.global_step, **{k: v for k, v in last.items() if isinstance(v, (int, float))}}
 
     def _differences(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+        settings = self._recipe.under_present_names(settings)
         found = [
             f"{name} was {settings.get(name)!r}, is {self._settings.get(name)!r}"
             for name in sorted(settings.keys() | self._settings.keys())

@@ -183,6 +183,16 @@ def test_readme_commands_name_files_that_exist():
                     assert (ROOT / word).is_file(), f"{document}: {command}"
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.name)
+def test_benchmarks_start_as_the_documents_say(path):
+    if path.name in ("reporting.py", "rectools_sasrec.py"):  # a library; a script for another environment
+        return
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    command = [sys.executable, str(path.relative_to(ROOT)), "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_reward_in_the_readme_is_the_code():
     shown = re.search(r"```python\n(@reward.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     code = ast.parse((SOURCE / "grpo" / "rewards.py").read_text())

@@ -110,6 +110,18 @@ def test_choices_are_the_names_in_the_registry(recipe, name, registry):
     assert f"one of {', '.join(registry)}" in text
 
 
+def test_ranked_lists_are_the_candidate_lists_and_the_catalogue():
+    assert set(RANKED_LISTS) == {*CANDIDATE_LISTS, "full"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_what_show_prints_is_the_same_recipe(path, tmp_path):
+    recipe = CLASSES[path.stem]
+    flags = ["--domain", "1e5", *(["--source_dir", "x"] if path.stem == "prepare" else []), *cpu(recipe)]
+    again = write(tmp_path, show_recipe(path, recipe, flags))
+    assert load_recipe(again, recipe).everything() == load_recipe(path, recipe, flags).everything()
+
+
 def test_names_in_a_registry_stand_nowhere_else_as_a_list():
     """Two names of one registry in one line of code outside its own module are a second list."""
     homes = {"rewards": REWARDS, "baselines": BASELINES, "confidence": CONFIDENCES}
@@ -144,7 +156,7 @@ def test_all_errors_at_once(tmp_path):
     message = str(caught.value)
     assert "8 errors in the recipe" in message
     for part in (
-        "line 4: seed stands in line 3 already",
+        "line 4: seed is in line 3 already",
         "line 5: unknown key hiden_size; did you mean hidden_size?",
         "line 6: dropout must be a number, found True",
         "line 7: num_layers must be a whole number, found 1.5",
@@ -395,7 +407,12 @@ def test_a_base_gives_what_a_recipe_does_not(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: none.yaml\n", "none.yaml: no such recipe"),
+        ("base: none.yaml\n", "line 1: base: .*none.yaml: no such recipe"),
+        ("seed: !foo [a]\n", "not YAML: could not determine a constructor"),
+        ("wandb_project: 2026-13-45\n", "not YAML: month must be in 1..12"),
+        ("? [a, b]\n: 1\n", r"unknown key \["),
+        (MINIMAL + "variant: eval\n", "variant is 'eval', the name of a baseline or of another stage's results"),
+        (MINIMAL + "variant: stage2\n", "or of another stage's results"),
         ("base: r.yaml\n", "a recipe cannot be its own base: r.yaml"),
         ("base: 3\n" + MINIMAL, "line 1: base must be the path of another recipe, found 3"),
         ("base: wrong.yaml\n", r"wrong.yaml, line 4: unknown key epoch; did you mean epochs\?"),
@@ -415,6 +432,11 @@ def test_renamed_keys_and_values_work_with_a_warning(tmp_path, caplog):
     assert "line 4: source world is called synthetic now" in caplog.text
     path = write(tmp_path, MINIMAL + "source: synthetic\nsynthetic_users: 9\n")
     assert load_recipe(path, PrepareRecipe, ["--world_users", "7"]).synthetic_users == 7  # a flag wins under any name
+    (tmp_path / "old.yaml").write_text(MINIMAL + "cf_variant: sasrec_release\n")
+    child = write(tmp_path, "base: old.yaml\ncf_model: ease\n")
+    assert load_recipe(child, GRPORecipe, cpu(GRPORecipe)).cf_model == "ease"  # its own key wins under any name
+    with pytest.raises(InputError, match="line 5: cf_variant is called cf_model now, which is given too"):
+        load_recipe(write(tmp_path, MINIMAL + "cf_model: ease\ncf_variant: sasrec\n"), GRPORecipe, cpu(GRPORecipe))
     flags = ["--cf_variant", "sasrec_release", *cpu(GRPORecipe)]
     assert load_recipe(write(tmp_path, MINIMAL), GRPORecipe, flags).cf_model == "sasrec_release"
     flags = ["--outside_scores", "{mine: x.npz}", "--variants", "mine"]

@@ -119,7 +119,7 @@ def test_sasrec_must_be_there(tmp_path):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_what_is_fitted_has_no_input(tmp_path, name):
-    assert rewarder_inputs(ConfidenceConfig(cf_model=name), tmp_path) == []
+    assert rewarder_inputs(ConfidenceConfig(cf_model=name), tmp_path) == [tmp_path / "data" / "candidates.valid.jsonl"]
 
 
 def test_a_confidence_does_not_depend_on_who_else_is_asked_about(tmp_path):

@@ -94,6 +94,21 @@ def test_manifest_of_another_version(tmp_path):
         make(tmp_path).is_finished()
 
 
+def test_results_of_a_version_with_other_names_are_known_again(tmp_path, monkeypatch):
+    finish(make(tmp_path, k=6))
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(path.read_text().replace('"k": 6', '"old_k": 6'))
+    assert not make(tmp_path, k=6).is_finished()
+    monkeypatch.setattr(KRecipe, "RENAMED", {"old_k": "k"})
+    assert make(tmp_path, k=6).is_finished()
+
+
+def test_a_folder_and_one_within_it_have_locks_of_their_own(tmp_path):
+    recipe = KRecipe(run_dir=str(tmp_path), domain="D", seed=0)
+    with StageRun(recipe, "stage", "eval"), StageRun(recipe, "stage", "eval/x"):
+        pass
+
+
 def test_the_manifest_tells_the_whole_recipe(tmp_path):
     finish(make(tmp_path, k=6))
     about = Manifest.load(tmp_path / "out").about

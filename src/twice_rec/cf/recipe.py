@@ -77,6 +77,9 @@ class ConfidenceConfig(Settings):
         return None
 
 
+_TAKEN = ("data", "rationales", "answers", "sft", "base", "eval", "report", "logs", "oracle")  # folders, variants
+
+
 class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
     """Stage 3a: train SASRec, and evaluate it and the CF baselines."""
 
@@ -94,5 +97,6 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
     def variant_names_folders(self) -> str | None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.variant):
             return f"variant is {self.variant!r}; it names folders: letters, digits, _ . -"
-        taken = f"variant is {self.variant!r}, the name of a baseline; choose another"
-        return taken if self.variant in BASELINES else None
+        if self.variant in (*BASELINES, *_TAKEN) or self.variant.startswith(("grpo", "stage2", "stage3")):
+            return f"variant is {self.variant!r}, the name of a baseline or of another stage's results; choose another"
+        return None

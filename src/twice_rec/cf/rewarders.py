@@ -51,13 +51,13 @@ class ScorerRewarder(ConfidenceModel):
 
 
 def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
-    """Return the files that a rewarder is loaded from, for the manifest; a fitted one has none.
+    """Return the files that a rewarder is loaded from, or calibrated on, for the manifest.
 
     Raises:
         InputError: if `cf_model` names a SASRec that is not there.
     """
     if config.cf_model in BASELINES:
-        return []
+        return [run_path / "data" / "candidates.valid.jsonl"]
     path = run_path / config.cf_model / "model.safetensors"
     if not path.exists():
         raise InputError(
@@ -67,7 +67,7 @@ def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
     return [path]
 
 
-def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data) -> ConfidenceModel:
+def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, seed: int = 0) -> ConfidenceModel:
     """Load the SASRec that `cf_model` names, onto a GPU if there is one, or fit the baseline on the run's data.
 
     Raises:
@@ -75,7 +75,7 @@ def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data) -> Confi
     """
     if config.cf_model not in BASELINES:
         return SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, DeviceConfig().torch_device())
-    model = ScorerRewarder(fit_baseline(config.cf_model, data, seed=0))
+    model = ScorerRewarder(fit_baseline(config.cf_model, data, seed))
     stored = data.candidates("valid")[0].lists
     kind = "uniform" if "uniform" in stored else next(iter(data.candidates("train")[0].lists))  # else the prompt's
     valid = CFQuestions(data, "valid", [kind])

@@ -2,7 +2,7 @@
 
 The draw of a list depends only on the seed, the user, the split and the kind of list: not on other users, nor on the
 order in which they are drawn. The position of the target is uniform. To add a kind of list, add its draw to
-`CANDIDATE_LISTS`.
+`CANDIDATE_LISTS`, and what the report says of it to `records.RANKED_LISTS`.
 """
 
 from __future__ import annotations

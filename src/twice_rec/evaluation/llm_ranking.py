@@ -162,6 +162,7 @@ def evaluate_llm_variant(
     """Write eval/<name>/ of a language model, a folder or a name on the hub, unless it is there already."""
     reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
     reads += ["item_first", "seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
+    reads += ["model_revision"] if recipe.model_revision and not model.is_dir() else []
     settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
     files = [*inputs, *([model] if model.is_dir() else [])]
     with StageRun(recipe, "evaluate", f"eval/{name}", files, settings) as run:

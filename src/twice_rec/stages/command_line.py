@@ -80,7 +80,8 @@ def command(name: str, recipe_class: type[C], body: Callable[[C], None]) -> Main
     def stage_main(arguments: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if arguments is None else arguments)
         if "--help" in words or "-h" in words:
-            usage = f"usage: twice-rec {name} RECIPE [--key value ...]"
+            program = f"twice-rec {name}" if name in STAGES else f"bash {name}.sh"
+            usage = f"usage: {program} RECIPE [--key value ...]"
             sys.stdout.write(f"{usage}\n\n{(recipe_class.__doc__ or '').strip()}\n\n{describe_keys(recipe_class)}\n")
             return 0
         _log_to_terminal()
@@ -90,7 +91,8 @@ def command(name: str, recipe_class: type[C], body: Callable[[C], None]) -> Main
 
 
 def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: list[str]) -> int:
-    path, *flags = words[1:] if words[:1] == ["--config"] else words or [""]
+    given = words[1:] if words[:1] == ["--config"] else words
+    path, *flags = given or [""]
     if not path or path.startswith("--"):
         raise InputError(f"{name}: expected RECIPE [--key value ...], found {' '.join(words) or 'nothing'}")
     if "--show" in flags:

@@ -37,13 +37,13 @@ def grpo(recipe: GRPORecipe) -> None:
     from twice_rec.llm.prompt_builder import PromptBuilder
 
     start = start_model(recipe)  # a folder, or a name on the hub
-    inputs = [*dataset.training_files(recipe.run_path), *rewarder_inputs(recipe, recipe.run_path)]
-    inputs += [start] if start.is_dir() else []
+    inputs = [*dataset.training_files(recipe.run_path), *([start] if start.is_dir() else [])]
+    inputs += rewarder_inputs(recipe, recipe.run_path)
     with StageRun(recipe, "grpo", recipe.folder, inputs) as run:
         if run.is_finished():
             return
         data = PreparedData(recipe.run_path / "data")
-        rewarder = load_rewarder(recipe, recipe.run_path, data)
+        rewarder = load_rewarder(recipe, recipe.run_path, data, recipe.seed)
         of_trl = trl_arguments(recipe, start)
         run.begin()
 
