@@ -1,9 +1,9 @@
 """Stage 3b: the rollout servers with the stage-2 model (grpo_step1.sh).
 
-Becomes a vLLM server, the last of `rollout_servers` that is this machine's; further ones of this machine run beside it
-and end with it. If one of those fails, its error is in this terminal, and the trainer waits for it. Model and addresses
-come from the same grpo.yaml as the trainer's. Whoever reaches a server can load adapters into it: bind it to loopback or
-a private network only.
+Becomes a vLLM server, the last of `rollout_servers` that is this machine's; further ones of this machine run beside
+it and end with it. If one of those fails, its error is in this terminal, and the trainer waits for it. Model and
+addresses come from the same grpo.yaml as the trainer's. Whoever reaches a server can load adapters into it: bind it
+to loopback or a private network only.
 """
 
 from __future__ import annotations
