@@ -81,7 +81,7 @@ def load_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()
 
 def show_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()) -> str:
     """The resolved recipe as YAML: every key of ours and every given one of TRL's, with the place it comes from."""
-    loaded, given = _load(path, recipe, overrides)
+    loaded, given = _load(path, recipe, overrides, here=False)
     lines = []
     for name, value in loaded.everything().items():
         lines.append(
@@ -90,13 +90,16 @@ def show_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()
     return "\n".join(lines)
 
 
-def _load(path: Path | str, recipe: type[C], overrides: Sequence[str]) -> tuple[C, dict[str, _Given]]:
+def _load(
+    path: Path | str, recipe: type[C], overrides: Sequence[str], here: bool = True
+) -> tuple[C, dict[str, _Given]]:
+    """The recipe, and what was given; `here` asks TRL whether this machine can run it."""
     trainer = recipe.trainer_config() if issubclass(recipe, TrainerRecipe) else None
     given, errors = _read(Path(path), overrides, recipe, trainer)
     ours = {name: entry for name, entry in given.items() if name in recipe.model_fields}
     theirs = {name: entry for name, entry in given.items() if name not in ours}
     built = _build(ours, recipe, errors)
-    keywords = _trainer_keys(theirs, recipe, trainer, errors) if trainer else {}
+    keywords = _trainer_keys(theirs, recipe, trainer, errors, here) if trainer else {}
     if errors or built is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))
@@ -188,7 +191,8 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
     if root is None:
         raise InputError(f"{path}: the recipe is empty")
     if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"{path}: expected lines of `key: value`, found a {root.tag.rpartition(':')[2]}")
+        found = {"seq": "list", "str": "text"}.get(kind := root.tag.rpartition(":")[2], kind)
+        raise InputError(f"{path}: expected lines of `key: value`, found a {found}")
     return root, loader
 
 
@@ -300,9 +304,9 @@ def _bounds_of(constraint: Any) -> dict[str, float]:
 
 
 def _trainer_keys(
-    given: Mapping[str, _Given], recipe: type[Recipe], trainer: type, errors: list[str]
+    given: Mapping[str, _Given], recipe: type[Recipe], trainer: type, errors: list[str], here: bool
 ) -> dict[str, Any]:
-    """The checked keyword arguments for TRL's configuration, which is built once to hear its own complaints."""
+    """The checked keyword arguments for TRL's configuration; with `here`, built once to hear its own complaints."""
     hints = typing.get_type_hints(trainer)
     choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(trainer)}
     keywords = {}
@@ -315,7 +319,7 @@ def _trainer_keys(
             keywords[name] = _adapter(hint).validate_python(value)
         except ValidationError:
             errors.append(f"{where}: {name} must be {_describe_all(hint)}, found {value!r}")
-    if not errors:
+    if here and not errors:
         try:
             trainer(output_dir="unused", report_to="none", **keywords)
         except Exception as error:  # noqa: BLE001 - whatever TRL makes of a user's values is the user's to hear

@@ -258,7 +258,8 @@ class StageRun:
         for name in sorted(inputs.keys() | self._inputs.keys()):
             was, now = inputs.get(name), self._inputs.get(name)
             if was != now:
-                found.append(f"input {name} was {was and was[:12]}, is {now and now[:12]}")
+                change = f"was {was[:12]}, is {now[:12]}" if was and now else "is new" if now else "is no longer read"
+                found.append(f"input {name} {change}")
         return found
 
 

@@ -148,18 +148,7 @@ def test_a_data_source(copy):
 def test_a_stage(copy):
     """The stage of the guide, with its work filled in, is begun, finished, and found finished again."""
     code = blocks("A stage")[0].replace("titles = ...  # the work: functions of a room", "titles = ['a']")
-    imports = """
-import logging
-import sys
-
-from twice_rec.evaluation.recipe import AuditRecipe
-from twice_rec.files import write_json
-from twice_rec.run import StageRun, require
-from twice_rec.stages.command_line import command
-
-"""
-    heading, rest = code.split("\n", 1)
-    add(copy, "src/twice_rec/stages/stage6_audit.py", heading + "\n" + imports + rest)
+    add(copy, "src/twice_rec/stages/stage6_audit.py", code)
     recipe = re.search(r"`(class AuditRecipe\(Recipe\))` with `(variant: .*?)`", GUIDE, re.DOTALL)
     add(copy, "src/twice_rec/evaluation/recipe.py", f'{recipe[1]}:\n    """Stage 6."""\n\n    {recipe[2]}\n')
     stages = copy / "src" / "twice_rec" / "stages" / "command_line.py"

@@ -61,7 +61,7 @@ def test_every_recipe_fits_its_class_and_states_every_key(path):
     recipe = CLASSES[path.stem]
     flags = ["--source_dir", "anywhere"] if path.stem == "prepare" else []
     assert load_recipe(path, recipe, [*flags, *cpu(recipe)])
-    shown = show_recipe(path, recipe, [*flags, *cpu(recipe)])
+    shown = show_recipe(path, recipe, flags)  # on any machine
     assert not re.findall(r"^(\w+):.*# default$", shown, re.MULTILINE), "keys that neither recipe nor base state"
 
 
@@ -183,7 +183,7 @@ def test_checks_over_wrong_keys_are_passed_over(tmp_path):
     ("text", "message"),
     [
         ("", "the recipe is empty"),
-        ("- a\n- b\n", "expected lines of `key: value`, found a seq"),
+        ("- a\n- b\n", "expected lines of `key: value`, found a list"),
         ("a: [1\n", "not YAML"),
     ],
 )

@@ -44,8 +44,9 @@ def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs
     if variant == "oracle" and not path.exists():
         raise InputError(f"{path}: no such file; only the synthetic domain has an oracle, leave it out of variants")
     scorers = lambda: [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
-    files = [*inputs, require(path, "whoever scored")]
-    evaluate_scorer_variant(recipe, "evaluate", variant, data, recipe.score_lists, scorers, files)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; precomputed_scores names it for {variant}")
+    evaluate_scorer_variant(recipe, "evaluate", variant, data, recipe.score_lists, scorers, [*inputs, path])
 
 
 def _model_of(recipe: EvaluateRecipe, variant: str) -> Path:
