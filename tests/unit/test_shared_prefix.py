@@ -204,6 +204,7 @@ def test_what_continuations_begin_with_stands_once():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("make", [gemma3, qwen3])
 def test_flex_attention_equals_the_plain_computation(make):
     make = functools.partial(make, head_dim=16, max_position_embeddings=4096)  # its smallest head
