@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from prompt_formats import prompt_format
 from twice_rec.answer_format import render
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.ranking import CFQuestions
@@ -20,15 +21,10 @@ from twice_rec.evaluation.predictions import metrics_of
 from twice_rec.files import read_json, read_records, write_records
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
-from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Interaction, Item, Prediction, UserSequence
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 7)])
-SHOWN = PromptFormat(
-    prompt_history_items=None, prompt_history_fields=["title"], prompt_review_fields=["rating"],
-    prompt_candidate_fields=["title", "item_id"], prompt_description_chars=None, prompt_details_chars=None,
-    prompt_review_chars=None,
-)  # fmt: skip
+SHOWN = prompt_format()
 WRITER = PromptBuilder(CATALOG, SHOWN, None, PromptConfig())
 SEQUENCES = [
     UserSequence("u", tuple(map(Interaction, ("I1", "I2", "I3", "I4"))), 2, 2, 3),

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from prompt_formats import prompt_format
 from twice_rec import answer_format, prompts
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.errors import InputError
@@ -91,11 +92,7 @@ def test_recommendation_prompt():
 
 
 def test_review_text_and_long_reviews_are_cut():
-    shown = PromptFormat(
-        prompt_history_items=None, prompt_history_fields=["title"], prompt_review_fields=["review_title"],
-        prompt_candidate_fields=["title", "item_id"], prompt_description_chars=None, prompt_details_chars=None,
-        prompt_review_chars=8,
-    )  # fmt: skip
+    shown = prompt_format(prompt_review_fields=["review_title"], prompt_review_chars=8)
     content = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=False)[1]["content"]
     assert "1. title: Birch Keto Chai | review: Never ag\n" in content
 
@@ -176,11 +173,9 @@ class Words:
 
 
 class TestPromptTruncation:
-    shown = PromptFormat(
-        prompt_history_items=None, prompt_history_fields=["title", "description"],
-        prompt_review_fields=["review_title"],
-        prompt_candidate_fields=["title", "item_id", "description", "details"], prompt_description_chars=None,
-        prompt_details_chars=None, prompt_review_chars=None,
+    shown = prompt_format(
+        prompt_history_fields=["title", "description"], prompt_review_fields=["review_title"],
+        prompt_candidate_fields=["title", "item_id", "description", "details"],
     )  # fmt: skip
     whole = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=True)
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import release_rewards
+from prompt_formats import prompt_format
 from twice_rec.answer_format import parse, render
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.cf.recipe import SASRecConfig
@@ -28,7 +29,7 @@ from twice_rec.grpo.rewards import REWARDS, RewardConfig, ScoredCompletion
 from twice_rec.grpo.scoring import StepRewards, score_completions
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
-from twice_rec.prompts import PromptFormat, rationale_answer
+from twice_rec.prompts import rationale_answer
 from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
 
 ROOT = Path(__file__).parents[2]
@@ -278,12 +279,7 @@ def test_the_policy_is_asked_only_where_a_recipe_names_rank():
 
 def test_rank_is_that_of_evaluation_by_likelihood():
     """The same generated text, the same ranking, in training and in evaluation; ties against the target."""
-    shown = PromptFormat(
-        prompt_history_items=None, prompt_history_fields=["title"], prompt_review_fields=["rating"],
-        prompt_candidate_fields=["title", "item_id"], prompt_description_chars=None, prompt_details_chars=None,
-        prompt_review_chars=None,
-    )  # fmt: skip
-    writer = PromptBuilder(CATALOG, shown, None, PromptConfig())
+    writer = PromptBuilder(CATALOG, prompt_format(), None, PromptConfig())
     policy, ranks = HashPolicy(), []
     for number in range(40):
         text = rationale_answer(f"Reason {number} <odd>", CATALOG["I1"])

@@ -1,7 +1,8 @@
 """Models that need no gradient: random, popularity, item-kNN, EASE, and precomputed scores of any other model.
 
-All score the whole catalogue for a user's history (`CFScorer`), so they meet the same lists and metrics as every other
-model. They are fitted on training parts; the few settings of item-kNN and EASE are chosen on validation.
+All score the whole catalogue for a user's history (`CFScorer`), so they are ranked on the same lists, with the same
+metrics, as every other model. They are fitted on training parts; the few settings of item-kNN and EASE are chosen on
+validation.
 
 To add one, write a class here that takes `TrainingData` and has `scores`, and register it with `@baseline`: recipes,
 tables and stage 3's `cf_model` take its name from `BASELINES`.
@@ -61,7 +62,7 @@ def baseline(name: str) -> Callable[[Fit], Fit]:
 
 @baseline("random")
 class RandomScorer:
-    """Uniform random scores, the same for a user whenever asked."""
+    """Uniform random scores, the same for a user at every call."""
 
     def __init__(self, training: TrainingData):
         self._training = training
