@@ -5,6 +5,8 @@ import functools
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,9 +14,9 @@ from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, llama, qwen3
 from twice_rec.errors import InputError
 from twice_rec.llm.tokens import encode_chat, end_of_turn_ids
-from twice_rec.sft.collator import SharedPrefixCollator
+from twice_rec.sft.collator import PackedCollator
 from twice_rec.sft.dataset import Row
-from twice_rec.sft.encoding import IGNORED, encode_rows, length_table, share_prefixes
+from twice_rec.sft.encoding import IGNORED, alone, encode_rows, length_table, pack, share_prefixes
 
 TEXTS = ["You recommend tea. <think> they like it </think> <item_nm> Green tea </item_nm> <item_id> B1 </item_id>"] * 9
 
@@ -141,9 +143,9 @@ def test_groups_hold_the_common_beginning_once(named):
     tokenizer, _, _ = named
     encoded = encode_rows(tokenizer, USERS_ROWS, None)
     groups = share_prefixes(USERS_ROWS, encoded)
-    assert [len(group["lengths"]) for group in groups] == [3, 2, 2]  # users u and v, and the item, in the rows' order
+    assert [len(group["lengths"][0]) for group in groups] == [3, 2, 2]  # users u and v, and the item, in the rows' order
     for group, members in zip(groups, ([0, 3], [1], [2]), strict=True):
-        common, *lengths = group["lengths"]
+        ((common, *lengths),) = group["lengths"]
         assert set(group["labels"][:common]) == {IGNORED}
         start = common
         for length, member in zip(lengths, members, strict=True):
@@ -154,22 +156,43 @@ def test_groups_hold_the_common_beginning_once(named):
             assert labels[common] == IGNORED
             start += length
     u = groups[0]
-    assert u["input_ids"][u["lengths"][0]] != u["input_ids"][u["lengths"][0] + u["lengths"][1]], "more is in common"
+    ((common, first, _),) = u["lengths"]
+    assert u["input_ids"][common] != u["input_ids"][common + first], "more is in common"
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 60), st.integers(0, 9))
+def test_packs_hold_every_group_once_and_keep_to_their_size(lengths, max_tokens, seed):
+    groups = alone([{"input_ids": np.full(n, i), "labels": np.full(n, -i)} for i, n in enumerate(lengths)])
+    packs = pack(groups, max_tokens, seed)
+    assert packs == pack(groups, max_tokens, seed)
+    found = []
+    for one in packs:
+        assert len(one["labels"]) <= max_tokens or len(one["lengths"]) == 1
+        ids, labels = iter(one["input_ids"]), iter(one["labels"])
+        for (length,) in one["lengths"]:
+            of_group = {next(ids) for _ in range(length)} | {-next(labels) for _ in range(length)}
+            found.append((*of_group, length))
+        assert not [*ids, *labels]
+    assert sorted(found) == list(enumerate(lengths))
+    half_full = [one for one in packs if 2 * len(one["labels"]) <= max_tokens]
+    assert len(half_full) <= 1, "two packs fit into one"
 
 
 def trainer_of(kind, make, tokenizer, folder):
-    """A trainer with all four rows in one batch: padded as TRL does, packed as TRL does, or with shared prefixes."""
+    """A trainer with all four rows in one batch: padded or packed as TRL does, or shared prefixes or packs of ours."""
     from trl import SFTConfig, SFTTrainer
 
     rows, sharing = encode_rows(tokenizer, USERS_ROWS, None), {}
     arguments = SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=1 if kind == "packed" else 4, report_to="none",
+        output_dir=str(folder), per_device_train_batch_size=1 if "packed" in kind else 4, report_to="none",
         use_cpu=True, bf16=False, train_sampling_strategy="sequential", packing=kind == "packed", max_length=2048,
     )  # fmt: skip
     model = make(vocab_size=len(tokenizer), max_position_embeddings=2048)
-    if kind == "shared":
-        rows, arguments.dataset_kwargs = share_prefixes(USERS_ROWS, rows), {"skip_prepare_dataset": True}
-        arguments.remove_unused_columns, sharing = False, {"data_collator": SharedPrefixCollator(model)}
+    if kind in ("shared", "shared, packed", "alone, packed"):
+        rows = alone(rows) if "alone" in kind else share_prefixes(USERS_ROWS, rows)
+        rows = pack(rows, 2048, 0) if "packed" in kind else rows
+        arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+        arguments.remove_unused_columns, sharing = False, {"data_collator": PackedCollator(model)}
     return SFTTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **sharing
     )
@@ -186,20 +209,22 @@ def test_the_trainer_takes_the_labels_as_they_are(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gemma3, qwen3, llama])
-@pytest.mark.parametrize("attention", ["sdpa", "chunked_sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "chunked_sdpa", "eager", "varlen"])
 def test_packing_and_shared_prefixes_change_neither_loss_nor_gradients(tmp_path, monkeypatch, make, attention):
     monkeypatch.setattr("twice_rec.llm.attention._CHUNK", 16)
     tokenizer, found = train_tokenizer(TEXTS, 300), {}
-    for kind in ("padded", "packed", "shared"):
+    others = ("packed", "shared", "shared, packed", "alone, packed")
+    for kind in ("padded", *others):
         trainer = trainer_of(kind, functools.partial(make, attention), tokenizer, tmp_path)
         (batch,) = list(trainer.get_train_dataloader())
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"] != IGNORED).sum())
         loss.backward()
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
         found[kind] = (loss.item(), gradients, batch["input_ids"].numel())
-    for kind in ("packed", "shared"):
+    for kind in others:
         assert found[kind][0] == pytest.approx(found["padded"][0], abs=1e-5)
         assert found[kind][1].keys() == found["padded"][1].keys()
         for name, gradient in found[kind][1].items():
             assert (gradient - found["padded"][1][name]).abs().max() < 1e-5, name
-    assert found["shared"][2] < found["packed"][2] < found["padded"][2]
+    shared, packed = found["shared"][2], found["packed"][2]
+    assert shared == found["shared, packed"][2] < packed == found["alone, packed"][2] < found["padded"][2]

@@ -19,11 +19,15 @@ MODELS = {
     "gemma3": gemma3(),
     "gemma3-eager": gemma3("eager"),
     "gemma3-chunked": gemma3("chunked_sdpa"),
+    "gemma3-varlen": gemma3("varlen"),
     "qwen3": qwen3(),
     "qwen3-chunked": qwen3("chunked_sdpa"),
+    "qwen3-varlen": qwen3("varlen"),
     "llama": llama(),
+    "llama-varlen": llama("varlen"),
     "mistral": mistral(),
     "mistral-chunked": mistral("chunked_sdpa"),
+    "mistral-varlen": mistral("varlen"),
 }
 
 
@@ -149,11 +153,16 @@ def compare(found, expected):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([gemma3, qwen3]), GROUPS, st.randoms(use_true_random=False))
-def test_padded_scores_and_gradients_equal_the_plain_computation(make, groups, shuffle):
+@given(
+    st.sampled_from([gemma3, qwen3, llama]),
+    st.sampled_from(["sdpa", "varlen"]),
+    GROUPS,
+    st.randoms(use_true_random=False),
+)
+def test_padded_scores_and_gradients_equal_the_plain_computation(make, attention, groups, shuffle):
     batch = padded(groups, shuffle)
-    model = with_head(make)
-    compare(scores_and_gradients(padded_scores, model, batch), scores_and_gradients(plain_scores, model, batch))
+    expected = scores_and_gradients(plain_scores, with_head(make), batch)
+    compare(scores_and_gradients(padded_scores, with_head(make, attention), batch), expected)
 
 
 def test_a_batch_without_any_token_has_zero_gradients():
@@ -184,8 +193,8 @@ def test_bfloat16_is_as_close_as_the_plain_computation(make):
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([gemma3, qwen3]), GROUPS)
 def test_block_masks_are_those_of_sdpa(make, groups):
-    rows = SharedRows.of(groups, "cpu")
-    dense, blocks = (rows.inputs(make(attention))["attention_mask"] for attention in ("sdpa", "flex_attention"))
+    models = [make(attention) for attention in ("sdpa", "flex_attention")]
+    dense, blocks = (SharedRows.of(groups, model).inputs(model)["attention_mask"] for model in models)
     assert dense.keys() == blocks.keys()
     for kind, mask in dense.items():
         count, _, length, _ = mask.shape
@@ -193,7 +202,7 @@ def test_block_masks_are_those_of_sdpa(make, groups):
 
 
 def test_what_continuations_begin_with_stands_once():
-    rows = SharedRows.of([([5, 6], [[7, 8, 9], [7, 8], [], [4], [7, 8, 4, 4], [7, 8, 9]]), ([5], [[6]])], "cpu")
+    rows = SharedRows.of([([5, 6], [[7, 8, 9], [7, 8], [], [4], [7, 8, 4, 4], [7, 8, 9]]), ([5], [[6]])], llama())
     assert rows.input_ids.tolist() == [[5, 6, 4, 7, 8, 4, 4, 9], [5, 6, 0, 0, 0, 0, 0, 0]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 4, 5, 4], [0, 1, 0, 0, 0, 0, 0, 0]]
     assert rows.ends[0].tolist() == [8, 8, 3, 8, 8, 7, 7, 8]

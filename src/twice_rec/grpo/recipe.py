@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.grpo.rewards import REWARDS, RewardConfig
-from twice_rec.llm.recipe import SHARES_PREFIXES, AdapterConfig, ModelConfig, PromptConfig, SharedPrefixConfig
+from twice_rec.llm.recipe import SHARES_PREFIXES, AdapterConfig, ComputeConfig, ModelConfig, PromptConfig
 from twice_rec.recipe import Settings, TrainerRecipe, key, one_of, rule
 from twice_rec.run import require
 
@@ -84,7 +84,7 @@ class RolloutConfig(Settings):
 
 
 class GRPORecipe(
-    TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, SharedPrefixConfig, RewardConfig, ConfidenceConfig,
+    TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, ComputeConfig, RewardConfig, ConfidenceConfig,
     RolloutConfig,
 ):  # fmt: skip
     """Stage 3: confidence-weighted GRPO of the stage-2 model."""

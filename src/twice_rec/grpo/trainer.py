@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from twice_rec.errors import InputError
 from twice_rec.grpo.trl_private import Batch, TrainerHooks, is_dense_text_model
-from twice_rec.llm.shared_prefix import SharedRows, token_scores
+from twice_rec.llm.shared_prefix import token_scores
 
 
 def padded_scores(
@@ -38,7 +38,7 @@ def padded_scores(
         rows.setdefault(prompt, []).append(row)
         completions.append(ids[prompt_length:][kept[prompt_length:]].tolist())
     groups = [(prompt, [completions[row] for row in of_prompt]) for prompt, of_prompt in rows.items()]
-    logprobs, entropies = token_scores(model, SharedRows.of(groups, input_ids.device))  # [N] each, group by group
+    logprobs, entropies = token_scores(model, groups)  # [N] each, group by group
 
     # Put the values into the kept places of rows in group order, then bring the rows back into their order.
     order = torch.tensor([row for of_prompt in rows.values() for row in of_prompt], device=input_ids.device)  # [B]

@@ -1,4 +1,4 @@
-"""`attn_implementation: chunked_sdpa`: sdpa that skips what its mask hides, for CPUs.
+"""The kinds of a model's layers, and `attn_implementation: chunked_sdpa`: sdpa that skips what its mask hides, for CPUs.
 
 torch's sdpa computes all of a masked square, although a causal mask hides half of it and a sliding window more. Here
 queries are taken in chunks, each with the keys from the first to the last that one of its queries sees. Heads of
@@ -53,6 +53,21 @@ def chunked_sdpa(
         seen = attention_mask[:, :, start:end, :end].any(dim=2).flatten(0, 1).any(dim=0)  # [end]
         chunks.append(attend(slice(start, end), slice(int(seen.int().argmax()), end)))  # [B, chunk, H, D]
     return torch.cat(chunks, dim=1), None  # [B, L, H, D]
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Return kind of layer -> its sliding window, None for full attention; the only kind is `""` if it has no kinds.
+
+    Raises:
+        ValueError: if no mask here fits a kind.
+    """
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if unknown := kinds - windows.keys():
+        raise ValueError(f"no mask for layers of the kind {', '.join(sorted(unknown))}")
+    if not kinds:
+        return {"": windows["sliding_attention"]}
+    return {kind: windows[kind] for kind in windows if kind in kinds or kind == "full_attention"}
 
 
 AttentionInterface.register(CHUNKED_SDPA, chunked_sdpa)

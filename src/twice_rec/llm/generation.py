@@ -23,8 +23,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from twice_rec.errors import InputError
+from twice_rec.llm.attention import layer_windows
 from twice_rec.llm.recipe import TAKES_MASKS
-from twice_rec.llm.shared_prefix import as_attention_mask, continuation_logprobs, layer_windows
+from twice_rec.llm.shared_prefix import as_attention_mask, continuation_logprobs
 from twice_rec.llm.tokens import encode_chat, stop_token_ids
 from twice_rec.prompts import Message
 

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from twice_rec.errors import InputError
-from twice_rec.llm import attention  # noqa: F401  registers chunked_sdpa
-from twice_rec.llm.recipe import AdapterConfig, ModelConfig
+from twice_rec.llm.recipe import VARLEN, AdapterConfig, ModelConfig
 from twice_rec.llm.tokens import from_pretrained, load_tokenizer
+from twice_rec.llm.varlen import check_varlen
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ def load_model(
         quantization: `8bit` or `4bit` (NF4) by bitsandbytes, for a frozen base on a GPU.
 
     Raises:
-        InputError: if there is no such model, if it is gated, or if bitsandbytes is needed but not installed.
+        InputError: if there is no such model, if it is gated, if bitsandbytes is needed but not installed, or if the
+            kind of attention does not take the model.
     """
     dtype = getattr(torch, config.dtype)
     options = {"dtype": dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
@@ -48,7 +49,20 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     model = from_pretrained(AutoModelForCausalLM, name, revision=config.model_revision, **options)
+    if config.attn_implementation == VARLEN:
+        check_varlen(model.config, model.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.to(device) if device else model
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch compile the decoder layers, each as one piece of code for all lengths, at their first call.
+
+    What lies between the matrix products of a layer (norms, rotations, activations, an adapter's additions) becomes a
+    few kernels. The layers of a kind share their code, so this takes about a minute, and weights keep their names.
+    """
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times with and without adapter, gradients, checkpoints
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True)
 
 
 def lora_config(config: AdapterConfig) -> LoraConfig | None:

@@ -8,7 +8,8 @@ from twice_rec.recipe import Settings, key, rule
 
 CHUNKED_SDPA = "chunked_sdpa"  # ours, for CPUs; see `attention`
 TAKES_MASKS = ("sdpa", CHUNKED_SDPA, "eager")  # kinds of attention that take a mask of ours, as a tensor
-SHARES_PREFIXES = (*TAKES_MASKS, "flex_attention")  # kinds that take one in some form
+VARLEN = "varlen"  # ours, for GPUs; see `varlen`
+SHARES_PREFIXES = (*TAKES_MASKS, VARLEN, "flex_attention")  # kinds that can compute a common beginning once
 
 
 class ModelConfig(Settings):
@@ -40,8 +41,8 @@ class PromptConfig(Settings):
     item_first: bool = key(False, "task 3 names the item before its rationale")
 
 
-class SharedPrefixConfig(Settings):
-    """How rows that begin alike are computed."""
+class ComputeConfig(Settings):
+    """How rows are computed in training."""
 
     PREFIX_ATTENTION: ClassVar[tuple[str, ...]] = SHARES_PREFIXES  # kinds of attention that can; recipes may narrow it
 
@@ -49,6 +50,10 @@ class SharedPrefixConfig(Settings):
         False,
         "compute the beginning that several rows share once instead of once per row, with the same loss; in stage 2 "
         "the rows of a user share their prompt and batch sizes count users, in stage 3 the completions of a group do",
+    )
+    compile_layers: bool = key(
+        False,
+        "let torch compile the model's layers: less memory traffic on a GPU, for about a minute at the start",
     )
 
     @rule

@@ -1,8 +1,9 @@
 """Several continuations of one prompt in one row, each common beginning computed once.
 
 A prompt and its continuations are laid out as a tree: after a beginning that several share come their different ends,
-one after another. Positions count from the prompt's first token along each branch, and the attention mask lets a token
-see its own branch only. So every token gets exactly the value it would have in a row of its own.
+one after another. Positions count from the prompt's first token along each branch, and attention lets a token see its
+own branch only, by a mask or by segments (see `varlen`). So every token gets exactly the value it would have in a row
+of its own.
 
 Shapes: G rows, L columns, N tokens of all continuations, M of them different (a shared beginning counts once).
 """
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from twice_rec.llm.recipe import TAKES_MASKS
+from twice_rec.llm.attention import layer_windows
+from twice_rec.llm.recipe import TAKES_MASKS, VARLEN
+from twice_rec.llm.varlen import Segments
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its continuations
 Mask = Tensor | BlockMask
@@ -29,7 +33,7 @@ MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """Prompts with their continuations: one row per prompt, padded on the right.
+    """Prompts with their continuations: one row per prompt, padded on the right, or all in one row, for segments.
 
     Args:
         input_ids: int64 [G, L].
@@ -38,6 +42,7 @@ class SharedRows:
         row, column: int64 [M], the place of the logits that predict each token of `targets`.
         targets: int64 [M], the different tokens of the continuations.
         places: int64 [N], for each token of the continuations, one after another, its index in `targets`.
+        segments: how the only row is cut; None for rows with masks.
     """
 
     input_ids: Tensor
@@ -47,11 +52,17 @@ class SharedRows:
     column: Tensor
     targets: Tensor
     places: Tensor
+    segments: Segments | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device | str) -> SharedRows:
-        """Lay out token ids; a prompt has at least one, a continuation may be empty."""
+    def of(cls, groups: Sequence[Group], model: PreTrainedModel) -> SharedRows:
+        """Lay out token ids as the model's attention takes them, on its device.
+
+        A prompt has at least one token, a continuation may be empty.
+        """
         trees = [_tree(prompt, continuations) for prompt, continuations in groups]
+        if model.config._attn_implementation == VARLEN:
+            return cls._in_one_row(groups, trees, model.device)
         length, ids, positions, ends = max(len(tree.tokens) for tree in trees), [], [], []
         rows, columns, targets, places = [], [], [], []
         for number, ((prompt, _), tree) in enumerate(zip(groups, trees, strict=True)):
@@ -64,12 +75,32 @@ class SharedRows:
             columns += tree.before
             targets += tree.tokens[len(prompt) :]
         layout = (ids, positions, ends, rows, columns, targets, places)
-        return cls(*(torch.tensor(values, dtype=torch.long, device=device) for values in layout))
+        return cls(*(torch.tensor(values, dtype=torch.long, device=model.device) for values in layout))
+
+    @classmethod
+    def _in_one_row(cls, groups: Sequence[Group], trees: Sequence[_Tree], device: torch.device) -> SharedRows:
+        ids, positions, ends, columns, targets, places = (list[int]() for _ in range(6))
+        parts = []
+        for (prompt, _), tree in zip(groups, trees, strict=True):
+            start, before = len(ids), len(targets)
+            ids += tree.tokens
+            positions += tree.positions
+            ends += [end + start for end in tree.ends]
+            places += [before + column - len(prompt) for path in tree.paths for column in path]
+            columns += [start + column for column in tree.before]
+            targets += tree.tokens[len(prompt) :]
+            parts += [(np.asarray(seen, dtype=np.int64) + start, count) for seen, count in tree.segments]
+        layout = ([ids], [positions], [ends], [0] * len(columns), columns, targets, places)
+        tensors = (torch.tensor(values, dtype=torch.long, device=device) for values in layout)
+        return cls(*tensors, Segments.of(parts, device))
 
     def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return what a model's forward takes."""
-        masks = attention_masks(model, self.ends, self.position_ids)
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": masks}
+        if self.segments is None:
+            how = {"attention_mask": attention_masks(model, self.ends, self.position_ids)}
+        else:
+            how = segment_inputs(model, self.segments)
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, **how}
 
 
 class _Tree(NamedTuple):
@@ -80,17 +111,20 @@ class _Tree(NamedTuple):
     ends: list[int]
     before: list[int]  # per token after the prompt, the column of the token before it in its branch
     paths: list[list[int]]  # per continuation, the columns of its tokens
+    segments: list[tuple[Sequence[int], int]]  # the columns seen before it, and its length, of the prompt and each branch
 
 
 def _tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tree:
     """Take the continuations in sorted order, so that those with a common beginning are neighbours."""
     tokens, positions, ends, before = list(prompt), list(range(len(prompt))), [0] * len(prompt), list[int]()
     paths, previous, path = dict[tuple[int, ...], list[int]](), (), list[int]()
+    segments: list[tuple[Sequence[int], int]] = [((), len(prompt))]
     for continuation in sorted(set(map(tuple, continuations))):
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, continuation, strict=False)))
         for column in path[common:]:  # the branch of the one before ends here
             ends[column] = len(tokens)
         new = range(len(tokens), len(tokens) + len(continuation) - common)
+        segments.append(([*range(len(prompt)), *path[:common]], len(new)))
         path = [*path[:common], *new]
         before += [path[depth - 1] if depth else len(prompt) - 1 for depth in range(common, len(path))]
         tokens += continuation[common:]
@@ -99,7 +133,8 @@ def _tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tre
         paths[continuation], previous = path, continuation
     for column in (*range(len(prompt)), *path):
         ends[column] = len(tokens)
-    return _Tree(tokens, positions, ends, before, [paths[tuple(continuation)] for continuation in continuations])
+    in_order = [paths[tuple(continuation)] for continuation in continuations]
+    return _Tree(tokens, positions, ends, before, in_order, segments)
 
 
 def continuation_logprobs(
@@ -116,13 +151,13 @@ def continuation_logprobs(
     """
     if not prompt or not all(continuations):
         raise ValueError("the prompt and every continuation need at least one token")
-    rows = SharedRows.of([(prompt, continuations)], model.device)
+    rows = SharedRows.of([(prompt, continuations)], model)
     logits = model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0]  # [M, V]
     logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, rows.targets[:, None]).squeeze(1)  # [M]
     return list(logprobs[rows.places].split([len(continuation) for continuation in continuations]))
 
 
-def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tensor | None]:
+def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
     """Return logprob and entropy of every token of the continuations, with gradients.
 
     TRL's fused head computes them in tiles from the hidden states, so [N, V] logits never exist as a whole. A hook
@@ -131,14 +166,17 @@ def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tens
 
     Args:
         model: with TRL's head (`trl.trainer.utils.add_fused_lm_head`, which holds the temperature), bare or wrapped.
+        groups: prompts with their continuations, see `SharedRows.of`.
 
     Returns:
-        float32 [N] each, in the order of `rows.places`; the entropies are None if the head computes none.
+        float32 [N] each, the tokens of one continuation after another; the entropies are None if the head computes
+        none.
     """
     from accelerate.utils import extract_model_from_parallel
 
     bare = extract_model_from_parallel(model)
     bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+    rows = SharedRows.of(groups, bare)
 
     def keep_what_predicts(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state[rows.row, rows.column][None]  # [1, M, hidden size]
@@ -148,6 +186,16 @@ def token_scores(model: torch.nn.Module, rows: SharedRows) -> tuple[Tensor, Tens
         scores = model(**rows.inputs(bare), shift_labels=rows.targets[None], fused_lm_head=True)  # two of [1, M]
     entropies = None if scores.entropy is None else scores.entropy[0, rows.places]  # [N]
     return scores.log_probs[0, rows.places], entropies  # [N] each
+
+
+def segment_inputs(model: PreTrainedModel, segments: Segments) -> dict[str, Any]:
+    """Return what tells a model's layers to attend in segments: these, and a mask that no layer reads.
+
+    Without a mask, transformers would build one from the positions.
+    """
+    unread = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=segments.queries.device)
+    kinds = layer_windows(model.config.get_text_config())
+    return {"segments": segments, "attention_mask": unread if "" in kinds else dict.fromkeys(kinds, unread)}
 
 
 def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
@@ -161,21 +209,6 @@ def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> 
     windows = layer_windows(model.config.get_text_config())
     masks = {kind: _mask(model, _mask_mod(ends, positions, window), ends) for kind, window in windows.items()}
     return masks[""] if "" in masks else _Masks(masks)
-
-
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """Return kind of layer -> its sliding window, None for full attention; the only kind is `""` if it has no kinds.
-
-    Raises:
-        ValueError: if no mask here fits a kind.
-    """
-    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if unknown := kinds - windows.keys():
-        raise ValueError(f"no mask for layers of the kind {', '.join(sorted(unknown))}")
-    if not kinds:
-        return {"": windows["sliding_attention"]}
-    return {kind: windows[kind] for kind in windows if kind in kinds or kind == "full_attention"}
 
 
 def _mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:

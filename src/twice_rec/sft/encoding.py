@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,13 +44,16 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_len
     return encoded
 
 
-def share_prefixes(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> list[dict[str, list[int]]]:
+Pack = dict[str, list[Any]]  # input_ids and labels of groups of rows, and lengths, a list of lengths for each group
+
+
+def share_prefixes(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> list[Pack]:
     """Group the rows of each user, and keep once what their prompts have in common; a row without a user stays alone.
 
     Returns:
-        Groups in the order of their first rows: `input_ids` and `labels` of [common, rest of row 1, rest of row 2, ...]
-        and `lengths`, those of the parts. The rest of a row begins at least one token before its completion, since that
-        token predicts the completion's first one.
+        Packs of one group each, in the order of their first rows. A group is [common, rest of row 1, rest of row 2,
+        ...]; `lengths` are those of the parts. The rest of a row begins at least one token before its completion, since
+        that token predicts the completion's first one.
     """
     by_user: dict[str, list[EncodedRow]] = {}
     for position, (row, entry) in enumerate(zip(rows, encoded, strict=True)):
@@ -61,8 +66,34 @@ def share_prefixes(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> list[d
         common = shortest if alike.all() else int(alike.argmin())
         parts = [(entries[0], slice(common)), *((entry, slice(common, None)) for entry in entries)]
         group = {n: np.concatenate([e[n][part] for e, part in parts]).tolist() for n in ("input_ids", "labels")}
-        groups.append({**group, "lengths": [len(entry["labels"][part]) for entry, part in parts]})
+        groups.append({**group, "lengths": [[len(entry["labels"][part]) for entry, part in parts]]})
     return groups
+
+
+def alone(encoded: Sequence[EncodedRow]) -> list[Pack]:
+    """Return a pack for each row."""
+    return [{**{n: values.tolist() for n, values in row.items()}, "lengths": [[len(row["labels"])]]} for row in encoded]
+
+
+def pack(groups: Sequence[Pack], max_tokens: int, seed: int) -> list[Pack]:
+    """Put groups together into packs of at most `max_tokens`; a longer group stays alone.
+
+    Groups come in a random order, and each goes into the fullest of the open packs that has room for it.
+    """
+    packs: list[Pack] = []
+    room: list[tuple[int, int]] = []  # of the open packs: tokens left, index; the least room first
+    for position in np.random.default_rng(seed).permutation(len(groups)):
+        group = groups[position]
+        length = len(group["labels"])
+        place = bisect_left(room, (length, 0))
+        left, index = room.pop(place) if place < len(room) else (max_tokens, len(packs))
+        if index == len(packs):
+            packs.append({name: [] for name in group})
+        for name, values in group.items():
+            packs[index][name] += values
+        if left > length:
+            insort(room, (left - length, index))
+    return packs
 
 
 def length_table(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> list[list[str]]:

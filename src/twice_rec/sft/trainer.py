@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from twice_rec.llm import models
 from twice_rec.markdown import markdown_table
 from twice_rec.sft import encoding
-from twice_rec.sft.collator import SharedPrefixCollator
+from twice_rec.sft.collator import PackedCollator
 from twice_rec.sft.dataset import Row
 from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.sft.samples import SampleCompletions
@@ -32,10 +32,16 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
     logger.info("tokens, by task:\n%s", markdown_table(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
     model = models.load_model(recipe.model_name_or_path, recipe, quantization=recipe.quantization)
     more: dict[str, Any] = {}
-    if recipe.share_prefixes:
-        encoded, arguments.dataset_kwargs = encoding.share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
-        arguments.remove_unused_columns, more["data_collator"] = False, SharedPrefixCollator(model)
+    if recipe.share_prefixes or recipe.pack_tokens:
+        encoded = encoding.share_prefixes(rows, encoded) if recipe.share_prefixes else encoding.alone(encoded)
         logger.info("%s groups of rows with a common beginning", f"{len(encoded):,}")
+        if recipe.pack_tokens:
+            encoded = encoding.pack(encoded, recipe.pack_tokens, recipe.seed)
+            logger.info("%s packs of at most %s tokens", f"{len(encoded):,}", f"{recipe.pack_tokens:,}")
+        arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+        arguments.remove_unused_columns, more["data_collator"] = False, PackedCollator(model)
+    if recipe.compile_layers:
+        models.compile_layers(model)
     if recipe.sample_every:
         asked = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts]
         more["callbacks"] = [SampleCompletions(asked, recipe.sample_every, folder / "samples.jsonl")]
