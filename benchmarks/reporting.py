@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +33,27 @@ def report(name: str, peer: str, ours: float, theirs: float, unit: str, larger_i
     machine = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
     row = {"name": name, "peer": peer, "ratio": round(ratio, 2), "ours": ours, "theirs": theirs, "unit": unit}
     print(json.dumps({**row, "machine": machine, **more}))
+
+
+def add_measure(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, float]]):
+    """Parse the command line; if it is `in_a_process` that calls, print what `measure` finds, and end."""
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(argparse.Namespace(**json.loads(options.measure)))))
+        raise SystemExit
+    return options
+
+
+def in_a_process(script: str, options: argparse.Namespace) -> dict[str, float]:
+    """What a benchmark's `measure` finds in a process of its own; its output is shown if it fails."""
+    command = [sys.executable, script, "--measure", json.dumps(vars(options))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gpu_facts() -> dict[str, object]:
+    """The GPU's name, if there is one."""
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}

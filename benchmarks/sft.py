@@ -1,172 +1,173 @@
-"""Tokens a second of stage 2, ours beside plain TRL with padding: the same rows, model and adapter.
+"""Tokens a second of stage 2, ours beside plain TRL: the same rows, model and adapter.
 
-    python benchmarks/sft.py --data runs/grocery/data
+    python benchmarks/sft.py
+    python benchmarks/sft.py --shape gemma-3-1b --users 48 --peers padded packed
 
-Rows are the three tasks for a sample of the data's users in their real proportions: every user asked for the item alone
-(task 2), three in four also with a rationale of 146 words (task 3; the length is the release's mean, the share that of
-our own curation), and as many items as users bear (task 1). The model has Gemma 3's architecture, small and with random
-weights; --shape gemma-3-1b is the real one's, for a GPU:
+Rows are the three tasks for a sample of the released Grocery users: every user asked for the item alone (task 2), three
+in four also with a rationale (task 3; the share is that of our own curation), and as many items as users bear (task 1).
+Their lengths are real (grocery_lengths.json), their tokens random, and so are the model's weights. Peers are TRL's
+SFTTrainer as the release runs it, padded rows with gradient checkpointing; and with TRL's packing, on a GPU on the same
+flash kernel as ours and without checkpointing, the fastest that it can do. On a CPU both use sdpa.
 
-    python benchmarks/sft.py --data runs/grocery/data --shape gemma-3-1b --users 24 --batch_size 4
-
-A token of a row counts once however often or seldom it is computed: padding counts for nothing, and so does sharing. On
-a GPU (bfloat16, gradient checkpointing for both) also the peak of torch's memory, and the model FLOP utilisation: the
-tokens really computed, neither padding nor recomputation, times 4 operations a weight (forward and backward through
-frozen weights), a second, as a share of --peak_tflops.
+A token of a row counts once however often or seldom it is computed: padding counts for nothing, and so does sharing.
+`computed` are the tokens that go through the model, padding aside. On a GPU also the peak of torch's memory, and the
+model FLOP utilisation: what `llm/flops.py` counts for the computed tokens, a second, as a share of --peak_tflops.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from reporting import paired, report
-from tiny_base.model import train_tokenizer
-from twice_rec.data.dataset import PreparedData
-from twice_rec.llm.attention import CHUNKED_SDPA
-from twice_rec.llm.prompt_builder import PromptBuilder
-from twice_rec.llm.recipe import PromptConfig
-from twice_rec.records import Rationale
-from twice_rec.sft.collator import SharedPrefixCollator
-from twice_rec.sft.dataset import Row, training_rows
-from twice_rec.sft.encoding import EncodedRow, encode_rows, share_prefixes
-from twice_rec.sft.recipe import TaskMixConfig
+from reporting import ROOT, add_measure, gpu_facts, in_a_process, report
+from shapes import SHAPES, bare_model
+from twice_rec.llm import models
+from twice_rec.llm.flops import ModelArithmetic, Work
+from twice_rec.llm.recipe import CHUNKED_SDPA, VARLEN
+from twice_rec.sft.collator import PackedCollator
+from twice_rec.sft.dataset import Row
+from twice_rec.sft.encoding import IGNORED, EncodedRow, alone, pack, share_prefixes
 
-ROOT = Path(__file__).parents[1]
-SHAPES = {
-    "small": {
-        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096,
-    },
-    "gemma-3-1b": {
-        "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
-    },
-}  # fmt: skip
+VOCABULARY = 400  # random tokens are below it
 
 
-def rows_of(data: PreparedData, users: int, tokenizer, seed: int = 0) -> tuple[list[Row], list[EncodedRow]]:
-    """The rows of a sample of users, and their tokens."""
-    examples = list(data.training_examples())
-    chosen = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:users]]
-    text = " ".join(["because"] * 146)
-    reasons = [Rationale(e.user_id, e.target, text, "relevant", (), 1.0, "none") for e in chosen[: users * 3 // 4]]
-    items = round(users * len(data.catalog) / len(examples))
-    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, PromptConfig())
-    rows = training_rows(builder, chosen, reasons, TaskMixConfig(item_info_rows=items), seed)
-    return rows, encode_rows(tokenizer, rows, None)
+def rows_of(users: int, scale: float, seed: int = 0) -> tuple[list[Row], list[EncodedRow]]:
+    """The rows of a sample of users, and their tokens; `scale` multiplies all lengths."""
+    found, draw = json.loads((ROOT / "benchmarks/grocery_lengths.json").read_text()), np.random.default_rng(seed)
+    rows: list[tuple[Row, EncodedRow]] = []
+
+    def tokens(length: int) -> np.ndarray:
+        return draw.integers(10, VOCABULARY, max(2, round(length * scale)), dtype=np.int32)
+
+    def add(task: str, prompt: np.ndarray, completion: int, user: str = "") -> None:
+        answer = tokens(completion)
+        labels = np.concatenate([np.full(len(prompt), IGNORED, dtype=np.int32), answer])
+        rows.append((Row(task, [], "", user), {"input_ids": np.concatenate([prompt, answer]), "labels": labels}))
+
+    of_users = [found["users"][i] for i in draw.permutation(len(found["users"]))[:users]]
+    for number, (common, direct, item, reasoned) in enumerate(of_users):
+        shared = tokens(common)
+        add("direct", np.concatenate([shared, tokens(direct)]), item, f"u{number}")
+        if number % 4:
+            add("rationale", np.concatenate([shared, tokens(reasoned)]), draw.choice(found["rationales"]), f"u{number}")
+    for prompt, completion in found["items"][: round(users * len(found["items"]) / len(found["users"]))]:
+        add("item_info", tokens(prompt), completion)
+    mixed = [rows[i] for i in draw.permutation(len(rows))]
+    return [row for row, _ in mixed], [encoded for _, encoded in mixed]
 
 
-def train(rows: list[Row], encoded: list[EncodedRow], shape: dict, batch_size: int, sharing: bool) -> dict[str, float]:
-    """One epoch, its first step aside: tokens of rows and computed tokens a second, weights, peak MiB of a GPU."""
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """One epoch, its first steps aside: tokens of rows and computed tokens a second, utilisation, peak MiB of a GPU."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.ends = []
+    from clock import StepClock
+    from tiny_base.model import train_tokenizer
 
-        def on_step_end(self, *arguments, **others):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-
-    gpu = torch.cuda.is_available()
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(**shape, sliding_window=512, max_position_embeddings=32768, pad_token_id=0)
-    config._attn_implementation = CHUNKED_SDPA if sharing and not gpu else "sdpa"
-    with torch.device("cuda" if gpu else "cpu"):
-        model = Gemma3ForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32)
-    weights = model.num_parameters()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    clock, more = Clock(), {}
+    gpu, ours = torch.cuda.is_available(), options.who == "ours"
+    rows, encoded = rows_of(options.users, options.scale)
+    packed, budget = options.who == "packed", round(options.pack_tokens * options.scale)
+    attention = (VARLEN if gpu else CHUNKED_SDPA) if ours else VARLEN if gpu and packed else "sdpa"
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    model = bare_model(options.shape, attention, device, dtype)
+    arithmetic = ModelArithmetic.of(model)
+    checkpointing = gpu and (options.checkpointing if ours else not packed)
+    clock, more = StepClock(options.profile if ours else None), {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, report_to="none", use_cpu=not gpu, bf16=gpu, per_device_train_batch_size=batch_size,
-            max_length=None, save_strategy="no", num_train_epochs=1, gradient_checkpointing=gpu, disable_tqdm=True,
-            logging_strategy="no",
+            output_dir=folder, report_to="none", use_cpu=not gpu, bf16=gpu, max_length=budget if packed else None,
+            per_device_train_batch_size=1 if ours or packed else options.batch_size, packing=packed,
+            train_sampling_strategy="random", save_strategy="no", num_train_epochs=1, disable_tqdm=True,
+            gradient_checkpointing=checkpointing, logging_strategy="no",
         )  # fmt: skip
         dataset = encoded
-        if sharing:
+        if ours:
             dataset, arguments.dataset_kwargs = share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
-            arguments.remove_unused_columns, more = False, {"data_collator": SharedPrefixCollator(model)}
+            dataset = pack(dataset, budget, 0) if gpu else dataset
+            arguments.remove_unused_columns, more = False, {"data_collator": PackedCollator(model)}
+            if options.compile:
+                models.compile_layers(model)
         trainer = SFTTrainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(dataset),
-            processing_class=TOKENIZER[0],
+            processing_class=train_tokenizer(["tea and coffee"] * 9, VOCABULARY),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[clock],
             **more,
         )
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    steps = len(clock.ends)
-    seconds = (clock.ends[-1] - clock.ends[0]) * steps / (steps - 1)
+    first = min(options.warm_up, len(clock.ends) - 2)
+    share = (len(clock.ends) - 1 - first) / len(clock.ends)  # of the steps, and so of the tokens, that are timed
+    seconds = (clock.ends[-1] - clock.ends[first]) / share
+    work = work_of(rows, encoded, ours, arithmetic)
     return {
         "row_tokens": sum(len(row["input_ids"]) for row in encoded) / seconds,
-        "computed_tokens": sum(len(row["input_ids"]) for row in dataset) / seconds,
-        "weights": weights,
+        "computed_tokens": work.tokens / seconds,
+        "mfu": arithmetic.training(work) / seconds / (options.peak_tflops * 1e12),
         "mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0,
+        "steps": len(clock.ends),
     }
 
 
-TOKENIZER: list = []
+def work_of(rows: list[Row], encoded: list[EncodedRow], shared: bool, arithmetic: ModelArithmetic) -> Work:
+    """What goes through the model, with the beginnings that rows share computed once or not."""
+    groups = share_prefixes(rows, encoded) if shared else alone(encoded)
+    segments = []
+    for group in groups:
+        for common, *rest in group["lengths"]:
+            segments += [(0, common), *((common, length) for length in rest)]
+    return Work.of(segments, sum(int((row["labels"] != IGNORED).sum()) for row in encoded), arithmetic.windows)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "runs/tiny/data", help="prepared data (prepare.sh)")
     parser.add_argument("--users", type=int, default=24)
-    parser.add_argument("--batch_size", type=int, default=2, help="rows of a step for TRL (release: 2)")
-    parser.add_argument("--users_per_batch", type=int, default=1, help="users of a step for ours")
+    parser.add_argument("--batch_size", type=int, default=2, help="rows of a step for TRL, padded (release: 2)")
+    parser.add_argument("--pack_tokens", type=int, default=16384, help="tokens of a step for ours and TRL, packed, on a GPU")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU, bfloat16 (H100 and H200: 989)")
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--quick", action="store_true", help="8 users, one round")
+    parser.add_argument("--peers", nargs="*", choices=["padded", "packed"], default=["padded"])
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for ours too")
+    parser.add_argument("--no_compile", dest="compile", action="store_false", help="ours without compiled layers")
+    parser.add_argument("--profile", help="file for the kernels that take most of ours' time in a step")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
+    parser.add_argument("--warm_up", type=int, default=1, help="steps that are not timed")
+    parser.add_argument("--quick", action="store_true", help="8 users, a tenth of the lengths, one round")
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.users, arguments.rounds = 8, 1
-    data = PreparedData(arguments.data)
-    texts = (f"{item.title} {item.description} {item.details}" for item in data.catalog)
-    TOKENIZER.append(train_tokenizer(texts, 4000))
-    rows, encoded = rows_of(data, arguments.users, TOKENIZER[0])
+    options = add_measure(parser, measure)
+    if options.quick:
+        options.users, options.scale, options.rounds = 8, 0.1, 1
+    if not torch.cuda.is_available():
+        options.compile = False
+    rows, encoded = rows_of(options.users, options.scale)
     lengths = [len(row["input_ids"]) for row in encoded]
-    print(f"{len(rows)} rows, tokens: median {np.median(lengths):,.0f}, longest {max(lengths):,}")
-    shape = SHAPES[arguments.shape]
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-
-    def measure(who: str, batch_size: int) -> float:
-        found[who].append(train(rows, encoded, shape, batch_size, sharing=who == "ours"))
-        return found[who][-1]["row_tokens"]
-
-    pair = paired(
-        lambda: measure("ours", arguments.users_per_batch),
-        lambda: measure("theirs", arguments.batch_size),
-        arguments.rounds,
-    )
-    more = {
-        "data": str(arguments.data),
-        "rows": len(rows),
-        "shape": arguments.shape,
-        "batch_size": arguments.batch_size,
-        "users_per_batch": arguments.users_per_batch,
+    print(f"{len(rows)} rows, tokens: median {np.median(lengths):,.0f}, longest {max(lengths):,}, all {sum(lengths):,}")
+    found: dict[str, list[dict[str, float]]] = {"ours": [], **{peer: [] for peer in options.peers}}
+    for _ in range(options.rounds):
+        for who, runs in found.items():  # one after another, so that a slow moment of the machine meets all
+            runs.append(in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who})))
+            figures = {name: round(value, 3) for name, value in runs[-1].items()}
+            print(json.dumps({"name": "sft_run", "who": who, "compile": options.compile, **figures}), flush=True)
+    medians = {
+        who: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for who, runs in found.items()
     }
-    if torch.cuda.is_available():
-        more["gpu"] = torch.cuda.get_device_name()
-        for who, runs in found.items():
-            rate = np.median([4 * run["weights"] * run["computed_tokens"] for run in runs])
-            more[f"{who}_mfu"] = round(rate / (arguments.peak_tflops * 1e12), 3)
-            more[f"{who}_mib"] = round(float(np.median([run["mib"] for run in runs])))
-    report("sft", "TRL 1.16.0 SFTTrainer, padded", *pair, "tokens/s", True, **more)
+    names = ("users", "shape", "scale", "batch_size", "pack_tokens", "compile", "checkpointing")
+    for peer in options.peers:
+        more = {name: getattr(options, name) for name in names} | {"rows": len(rows), **gpu_facts()}
+        for who, side in (("ours", "ours"), (peer, "theirs")):
+            more |= {f"{side}_{name}": round(medians[who][name], 3) for name in ("computed_tokens", "mfu", "mib")}
+        speeds = [medians[who]["row_tokens"] for who in ("ours", peer)]
+        report("sft", f"TRL 1.16.0 SFTTrainer, {peer}", *speeds, "tokens/s", True, **more)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import create_mask
 from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.grpo.trainer import padded_scores
 from twice_rec.llm import attention
+from twice_rec.llm.models import compile_layers
 from twice_rec.llm.shared_prefix import SharedRows, continuation_logprobs
 
 MODELS = {
@@ -212,17 +213,46 @@ def test_what_continuations_begin_with_stands_once():
     assert rows.places.tolist() == [1, 2, 5, 1, 2, 0, 1, 2, 3, 4, 1, 2, 5, 6]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("make", [gemma3, qwen3])
-def test_flex_attention_equals_the_plain_computation(make):
-    make = functools.partial(make, head_dim=16, max_position_embeddings=4096)  # its smallest head
+def long_batch():
+    """Two groups of continuations, longer than the kernels' blocks."""
     draw = random.Random(0)
     groups = [
         ([draw.randrange(3, 99) for _ in range(n)], [[draw.randrange(3, 99) for _ in range(k)] for k in (40, 3, 77)])
         for n in (300, 450)
     ]
     ids, mask, length = padded(groups, draw)
-    batch = (ids.cuda(), mask.cuda(), length)
-    found = scores_and_gradients(padded_scores, with_head(make, "flex_attention", device="cuda"), batch)
-    compare(found, scores_and_gradients(plain_scores, with_head(make, device="cuda"), batch))
+    return ids.cuda(), mask.cuda(), length
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [gemma3, qwen3])
+def test_flex_attention_equals_the_plain_computation(make):
+    make = functools.partial(make, head_dim=16, max_position_embeddings=4096)  # its smallest head
+    found = scores_and_gradients(padded_scores, with_head(make, "flex_attention", device="cuda"), long_batch())
+    compare(found, scores_and_gradients(plain_scores, with_head(make, device="cuda"), long_batch()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(gemma3, head_dim=256, num_key_value_heads=1), functools.partial(qwen3, head_dim=128), llama],
+    ids=["gemma3", "qwen3", "llama"],
+)
+def test_varlen_is_as_close_as_the_plain_computation(make, compiled):
+    make, batch = functools.partial(make, max_position_embeddings=4096), long_batch()
+    exact = scores_and_gradients(plain_scores, with_head(make, device="cuda"), batch)
+    plain_one = scores_and_gradients(plain_scores, with_head(make, "sdpa", torch.bfloat16, "cuda"), batch)
+    model = with_head(make, "varlen", torch.bfloat16, "cuda")
+    if compiled:
+        compile_layers(model.get_base_model())
+    segments = scores_and_gradients(padded_scores, model, batch)
+
+    def distance(found):
+        gradients = torch.cat([(found[2][name].float() - g).flatten() for name, g in exact[2].items()])
+        return (found[0] - exact[0]).norm(), gradients.norm()
+
+    for ours, theirs in zip(distance(segments), distance(plain_one), strict=True):
+        assert 0 < ours < 1.5 * theirs
