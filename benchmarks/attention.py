@@ -67,7 +67,7 @@ def main() -> None:
         mask = sees(None, None, order[:, None], order)[None, None]  # [1, 1, L, L]
 
         def varlen(query, key, value, window=window):
-            return varlen_attention(None, query, key, value, None, sliding_window=window, segments=segments)[0]
+            return varlen_attention(None, query, key, value, None, sliding_window=window, **segments.keywords())[0]
 
         def sdpa(query, key, value, mask=mask):
             return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

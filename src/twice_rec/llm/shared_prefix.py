@@ -99,7 +99,7 @@ class SharedRows:
         if self.segments is None:
             how = {"attention_mask": attention_masks(model, self.ends, self.position_ids)}
         else:
-            how = segment_inputs(model, self.segments)
+            how = segment_inputs(model, self.segments, self.input_ids.shape[1])
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, **how}
 
 
@@ -188,14 +188,14 @@ def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tenso
     return scores.log_probs[0, rows.places], entropies  # [N] each
 
 
-def segment_inputs(model: PreTrainedModel, segments: Segments) -> dict[str, Any]:
+def segment_inputs(model: PreTrainedModel, segments: Segments, length: int) -> dict[str, Any]:
     """Return what tells a model's layers to attend in segments: these, and a mask that no layer reads.
 
-    Without a mask, transformers would build one from the positions.
+    Without a mask, transformers would build one from the positions; and TRL counts its ones as the row's tokens.
     """
-    unread = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=segments.queries.device)
+    unread = torch.ones((1, 1, 1, length), dtype=torch.bool, device=segments.queries.device)
     kinds = layer_windows(model.config.get_text_config())
-    return {"segments": segments, "attention_mask": unread if "" in kinds else dict.fromkeys(kinds, unread)}
+    return {**segments.keywords(), "attention_mask": unread if "" in kinds else _Masks.fromkeys(kinds, unread)}
 
 
 def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:

@@ -12,7 +12,7 @@ Shapes: L tokens of the row, S segments, N keys of all paths, H query heads, h k
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,11 @@ from twice_rec.llm.recipe import VARLEN
 # torch 2.12 has both arguments; before it, the kernel itself is called
 _PUBLIC = {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
+_PREFIX = "segment_"  # of their names among a forward's keywords
+
 
 class Segments(NamedTuple):
-    """How a row is cut; tensors on the row's device, passed to a model's forward as `segments`.
+    """How a row is cut; tensors on the row's device.
 
     Args:
         queries, keys: int32 [S + 1], where each segment's tokens and each path's keys begin; the last is the end.
@@ -65,6 +67,20 @@ class Segments(NamedTuple):
         gathered = (places, places.argsort(kind="stable"), first_uses) if len(places) > start else (None, None, None)
         columns = (None if c is None else torch.from_numpy(c).to(device) for c in (*ends, *gathered))
         return cls(*columns, (max(tokens), max(lengths)))  # type: ignore[arg-type]
+
+    def keywords(self) -> dict[str, Any]:
+        """Return them as a model's forward takes them, one by one, since trainers move only plain values to a GPU."""
+        return {_PREFIX + name: value for name, value in self._asdict().items() if value is not None}
+
+    @classmethod
+    def among(cls, keywords: Mapping[str, Any]) -> Segments | None:
+        """Return those among the keywords that reach a layer: ours, or TRL's of packed rows; None if there are none."""
+        if _PREFIX + "queries" in keywords:
+            return cls(*(keywords.get(_PREFIX + name) for name in cls._fields))  # type: ignore[arg-type]
+        if "cu_seq_lens_q" in keywords:
+            ends, longest = keywords["cu_seq_lens_q"], int(keywords["max_length_q"])
+            return cls(ends, ends, None, None, None, (longest, longest))
+        return None
 
 
 @torch.library.custom_op("twice_rec::gather_rows", mutates_args=())
@@ -109,19 +125,16 @@ def varlen_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    segments: Segments | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return a decoder's attention, [1, L, H, D], and no weights; the arguments are those that transformers passes.
 
-    Without `segments`, as when a model samples, this is sdpa; with TRL's `cu_seq_lens_q` of packed rows, these count.
+    Without segments (see `Segments.among`), as when a model samples, this is sdpa.
 
     Args:
         query: [1, H, L, D]; key and value: [1, h, L, D].
     """
-    if segments is None and "cu_seq_lens_q" in others:
-        ends, longest = others["cu_seq_lens_q"], int(others["max_length_q"])
-        segments = Segments(ends, ends, None, None, None, (longest, longest))
+    segments = Segments.among(others)
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, D]

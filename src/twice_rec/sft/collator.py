@@ -43,5 +43,5 @@ class PackedCollator:
                 parts += [(range(0), common), *((range(start, start + common), n) for n in lengths)]
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in columns.items()}  # [1, L] each
         if self._model.config._attn_implementation == VARLEN:
-            return batch | segment_inputs(self._model, Segments.of(parts))
+            return batch | segment_inputs(self._model, Segments.of(parts), len(ends))
         return batch | {"attention_mask": attention_masks(self._model, torch.tensor([ends]), batch["position_ids"])}
