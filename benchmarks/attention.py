@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=500)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--completion", type=int, default=20)
+    parser.add_argument("--kernels", nargs="+", choices=["varlen", "sdpa", "flex"], default=["varlen", "sdpa", "flex"])
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     gpu, shape = torch.cuda.is_available(), SHAPES[options.shape]
@@ -73,7 +74,7 @@ def main() -> None:
             return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
         kernels = {"varlen": varlen, "sdpa": sdpa}
-        if gpu:
+        if gpu and "flex" in options.kernels:
             blocks = create_block_mask(sees, None, None, length, length, device, _compile=True)
             kernels["flex"] = lambda q, k, v, blocks=blocks: compiled_flex(q, k, v, block_mask=blocks, enable_gqa=True)
         with torch.no_grad():
@@ -82,6 +83,8 @@ def main() -> None:
         row = {"name": "attention", "layer": kind, "shape": options.shape, "prompt": prompt, "samples": options.samples}
         row |= {"completion": options.completion, "difference": float(f"{error:.2g}"), **gpu_facts()}
         for name, kernel in kernels.items():
+            if name not in options.kernels:
+                continue
             try:
                 row[f"{name}_ms"] = round(times(kernel, inputs, options.repeats), 3)
             except Exception as error:  # a kernel that does not take a shape is a result too
