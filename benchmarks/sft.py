@@ -105,8 +105,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    first = min(options.warm_up, len(clock.ends) - 2)
-    share = (len(clock.ends) - 1 - first) / len(clock.ends)  # of the steps, and so of the tokens, that are timed
+    steps, first = trainer.state.max_steps, min(options.warm_up, len(clock.ends) - 2)
+    share = (len(clock.ends) - 1 - first) / steps  # of the steps, and so of the tokens, that are timed
     seconds = (clock.ends[-1] - clock.ends[first]) / share
     work = work_of(rows, encoded, ours, arithmetic)
     return {
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "computed_tokens": work.tokens / seconds,
         "mfu": arithmetic.training(work) / seconds / (options.peak_tflops * 1e12),
         "mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0,
-        "steps": len(clock.ends),
+        "steps": steps,
     }
 
 

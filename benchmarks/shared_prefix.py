@@ -48,7 +48,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         completions = [some_tokens(options.completion) for _ in prompts]
         return {"prompt_ids": [prompt for _ in prompts], "completion_ids": completions, "logprobs": None}
 
-    warm_up = 2 if gpu else 0
+    warm_up = options.warm_up if gpu else 0
+    steps = warm_up + options.steps + bool(ours and options.profile)
     tokenizer = train_tokenizer(["tea and coffee"] * 9, 400)
     before = reset_peak(gpu)
     attention = options.attention if ours else options.peer_attention
@@ -56,12 +57,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     model = bare_model(options.shape, attention, device, dtype)
     if ours and options.compile:
         models.compile_layers(model)
-    arithmetic, clock = ModelArithmetic.of(model), StepClock(options.profile if ours else None, warm_up)
+    arithmetic, clock = ModelArithmetic.of(model), StepClock(options.profile if ours else None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder, report_to="none", use_cpu=not gpu, bf16=gpu, save_strategy="no",
             num_generations=options.samples, per_device_train_batch_size=options.samples,
-            max_steps=options.steps + warm_up,
+            max_steps=steps,
             max_completion_length=options.completion, temperature=0.9, beta=0.04, loss_type="grpo", disable_tqdm=True,
             gradient_checkpointing=options.checkpointing if ours else gpu, logging_strategy="no",
         )  # fmt: skip
@@ -69,7 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             model=model,
             args=arguments,
             reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
-            train_dataset=Dataset.from_list([{"prompt": "tea"}] * (options.steps + warm_up)),
+            train_dataset=Dataset.from_list([{"prompt": "tea"}] * steps),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             rollout_func=rollouts,
@@ -147,7 +148,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compiled layers for ours")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU, bfloat16 (H100 and H200: 989)")
     parser.add_argument("--profile", help="file for the kernels that take most of ours' time in a step")
-    parser.add_argument("--steps", type=int, default=1, help="of a process; on a GPU after two that do not count")
+    parser.add_argument("--steps", type=int, default=1, help="of a process that are timed")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before those, on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--curve", type=int, nargs="+", default=[], help="also prompts of these lengths")
     parser.add_argument("--quick", action="store_true", help="500 + 4 x 20 tokens, one round of one step")
