@@ -1,4 +1,4 @@
-"""Attention alone, forward and backward, over a prompt and its completions: segments (varlen), sdpa and flex with masks.
+"""Attention alone, forward and backward, over a prompt and its completions: varlen, sdpa and flex with masks.
 
     python benchmarks/attention.py --shape gemma-3-1b --prompt 7000 --samples 16 --completion 300
 
@@ -52,7 +52,8 @@ def main() -> None:
     heads, keys, size = (shape[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     torch.manual_seed(0)
     inputs = tuple(
-        torch.randn(1, count, length, size, device=device, dtype=dtype, requires_grad=True) for count in (heads, keys, keys)
+        torch.randn(1, count, length, size, device=device, dtype=dtype, requires_grad=True)
+        for count in (heads, keys, keys)
     )
     parts = [((), prompt), *((range(prompt), options.completion) for _ in range(options.samples))]
     segments, order = Segments.of(parts, device), torch.arange(length, device=device)
@@ -87,7 +88,7 @@ def main() -> None:
                 continue
             try:
                 row[f"{name}_ms"] = round(times(kernel, inputs, options.repeats), 3)
-            except Exception as error:  # a kernel that does not take a shape is a result too
+            except Exception as error:  # noqa: BLE001  a kernel that does not take a shape is a result too
                 row[f"{name}_ms"] = f"{type(error).__name__}: {str(error)[:120]}"
         print(json.dumps(row), flush=True)
 

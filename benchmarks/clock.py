@@ -26,6 +26,7 @@ class StepClock(TrainerCallback):
         return [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
 
     def on_step_begin(self, args, state, control, **others):
+        """Start the clock, and the profiler before the last step; the trainer calls this."""
         if self._path and state.global_step == state.max_steps - 1:
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self._profiler = torch.profiler.profile(activities=activities)
@@ -33,6 +34,7 @@ class StepClock(TrainerCallback):
         self._begun, self._cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **others):
+        """Note the time; the trainer calls this."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         ended = time.perf_counter()

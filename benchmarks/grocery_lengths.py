@@ -1,6 +1,6 @@
 """Write grocery_lengths.json: the numbers of tokens in stage 2's rows for a sample of the released Grocery users.
 
-    python benchmarks/grocery_lengths.py --data runs/grocery/data --samples FOLDER/..._case_1_sample.json --tokenizer DIR
+    python benchmarks/grocery_lengths.py --data runs/grocery/data --samples FILE --tokenizer FOLDER
 
 The file holds numbers only; the GPU benchmarks draw random tokens of these lengths, so they need no data.
 """
@@ -56,7 +56,9 @@ def main() -> None:
     found["rationales"] = [len(encode_text(tokenizer, text)) for text in outputs]
     path = ROOT / "benchmarks/grocery_lengths.json"
     path.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
-    print(f"{len(found['users'])} users, {len(found['items'])} items, {len(outputs)} completions with rationales: {path}")
+    print(
+        f"{len(found['users'])} users, {len(found['items'])} items, {len(outputs)} completions with rationales: {path}"
+    )
 
 
 if __name__ == "__main__":

@@ -133,7 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=2, help="rows of a step for TRL, padded (release: 2)")
-    parser.add_argument("--pack_tokens", type=int, default=16384, help="tokens of a step for ours and TRL, packed, on a GPU")
+    parser.add_argument(
+        "--pack_tokens", type=int, default=16384, help="tokens of a step for ours and TRL, packed, on a GPU"
+    )
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU, bfloat16 (H100 and H200: 989)")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--peers", nargs="*", choices=["padded", "packed"], default=["padded"])

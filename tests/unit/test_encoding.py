@@ -143,7 +143,11 @@ def test_groups_hold_the_common_beginning_once(named):
     tokenizer, _, _ = named
     encoded = encode_rows(tokenizer, USERS_ROWS, None)
     groups = share_prefixes(USERS_ROWS, encoded)
-    assert [len(group["lengths"][0]) for group in groups] == [3, 2, 2]  # users u and v, and the item, in the rows' order
+    assert [len(group["lengths"][0]) for group in groups] == [
+        3,
+        2,
+        2,
+    ]  # users u and v, and the item, in the rows' order
     for group, members in zip(groups, ([0, 3], [1], [2]), strict=True):
         ((common, *lengths),) = group["lengths"]
         assert set(group["labels"][:common]) == {IGNORED}

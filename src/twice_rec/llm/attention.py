@@ -1,4 +1,4 @@
-"""The kinds of a model's layers, and `attn_implementation: chunked_sdpa`: sdpa that skips what its mask hides, for CPUs.
+"""Kinds of layers, and `attn_implementation: chunked_sdpa`: sdpa that skips what its mask hides, for CPUs.
 
 torch's sdpa computes all of a masked square, although a causal mask hides half of it and a sliding window more. Here
 queries are taken in chunks, each with the keys from the first to the last that one of its queries sees. Heads of

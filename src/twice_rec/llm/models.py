@@ -6,13 +6,14 @@ import importlib.util
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from twice_rec.errors import InputError
-from twice_rec.llm.recipe import VARLEN, AdapterConfig, ModelConfig
+from twice_rec.llm.recipe import VARLEN, AdapterConfig, ComputeConfig, ModelConfig
 from twice_rec.llm.tokens import from_pretrained, load_tokenizer
 from twice_rec.llm.varlen import check_varlen
 
@@ -52,6 +53,14 @@ def load_model(
     if config.attn_implementation == VARLEN:
         check_varlen(model.config, model.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.to(device) if device else model
+
+
+def load_for_training(name: str | Path, model: ModelConfig, compute: ComputeConfig, **options: Any) -> PreTrainedModel:
+    """Load a model as `load_model` does, with its layers to be compiled if the recipe says so."""
+    loaded = load_model(name, model, **options)
+    if compute.compile_layers:
+        compile_layers(loaded)
+    return loaded
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -52,8 +52,7 @@ class ComputeConfig(Settings):
         "the rows of a user share their prompt and batch sizes count users, in stage 3 the completions of a group do",
     )
     compile_layers: bool = key(
-        False,
-        "let torch compile the model's layers: less memory traffic on a GPU, for about a minute at the start",
+        False, "let torch compile the model's layers: less memory traffic on a GPU, for about a minute at the start"
     )
 
     @rule

@@ -85,7 +85,7 @@ class Segments(NamedTuple):
 
 @torch.library.custom_op("twice_rec::gather_rows", mutates_args=())
 def gather_rows(values: Tensor, places: Tensor, uses: Tensor, first_uses: Tensor) -> Tensor:
-    """Return `values[places]`, [N, ...] of [L, ...]; the gradients of a token's copies are added up in a fixed order."""
+    """Return `values[places]`, [N, ...] of [L, ...]; gradients of a token's copies are added up in a fixed order."""
     return values.index_select(0, places)
 
 

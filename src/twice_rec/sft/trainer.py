@@ -30,7 +30,8 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
         arguments.train_sampling_strategy = "sequential"
     encoded = encoding.encode_rows(tokenizer, rows, arguments.max_length)
     logger.info("tokens, by task:\n%s", markdown_table(encoding.LENGTH_HEADER, encoding.length_table(rows, encoded)))
-    model = models.load_model(recipe.model_name_or_path, recipe, quantization=recipe.quantization)
+    base, quantization = recipe.model_name_or_path, recipe.quantization
+    model = models.load_for_training(base, recipe, recipe, quantization=quantization)
     more: dict[str, Any] = {}
     if recipe.share_prefixes or recipe.pack_tokens:
         encoded = encoding.share_prefixes(rows, encoded) if recipe.share_prefixes else encoding.alone(encoded)
@@ -40,8 +41,6 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
             logger.info("%s packs of at most %s tokens", f"{len(encoded):,}", f"{recipe.pack_tokens:,}")
         arguments.dataset_kwargs = {"skip_prepare_dataset": True}
         arguments.remove_unused_columns, more["data_collator"] = False, PackedCollator(model)
-    if recipe.compile_layers:
-        models.compile_layers(model)
     if recipe.sample_every:
         asked = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts]
         more["callbacks"] = [SampleCompletions(asked, recipe.sample_every, folder / "samples.jsonl")]

@@ -49,9 +49,7 @@ def grpo(recipe: GRPORecipe) -> None:
 
         tokenizer = tokens.load_tokenizer(start, recipe.model_revision)
         rollouts = make_rollouts(recipe, tokenizer, start)
-        model = models.load_model(start, recipe)
-        if recipe.compile_layers:
-            models.compile_layers(model)
+        model = models.load_for_training(start, recipe, recipe)
         rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
