@@ -111,9 +111,7 @@ class _Tree(NamedTuple):
     ends: list[int]
     before: list[int]  # per token after the prompt, the column of the token before it in its branch
     paths: list[list[int]]  # per continuation, the columns of its tokens
-    segments: list[
-        tuple[Sequence[int], int]
-    ]  # the columns seen before it, and its length, of the prompt and each branch
+    segments: list[tuple[Sequence[int], int]]  # of the prompt and each branch: columns seen before it, its length
 
 
 def _tree(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tree:
