@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.llm.fused import FusedLoraLinear, FusedNorm, fuse_layers, fuse_on_gpu
+from twice_rec.llm.shared_prefix import continuation_logprobs
 
 FAMILIES = [gemma3, qwen3, llama, mistral, functools.partial(llama, attention_bias=True, mlp_bias=True)]
 NAMES = ["gemma3", "qwen3", "llama", "mistral", "llama-bias"]
@@ -89,6 +90,24 @@ def test_gradient_checkpointing(make, reentrant):
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     assert_equal(values_and_gradients(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("make", [gemma3, qwen3])
+def test_shared_prompts_in_segments(make, reentrant):
+    """As stages 2 and 3 train on GPUs: varlen, fused, with checkpointing or not."""
+    found = []
+    for fused in (False, True):
+        model = adapted(functools.partial(make, "varlen"), fused=fused)
+        if fused and reentrant is not None:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        scores = continuation_logprobs(model.get_base_model(), [5, 6, 7, 8], [[9, 10, 11], [9, 12], [40]])
+        torch.cat(scores).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((torch.cat(scores).detach(), gradients))
+    assert found[0][1]
+    assert_equal(found[1], found[0])
 
 
 @pytest.mark.parametrize(

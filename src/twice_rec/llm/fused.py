@@ -119,9 +119,15 @@ class FusedNorm(nn.Module):
         """Return the norm, of the shape and type of `x`; the statistics are float32."""
         if x.dim() == 4 and not x.is_contiguous():  # heads before tokens: the kernel would copy them
             return self.forward(x.transpose(1, 2)).transpose(1, 2)
-        # not torch.nn.functional.rms_norm, which gives float32 under autocast
-        normed: Tensor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, self.eps)[0]
+        normed = normalized(x, self.eps)
         return _TimesOneMore.apply(normed, self.weight.to(x.dtype)) if self.offset else self.weight * normed
+
+
+def normalized(x: Tensor, eps: float) -> Tensor:
+    """Return `x / sqrt(mean(x^2) + eps)` over the last dimension; one kernel on GPUs, and one backward."""
+    # not torch.nn.functional.rms_norm, which gives float32 under autocast
+    normed: Tensor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, eps)[0]
+    return normed
 
 
 class _TimesOneMore(torch.autograd.Function):
