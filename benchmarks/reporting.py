@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def report(name: str, peer: str, ours: float, theirs: float, unit: str, larger_i
     threads = torch.get_num_threads()
     machine = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
     row = {"name": name, "peer": peer, "ratio": round(ratio, 2), "ours": ours, "theirs": theirs, "unit": unit}
-    print(json.dumps({**row, "machine": machine, **more}))
+    print(json.dumps({**row, "machine": machine, **more}), flush=True)
 
 
 def add_measure(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, float]]):
@@ -40,18 +42,20 @@ def add_measure(parser: argparse.ArgumentParser, measure: Callable[[argparse.Nam
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(argparse.Namespace(**json.loads(options.measure)))))
-        raise SystemExit
+        print(json.dumps(measure(argparse.Namespace(**json.loads(options.measure)))), flush=True)
+        os._exit(0)  # a compiler's helpers may hang at the end of a process
     return options
 
 
 def in_a_process(script: str, options: argparse.Namespace) -> dict[str, float]:
     """What a benchmark's `measure` finds in a process of its own; its output is shown if it fails."""
     command = [sys.executable, script, "--measure", json.dumps(vars(options))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:  # a helper may keep pipes open
+        done = subprocess.run(command, stdout=output, stderr=errors, check=False)
+        texts = [(file.seek(0), file.read())[1] for file in (output, errors)]
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise SystemExit(f"{' '.join(command)}\n{texts[0][-2000:]}{texts[1][-6000:]}")
+    return json.loads(texts[0].splitlines()[-1])
 
 
 def gpu_facts() -> dict[str, object]:

@@ -1,13 +1,16 @@
 """Tokens a second of stage 2, ours beside plain TRL: the same rows, model and adapter.
 
     python benchmarks/sft.py
-    python benchmarks/sft.py --shape gemma-3-1b --users 48 --peers padded packed
+    python benchmarks/sft.py --shape gemma-3-1b --users 32 --peer_users 8 --peers padded packed
 
 Rows are the three tasks for a sample of the released Grocery users: every user asked for the item alone (task 2), three
 in four also with a rationale (task 3; the share is that of our own curation), and as many items as users bear (task 1).
 Their lengths are real (grocery_lengths.json), their tokens random, and so are the model's weights. Peers are TRL's
 SFTTrainer as the release runs it, padded rows with gradient checkpointing; and with TRL's packing, on a GPU on the same
 flash kernel as ours and without checkpointing, the fastest that it can do. On a CPU both use sdpa.
+
+On a GPU ours has fused layers (`llm/fused.py`) unless --no_fuse says otherwise, and a peer may get fewer users, since
+it takes so much longer.
 
 A token of a row counts once however often or seldom it is computed: padding counts for nothing, and so does sharing.
 `computed` are the tokens that go through the model, padding aside. On a GPU also the peak of torch's memory, and the
@@ -28,6 +31,7 @@ from reporting import ROOT, add_measure, gpu_facts, in_a_process, report
 from shapes import SHAPES, bare_model
 from twice_rec.llm import models
 from twice_rec.llm.flops import ModelArithmetic, Work
+from twice_rec.llm.fused import fuse_on_gpu
 from twice_rec.llm.recipe import CHUNKED_SDPA, VARLEN
 from twice_rec.sft.collator import PackedCollator
 from twice_rec.sft.dataset import Row
@@ -71,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from tiny_base.model import train_tokenizer
 
     gpu, ours = torch.cuda.is_available(), options.who == "ours"
-    rows, encoded = rows_of(options.users, options.scale)
+    rows, encoded = rows_of(options.users if ours else options.peer_users or options.users, options.scale)
     packed, budget = options.who == "packed", round(options.pack_tokens * options.scale)
     attention = (VARLEN if gpu else CHUNKED_SDPA) if ours else VARLEN if gpu and packed else "sdpa"
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
@@ -102,6 +106,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             callbacks=[clock],
             **more,
         )
+        if ours and options.fuse:
+            fuse_on_gpu(trainer.model, trainer.args.device)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -132,6 +138,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=24)
+    parser.add_argument("--peer_users", type=int, help="users for the peers, if not the same")
     parser.add_argument("--batch_size", type=int, default=2, help="rows of a step for TRL, padded (release: 2)")
     parser.add_argument(
         "--pack_tokens", type=int, default=16384, help="tokens of a step for ours and TRL, packed, on a GPU"
@@ -140,7 +147,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--peers", nargs="*", choices=["padded", "packed"], default=["padded"])
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for ours too")
-    parser.add_argument("--no_compile", dest="compile", action="store_false", help="ours without compiled layers")
+    parser.add_argument("--no_fuse", dest="fuse", action="store_false", help="ours without fused layers")
+    parser.add_argument("--compile", action="store_true", help="compiled layers for ours")
     parser.add_argument("--profile", help="file for the kernels that take most of ours' time in a step")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
     parser.add_argument("--warm_up", type=int, default=1, help="steps that are not timed")
@@ -148,9 +156,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = add_measure(parser, measure)
     if options.quick:
-        options.users, options.scale, options.rounds = 8, 0.1, 1
+        options.users, options.peer_users, options.scale, options.rounds = 8, None, 0.1, 1
     if not torch.cuda.is_available():
-        options.compile = False
+        options.compile = options.fuse = False
     rows, encoded = rows_of(options.users, options.scale)
     lengths = [len(row["input_ids"]) for row in encoded]
     print(f"{len(rows)} rows, tokens: median {np.median(lengths):,.0f}, longest {max(lengths):,}, all {sum(lengths):,}")
@@ -159,11 +167,12 @@ def main() -> None:
         for who, runs in found.items():  # one after another, so that a slow moment of the machine meets all
             runs.append(in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who})))
             figures = {name: round(value, 3) for name, value in runs[-1].items()}
-            print(json.dumps({"name": "sft_run", "who": who, "compile": options.compile, **figures}), flush=True)
+            how = {name: getattr(options, name) for name in ("shape", "compile", "fuse", "checkpointing")}
+            print(json.dumps({"name": "sft_run", "who": who, **how, **figures, **gpu_facts()}), flush=True)
     medians = {
         who: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for who, runs in found.items()
     }
-    names = ("users", "shape", "scale", "batch_size", "pack_tokens", "compile", "checkpointing")
+    names = ("users", "peer_users", "shape", "scale", "batch_size", "pack_tokens", "fuse", "compile", "checkpointing")
     for peer in options.peers:
         more = {name: getattr(options, name) for name in names} | {"rows": len(rows), **gpu_facts()}
         for who, side in (("ours", "ours"), (peer, "theirs")):

@@ -1,7 +1,7 @@
 r"""A GRPO step with the prompt computed once a group, beside TRL's own: seconds and peak memory, the same batch.
 
     python benchmarks/shared_prefix.py [--curve 500 1000 4000]
-    python benchmarks/shared_prefix.py --shape gemma-3-1b --attention varlen --compile --prompt 7000 --completion 300
+    python benchmarks/shared_prefix.py --shape gemma-3-1b --prompt 7000 --completion 300
 
 Both run real training steps of their trainer class on given completions, so sampling is left out for both: the
 reference's log-probabilities (KL), the loss, its gradients, clipping and the optimizer's step on a LoRA adapter. Each
@@ -15,6 +15,7 @@ the weights are bfloat16, TRL uses gradient checkpointing, as the release does, 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from reporting import add_measure, gpu_facts, in_a_process, paired, report
 from shapes import SHAPES, bare_model
 from twice_rec.llm import models
 from twice_rec.llm.flops import ModelArithmetic, Work
+from twice_rec.llm.fused import fuse_on_gpu
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -76,6 +78,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             rollout_func=rollouts,
             callbacks=[clock],
         )
+        if ours and options.fuse:
+            fuse_on_gpu(trainer.model, trainer.args.device)
         trainer.train()
     seconds, work = statistics.median(clock.seconds[warm_up:]), step_work(options, ours, arithmetic)
     return {
@@ -110,12 +114,20 @@ def peak(gpu: bool) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def run(options: argparse.Namespace, who: str) -> dict[str, float]:
+    """What one process of ours or theirs finds, printed too."""
+    found = in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who}))
+    how = {name: getattr(options, name) for name in ("shape", "prompt", "compile", "fuse", "checkpointing")}
+    print(json.dumps({"name": "shared_prefix_run", "who": who, **how, **found, **gpu_facts()}), flush=True)
+    return found
+
+
 def compare(options: argparse.Namespace) -> dict[str, float]:
     """Medians over the rounds, for one length of prompt."""
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
 
     def seconds(who: str) -> float:
-        runs[who].append(in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who})))
+        runs[who].append(run(options, who))
         return runs[who][-1]["seconds"]
 
     ours, theirs = paired(lambda: seconds("ours"), lambda: seconds("theirs"), options.rounds)
@@ -145,6 +157,8 @@ def main() -> None:
     )
     parser.add_argument("--peer_attention", default="sdpa", help="theirs")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for ours too")
+    parser.add_argument("--no_fuse", dest="fuse", action="store_false", help="ours without fused layers, on a GPU")
+    parser.add_argument("--alone", action="store_true", help="ours only")
     parser.add_argument("--compile", action="store_true", help="compiled layers for ours")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU, bfloat16 (H100 and H200: 989)")
     parser.add_argument("--profile", help="file for the kernels that take most of ours' time in a step")
@@ -156,6 +170,11 @@ def main() -> None:
     options = add_measure(parser, measure)
     if options.quick:
         options.prompt, options.samples, options.completion, options.steps, options.rounds = 500, 4, 20, 1, 1
+    if not gpu:
+        options.fuse = False
+    if options.alone:
+        run(options, "ours")
+        return
     found = []
     for length in [*options.curve, options.prompt]:
         found.append(compare(argparse.Namespace(**{**vars(options), "prompt": length})))
@@ -167,7 +186,7 @@ def main() -> None:
             flush=True,
         )
     last = found[-1]
-    names = ("samples", "completion", "shape", "attention", "peer_attention", "checkpointing", "compile")
+    names = ("samples", "completion", "shape", "attention", "peer_attention", "fuse", "compile", "checkpointing")
     more = {name: getattr(options, name) for name in names} | gpu_facts()
     more |= {name: value for name, value in last.items() if name not in ("ours", "theirs")}
     report(

@@ -16,6 +16,7 @@ import twice_rec
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
 from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer, groups_together
+from twice_rec.llm.fused import fuse_layers
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
 PROMPTS = [" ".join(WORDS[: 2 + i]) + " then?" for i in range(6)]
@@ -26,7 +27,7 @@ def reward(completion_ids, **_):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def trained(trainer_class, make, folder, **settings):
+def trained(trainer_class, make, folder, fused=False, **settings):
     """Two optimizer steps: losses, adapter weights, and the tokens that went through the model with gradients."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
     model = make(vocab_size=len(tokenizer), max_position_embeddings=512)
@@ -51,6 +52,8 @@ def trained(trainer_class, make, folder, **settings):
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
+    if fused:
+        fuse_layers(trainer.model)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     tokens = []
     trainer.model.get_input_embeddings().register_forward_hook(
@@ -73,10 +76,10 @@ CASES = {
 }
 
 
-def assert_alike(folder, make, settings):
+def assert_alike(folder, make, settings, fused):
     """Both trainers take the same steps, ours with less work."""
     expected, plain_updates, plain_tokens = trained(GRPOTrainer, make, folder, **settings)
-    found, updates, tokens = trained(SharedPrefixGRPOTrainer, make, folder, **settings)
+    found, updates, tokens = trained(SharedPrefixGRPOTrainer, make, folder, fused, **settings)
     assert expected[0]["completions/min_length"] < expected[0]["completions/max_length"]
     assert expected[0]["completions/clipped_ratio"] > 0 or "mask_truncated_completions" not in settings
     for a, b in zip(found, expected, strict=True):
@@ -92,7 +95,7 @@ def assert_alike(folder, make, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_are_those_of_trl(tmp_path, case):
-    assert_alike(tmp_path, *CASES[case])
+    assert_alike(tmp_path, *CASES[case], fused=case == "grpo")
 
 
 @pytest.mark.slow
@@ -129,6 +132,7 @@ def test_private_parts_of_trl_are_touched_in_one_module():
 
 
 if __name__ == "__main__":  # one of the two processes
-    assert_alike(sys.argv[1], gemma3, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4})
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    assert_alike(sys.argv[1], gemma3, settings, fused=True)
     assert torch.distributed.get_world_size() == 2
     print("both alike", flush=True)

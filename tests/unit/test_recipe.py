@@ -334,7 +334,7 @@ class TestTrainerKeys:
             ("log_completions: true\n", "all completions go to completions/ by themselves"),
             (
                 "share_prefixes: true\nattn_implementation: flash_attention_2\n",
-                "share_prefixes needs attn_implementation sdpa or chunked_sdpa or eager or varlen or flex_attention",
+                "share_prefixes needs attn_implementation sdpa or chunked_sdpa or eager or varlen or flex_attention, ",
             ),
         ],
     )

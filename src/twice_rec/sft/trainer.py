@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from twice_rec.llm import models
+from twice_rec.llm.fused import fuse_on_gpu
 from twice_rec.markdown import markdown_table
 from twice_rec.sft import encoding
 from twice_rec.sft.collator import PackedCollator
@@ -45,7 +46,7 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
         asked = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts]
         more["callbacks"] = [SampleCompletions(asked, recipe.sample_every, folder / "samples.jsonl")]
     torch.manual_seed(recipe.seed)  # the adapter's first weights
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(encoded),
@@ -53,3 +54,5 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
         peft_config=models.lora_config(recipe),
         **more,
     )
+    fuse_on_gpu(trainer.model, trainer.args.device)
+    return trainer

@@ -32,7 +32,7 @@ def grpo(recipe: GRPORecipe) -> None:
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
     from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
-    from twice_rec.llm import models, tokens
+    from twice_rec.llm import fused, models, tokens
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
 
@@ -46,7 +46,6 @@ def grpo(recipe: GRPORecipe) -> None:
         rewarder = load_rewarder(recipe, recipe.run_path, data, recipe.seed)
         of_trl = trl_arguments(recipe, start)
         run.begin()
-
         tokenizer = tokens.load_tokenizer(start, recipe.model_revision)
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_for_training(start, recipe, recipe)
@@ -64,6 +63,7 @@ def grpo(recipe: GRPORecipe) -> None:
             processing_class=tokenizer,
             peft_config=models.lora_config(recipe),
         )
+        fused.fuse_on_gpu(trainer.model, trainer.args.device)
         if rollouts is not None:
             rollouts.attach(trainer)
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))

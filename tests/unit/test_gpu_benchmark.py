@@ -1,0 +1,97 @@
+"""benchmarks/gpu.sh stays runnable: its commands, its order under a clock, its record of results."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARTS = ["sft", "grpo", "tests", "packed", "sft_memory", "grpo_memory", "qwen3", "attention", "compile"]
+
+
+def run(out, *flags, python=sys.executable, **environment):
+    """The script's output and exit status."""
+    environment = {**os.environ, "OUT": str(out), "PYTHON": str(python), **environment}
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def stub(folder, body):
+    """An interpreter that writes down what it is asked to run, and then does as told."""
+    path = folder / "python"
+    path.write_text(f'#!/usr/bin/env bash\necho "$*" >>{folder}/commands\n{body}\n')
+    path.chmod(0o755)
+    return path
+
+
+@functools.cache
+def options_of(script):
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z_]+", done.stdout))
+
+
+@pytest.mark.parametrize("flags", [[], ["--quick"]], ids=["whole", "quick"])
+def test_every_part_runs_a_script_with_options_that_it_has(tmp_path, flags):
+    done = run(tmp_path, *flags, python=stub(tmp_path, 'echo \'{"name": "stub"}\''))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^== (\w+)$", done.stdout, re.MULTILINE) == PARTS
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len(commands) == len(PARTS)
+    assert (tmp_path / "gpu.jsonl").read_text().count('{"name": "stub"}\n') == len(PARTS)
+    for command in commands:
+        script, *words = command.split()
+        if script == "-m":  # pytest
+            assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+        else:
+            assert {word for word in words if word.startswith("--")} <= options_of(script)
+
+
+def test_a_part_that_fails_is_named_and_does_not_end_the_others(tmp_path):
+    done = run(tmp_path, python=stub(tmp_path, '[ "$1" != -m ]'), PARTS="sft tests packed")
+    assert done.returncode == 1
+    assert "== packed took" in done.stdout
+    assert "stopped by the clock: none; failed: tests" in done.stdout
+
+
+def test_no_part_begins_when_the_time_is_used_up(tmp_path):
+    done = run(tmp_path, python=stub(tmp_path, "true"), BUDGET="9")
+    assert done.returncode == 0
+    assert f"stopped by the clock: {' '.join(PARTS)}; failed: none" in done.stdout
+    assert not (tmp_path / "commands").exists()
+
+
+@pytest.mark.slow
+def test_a_part_that_hangs_after_its_results_has_not_failed(tmp_path):
+    done = run(tmp_path, python=stub(tmp_path, 'echo \'{"name": "stub"}\'; sleep 60'), PARTS="sft", BUDGET="10")
+    assert done.returncode == 0
+    assert "stopped by the clock: sft; failed: none" in done.stdout
+
+
+def test_one_part_runs_at_toy_size(tmp_path):
+    done = run(tmp_path, "--quick", PARTS="attention")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [row["layer"] for row in rows] == ["full", "sliding"]
+    assert all(row["difference"] < 1e-5 and row["varlen_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_training_part_runs_at_toy_size(tmp_path):
+    done = run(tmp_path, "--quick", PARTS="grpo_memory")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert (row["name"], row["who"], row["checkpointing"]) == ("shared_prefix_run", "ours", True)
+    assert row["seconds"] > 0
+
+
+def test_recorded_results_say_where_they_are_from():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/gpu.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row.get("gpu") and row.get("machine") for row in rows)
