@@ -8,10 +8,10 @@
 # PYTHON names the interpreter, PARTS some of the parts:
 #   sft grpo tests packed sft_memory grpo_memory qwen3 attention compile
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 export PYTHONUNBUFFERED=1 TRL_EXPERIMENTAL_SILENCE=1
 export TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=0  # no pool of compilers that hangs, no checks of C++
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
+python=${PYTHON:-$(command -v .venv/bin/python || command -v python3)}
 out=${OUT:-benchmarks/results} budget=${BUDGET:-460}
 failed=() stopped=()
 gemma=(--shape gemma-3-1b) qwen3=(--shape qwen3-0.6b) stage2=(--users 32 --peer_users 8 --warm_up 2 --rounds 1)

@@ -1,6 +1,7 @@
 """Fused layers are exact: values, gradients and saved files of PEFT's and transformers' own."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.llm.fused import FusedLoraLinear, FusedNorm, fuse_layers, fuse_on_gpu
 from twice_rec.llm.shared_prefix import continuation_logprobs
+from twice_rec.llm.tokens import load_tokenizer
+from twice_rec.recipe_reader import load_recipe
+from twice_rec.sft.dataset import Row
+from twice_rec.sft.recipe import SFTRecipe
 
 FAMILIES = [gemma3, qwen3, llama, mistral, functools.partial(llama, attention_bias=True, mlp_bias=True)]
 NAMES = ["gemma3", "qwen3", "llama", "mistral", "llama-bias"]
@@ -258,6 +263,19 @@ def test_checkpoints_of_a_single_layer_recompute_the_same():
     (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
     (again,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(plain, again)
+
+
+def test_stage_2_fuses_what_it_trains(tmp_path, monkeypatch):
+    from twice_rec.sft import trainer
+
+    asked = []
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(trainer, "fuse_on_gpu", lambda *arguments: asked.append(arguments))
+    recipe = load_recipe("recipes/tiny/sft.yaml", SFTRecipe, ["--use_peft", "true"])
+    rows = [Row("direct", [{"role": "user", "content": "tea?"}], "tea", user) for user in ("u", "v")]
+    built = trainer.sft_trainer(recipe, rows, load_tokenizer(recipe.model_name_or_path), tmp_path)
+    assert asked == [(built.model, torch.device("cpu"))]
+    assert isinstance(built.model, PeftModel)
 
 
 @pytest.mark.gpu
