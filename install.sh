@@ -4,6 +4,7 @@
 # VENV names another environment. On Linux without a GPU, PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can point pip to
 # PyTorch's CPU builds (see README).
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ $# -gt 0 ] || set -- requirements.txt
 cd "$root"

@@ -1,19 +1,31 @@
 #!/usr/bin/env bash
 # What the launchers share: runs a stage in the environment beside this file, wherever it is called from.
 #   bash launch.sh STAGE DEFAULT_RECIPE [RECIPE] [--key value ...]
-# Where there is a GPU, stages 2 and 3c start by `accelerate launch` with recipes/accelerate_configs/ddp.yaml;
-# ACCELERATE_CONFIG names another of these files.
+# VENV names another environment than .venv. Where there is a GPU, stages 2 and 3c start by `accelerate launch` with
+# recipes/accelerate_configs/ddp.yaml; ACCELERATE_CONFIG names another of these files.
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stage=$1 recipe=$root/$2
 shift 2
-case "${1:-}" in "" | -*) ;; *) recipe=$(realpath "$1"); shift ;; esac
+fail() { echo "error: $1" >&2; exit 2; }
+case "${1:-}" in
+  "") ;;
+  -*) for word in "$@"; do [[ $word != *.y*ml ]] || fail "the recipe comes first: RECIPE [--key value ...], found $*"; done ;;
+  *) recipe=$(realpath -m -- "$1"); shift ;;
+esac
+venv=$(realpath -m -- "${VENV:-$root/.venv}") config=${ACCELERATE_CONFIG:-}
+[ ! -f "$config" ] || config=$(realpath -- "$config")
 cd "$root"
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
-start=(python)
-if [ "$stage" = sft ] || [ "$stage" = grpo ]; then
-  config=${ACCELERATE_CONFIG:-}
-  [ -n "$config" ] || ! nvidia-smi -L >/dev/null 2>&1 || config=recipes/accelerate_configs/ddp.yaml
-  [ -z "$config" ] || start=(accelerate launch --quiet --config_file "$config")
-fi
-exec "${start[@]}" -m twice_rec "$stage" "$recipe" "$@"
+[ -x "$venv/bin/python" ] || fail "$venv has no Python; make the environment with: bash install.sh"
+export PATH="$venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
+run=(-m twice_rec "$stage" "$recipe" "$@")
+case $stage in
+  sft | grpo) [ -n "$config" ] || ! nvidia-smi -L >/dev/null 2>&1 || config=recipes/accelerate_configs/ddp.yaml ;;
+  *) config= ;;
+esac
+[ -n "$config" ] || exec python "${run[@]}"
+[ -f "$config" ] || fail "ACCELERATE_CONFIG is $config: no such file; recipes/accelerate_configs has some"
+case " $* " in *" -h "* | *" --help "* | *" --show "*) exec python "${run[@]}" ;; esac
+python "${run[@]}" --check # accelerate would follow an error by its own trace, and end with 1
+exec accelerate launch --quiet --config_file "$config" "${run[@]}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline at tiny size, on a CPU, without downloads of models or data. Run again, it redoes nothing.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash install.sh
 bash prepare.sh

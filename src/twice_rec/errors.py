@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message says what, where, and what to do about it."""
+
+
+class CheckedError(Exception):
+    """Not an error: the end of a run that was asked to look at its inputs only (`--check`)."""

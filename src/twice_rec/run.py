@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
-from twice_rec.errors import InputError
+from twice_rec.errors import CheckedError, InputError
 from twice_rec.files import MANIFEST, hash_file, read_json, write_json
 from twice_rec.recipe import Recipe
 
@@ -130,6 +130,7 @@ class StageRun:
         InputError: on entry, if another process holds the folder.
     """
 
+    check_only: ClassVar = False  # end at `begin` instead, with nothing written
     _BEGUN = ".begun.json"
 
     def __init__(
@@ -188,6 +189,7 @@ class StageRun:
 
         Raises:
             InputError: if the folder holds other results and the recipe does not say `overwrite`; names what differs.
+            CheckedError: with `--check`, after that has been looked at.
         """
         if not IS_MAIN:
             return
@@ -202,14 +204,19 @@ class StageRun:
             else:
                 kind, was = "files of another origin", ({}, {})
             differences = self._differences(*was)
-            if manifest is None and begun.exists() and not differences:
-                return
-            if not self._recipe.overwrite:
+            goes_on = manifest is None and begun.exists() and not differences
+            if not goes_on and not self._recipe.overwrite:
                 raise InputError(
                     f"{self.path} holds {kind}: {'; '.join(differences) or 'damaged'}. Keep them and choose another "
                     "--run_dir, or replace them with --overwrite true"
                 )
+            if self.check_only:
+                raise CheckedError
+            if goes_on:
+                return
             shutil.rmtree(self.path)
+        if self.check_only:
+            raise CheckedError
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(begun, {"settings": self._settings, "inputs": self._inputs})
 

@@ -258,3 +258,53 @@ def test_atomic_files_of_recbole(tmp_path):
     first = json.loads((tmp_path / "run" / "data" / "catalog.jsonl").read_text().splitlines()[0])
     assert first["title"].startswith("Title ")
     assert run("sasrec", tmp_path / "run", None, "--domain", "shop", "--epochs", "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "line"),
+    [
+        (["sft.sh", "--seed", "3", "recipes/tiny/sft.yaml"], {}, "the recipe comes first"),
+        (["sft.sh"], {"VENV": "/no/such"}, "/no/such has no Python; make the environment with: bash install.sh"),
+        (["grpo_step2.sh"], {"ACCELERATE_CONFIG": "no.yaml"}, "ACCELERATE_CONFIG is no.yaml: no such file"),
+        (["sft.sh", "--seed", "010"], {}, "--seed: seed must be a whole number, found '010'"),
+        (["sasrec.sh", "--help"], {"CDPATH": "/"}, ""),
+    ],
+)
+def test_what_a_launcher_cannot_use_is_told_in_one_line(tmp_path, words, environment, line):
+    command = ["bash", str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (2 if line else 0)
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_where_there_is_a_gpu_errors_come_before_accelerate(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for words, line in (
+        (["--learning_rate", "much"], "--learning_rate"),
+        ([], f"{tmp_path / 'run'}/rationales/accepted.jsonl: no such file"),
+    ):
+        command = [
+            "bash",
+            str(ROOT / "sft.sh"),
+            str(ROOT / "recipes/tiny/sft.yaml"),
+            "--run_dir",
+            str(tmp_path / "run"),
+        ]
+        done = subprocess.run(
+            [*command, *words], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 2
+        assert line in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_check_writes_no_results(prepared):
+    before = sorted(prepared.rglob("*.json*"))
+    assert run("sasrec", prepared, None, "--check") == 0
+    assert sorted(prepared.rglob("*.json*")) == before
+    assert not (prepared / "sasrec").exists()

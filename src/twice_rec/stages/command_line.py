@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from twice_rec.errors import InputError
+from twice_rec.errors import CheckedError, InputError
 from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
-from twice_rec.run import IS_MAIN
+from twice_rec.run import IS_MAIN, StageRun
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
+        "twice-rec STAGE RECIPE --check looks at the recipe and at what the stage reads, and does nothing else",
         "",
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
     ]
@@ -95,6 +96,8 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
     path, *flags = given or [""]
     if not path or path.startswith("--"):
         raise InputError(f"{name}: expected RECIPE [--key value ...], found {' '.join(words) or 'nothing'}")
+    StageRun.check_only = "--check" in flags
+    flags = [flag for flag in flags if flag != "--check"]
     if "--show" in flags:
         flags.remove("--show")
         sys.stdout.write(show_recipe(path, recipe_class, flags) + "\n")
@@ -113,6 +116,8 @@ def _guarded(name: str, body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         logger.error("%s: interrupted; nothing is lost: the same command goes on where it stopped", name)
         return 130
+    except CheckedError:
+        return 0
     except InputError as error:
         logger.error("%s", error)
         return 2
