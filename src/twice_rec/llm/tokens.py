@@ -165,11 +165,11 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
     Our answer tags are none, even if a model has tokens for them. Texts from data hold no answer tag; see `clean_text`.
     """
-    special = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # a tokenizer of another kind may have none
     return {
         index: token.content
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if (token.special or index in special or _LOOKS_LIKE_CONTROL.fullmatch(token.content))
+        for index, token in added.items()
+        if (token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content))
         and token.content not in TAGS
         and len(token.content) > 1
     }
