@@ -51,7 +51,7 @@ class ParsedAnswer:
 
     fields: Mapping[Field, str]  # the text inside each complete element (opened once, then closed once), stripped
     counts: Mapping[str, int]  # tag -> how often it occurs (`<think>` and `</think>` apart), for the tags that occur
-    other_tags: int  # number of tags with other names
+    other_tags: int  # number of tags with other names outside the title and the id, which hold what the item is called
 
     @property
     def rationale(self) -> str | None:
@@ -87,14 +87,17 @@ def render(values: Mapping[Field, str]) -> str:
 
 def parse(text: str) -> ParsedAnswer:
     """Read whatever a model wrote. Never raises; takes time linear in the text."""
-    found = Counter(_TAG.findall(text))
-    counts = {tag: count for tag, count in found.items() if tag in TAGS}
+    tags = [(match[0], match.start()) for match in _TAG.finditer(text)]
+    counts = {tag: count for tag, count in Counter(tag for tag, _ in tags).items() if tag in TAGS}
     fields: dict[Field, str] = {}
+    names: list[tuple[int, int]] = []  # where the title and the id are
     for field in FIELDS:
         start, end = text.find(opening(field)), text.find(closing(field))
         if counts.get(opening(field)) == 1 == counts.get(closing(field)) and start < end:
             fields[field] = text[start + len(opening(field)) : end].strip()
-    return ParsedAnswer(fields=fields, counts=counts, other_tags=found.total() - sum(counts.values()))
+            names += [(start, end)] if field in ITEM_ONLY else []
+    others = [place for tag, place in tags if tag not in TAGS and not any(a < place < b for a, b in names)]
+    return ParsedAnswer(fields=fields, counts=counts, other_tags=len(others))
 
 
 def without_tags(text: str) -> str:

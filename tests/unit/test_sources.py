@@ -8,7 +8,6 @@ import pytest
 
 from twice_rec.data.sequences import SequenceConfig, assemble
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
-from twice_rec.data.sources.base import clean_text
 from twice_rec.data.sources.recbole import RecBoleSource
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
@@ -205,13 +204,13 @@ class TestRecBole:
             "item_id:token\tmovie_title:token_seq\tgenre:token_seq\na\tToy Story\tComedy Drama\nb\t\t\n",
         )
         table = source.interactions()
-        assert table.timestamp.tolist() == [881250949000, 0]
+        assert table.timestamp.tolist() == [881250949000]  # a time of 0 would put b first
         assert source.titled({"a", "b"}) == {"a"}
         (item,) = (i for i in source.items({"a"}))
         assert (item.title, item.details) == ("Toy Story", '"genre": "Comedy Drama"')
         assert source.problems.counts == {
             "row with another number of columns than the header": 1,
-            "timestamp that is not a number, left out": 1,
+            "row whose timestamp is not a time, dropped": 1,
             "row without user_id or item_id": 1,
             "item without title": 1,
         }
@@ -242,6 +241,11 @@ class TestRecBole:
     def test_missing_file(self, tmp_path):
         with pytest.raises(InputError, match=r"looked for ml.inter"):
             RecBoleSource(tmp_path, "ml")
+
+
+def row(user, history="1,2,3", target="4"):
+    """A row of the released sequences."""
+    return {"user_id": user, "output_id": history, "positive_item_id": target}
 
 
 class TestRelease:
@@ -308,6 +312,60 @@ class TestRelease:
         with pytest.raises(InputError, match=message):
             ReleaseSource(tmp_path, "D").interactions()
 
+    @pytest.mark.parametrize(
+        ("odd", "kind"),
+        [
+            ("x", "row that is no object"),
+            (row(None), "row whose user_id is not text, skipped"),
+            (row(1.0), "row whose user_id is not text, skipped"),
+            (row("u"), "user with several rows, first kept"),
+            (row("v", "1_0"), "row without a history and a target, skipped"),
+            ({"user_id": "v", "output_id": [1], "positive_item_id": {}}, "row without a history and a target, skipped"),
+            (row("v", "2,3"), "row that does not continue its training row, skipped"),
+            (row("w"), "row of another user than its training row, skipped"),
+        ],
+    )
+    def test_one_odd_row_is_counted_and_the_others_are_read(self, tmp_path, odd, kind):
+        train = [{"user_id": user, "output_id": "1", "positive_item_id": "2"} for user in "uv"]
+        if isinstance(odd, dict) and odd["user_id"] == "u":
+            train[1]["user_id"] = "u"
+        test = [{"user_id": "u", "output_id": "1,2,3", "positive_item_id": "4"}, odd]
+        self.write(tmp_path, train=train, test=test)
+        source = ReleaseSource(tmp_path, "D")
+        table = source.interactions()
+        assert (table.users, len(table)) == (["u"], 4)
+        assert source.problems.counts[kind] == 1
+
+    def test_an_odd_prompt_loses_its_reviews_only(self, tmp_path):
+        self.write(tmp_path)
+        (tmp_path / "amazon_D_llm_train_case_1.json").write_text('[7, {"input": {}, "output_id": "1"}]')
+        source = ReleaseSource(tmp_path, "D")
+        assert len(source.interactions()) == 4
+        assert source.problems.counts["prompt without a history and a target, its reviews left out"] == 2
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("vocab_D", {str(i): 7 for i in range(1, 5)}, "row 1: expected an object, and a title"),
+            ("D_llm_meta_1", [1, 2, 3, 4], "row 1: expected an object, and a title"),
+            ("D_sasrec_test_1", {"a": 1}, "expected a list of objects"),
+        ],
+    )
+    def test_files_of_another_kind(self, tmp_path, name, value, message):
+        self.write(tmp_path)
+        (tmp_path / f"amazon_{name}.json").write_text(json.dumps(value))
+        with pytest.raises(InputError, match=message):
+            ReleaseSource(tmp_path, "D").interactions()
+
+    def test_encodings(self, tmp_path):
+        self.write(tmp_path)
+        vocab = tmp_path / "amazon_vocab_D.json"
+        vocab.write_text(vocab.read_text(), encoding="utf-8-sig")
+        assert len(ReleaseSource(tmp_path, "D").interactions()) == 4
+        vocab.write_bytes('{"1": "thé"}'.encode("latin-1"))
+        with pytest.raises(InputError, match=r"amazon_vocab_D.json, line 1: not utf-8.*--encoding"):
+            ReleaseSource(tmp_path, "D")
+
     def test_user_with_too_few_items(self, tmp_path):
         self.write(
             tmp_path,
@@ -324,7 +382,3 @@ class TestRelease:
         (tmp_path / "amazon_D_sasrec_train_2.json").write_text("[]")
         with pytest.raises(InputError, match="2 files"):
             ReleaseSource(tmp_path, "D")
-
-
-def test_clean_text_leaves_no_tag():
-    assert clean_text("a&lt;think&gt;b <<b>think> c\n\t d \ud83d") == "a b c d ?"

@@ -8,7 +8,7 @@ from typing import ClassVar
 from twice_rec.data.candidates import CandidateConfig
 from twice_rec.data.sequences import SequenceConfig
 from twice_rec.data.sources import SOURCES
-from twice_rec.data.sources.base import Source
+from twice_rec.data.sources.base import Source, SourceFormat
 from twice_rec.data.sources.synthetic import SyntheticConfig, SyntheticSource
 from twice_rec.prompts import PromptFormat
 from twice_rec.recipe import Recipe, key, one_of, required, rule
@@ -16,7 +16,7 @@ from twice_rec.recipe import Recipe, key, one_of, required, rule
 SourceName = one_of(SOURCES)
 
 
-class PrepareRecipe(Recipe, SequenceConfig, CandidateConfig, PromptFormat, SyntheticConfig):
+class PrepareRecipe(Recipe, SequenceConfig, CandidateConfig, PromptFormat, SyntheticConfig, SourceFormat):
     """Stage 0: from a source of interactions to catalogue, sequences and candidate lists."""
 
     source: SourceName = required("where the interactions come from")
@@ -41,4 +41,4 @@ class PrepareRecipe(Recipe, SequenceConfig, CandidateConfig, PromptFormat, Synth
         if issubclass(kind, SyntheticSource):
             return kind(self, self.domain, self.seed)
         folder, titles_required = Path(self.source_dir or "."), self.untitled_items == "drop"
-        return kind(folder, self.domain, self.reviews_file, self.metadata_file, titles_required)
+        return kind(folder, self.domain, self.reviews_file, self.metadata_file, titles_required, self)

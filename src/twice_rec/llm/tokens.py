@@ -1,19 +1,26 @@
 """Text and token ids: tokenizers, chat templates, and the ids that end a completion.
 
 Templates and end-of-turn tokens come from the model's files. transformers is imported late, so recipes stay light.
+A control token structures a prompt (`<|im_end|>`, `[INST]`). Its text in a title or a review never becomes one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twice_rec.answer_format import TAGS
 from twice_rec.errors import InputError
 from twice_rec.prompts import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOOKS_LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -56,15 +63,116 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     """Return the token ids of a prompt, opened for the model's turn, and of the beginning of a completion.
 
     The chat template writes the BOS token itself, so nothing is added to its text. Prompt and completion are encoded
-    apart, since that is how a model meets them: the prompt's last token never depends on the completion.
+    apart, since that is how a model meets them: the prompt's last token never depends on the completion. Only the
+    template writes control tokens; the text of one in a message is encoded as text.
+
+    Raises:
+        InputError: if the chat template changes or drops the text of a message.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return [*encode_text(tokenizer, text), *encode_text(tokenizer, completion)]
+    return [*_encode_prompt(tokenizer, messages), *encode_text(tokenizer, completion)]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text; nothing is added."""
+    """Return the token ids of a text, none of them a control token; nothing is added."""
+    ids = _encode_as_is(tokenizer, text)
+    if not _controls_in(tokenizer, ids):
+        return ids
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if not (controls := _controls_in(tokenizer, ids)):
+        return ids
+    # The tokenizer counts some control tokens as ordinary ones (`<tool_call>` of Qwen): cut them after one character.
+    cuts = [match.start() + 1 for match in re.finditer(_either(controls), text)]
+    pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+    return [index for piece in pieces for index in encode_text(tokenizer, piece)]
+
+
+def _encode_as_is(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text in which the texts of control tokens are meant as such."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    text = _write_prompt(tokenizer, messages)
+    ids = _encode_as_is(tokenizer, text)
+    contents = "\0".join(message["content"] for message in messages)
+    found = [control for control in _controls_in(tokenizer, ids) if control in contents]
+    return _encode_around(tokenizer, messages, found) if found else ids
+
+
+def _write_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} changes or drops the text of the "
+                f"{message['role']} message {message['content'][:60]!r}; use a template that keeps it"
+            )
+    return text
+
+
+def _encode_around(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], controls: Sequence[str]
+) -> list[int]:
+    """Return the ids of a prompt whose messages hold the texts of control tokens.
+
+    These texts are replaced by stand-ins, so every control token that the template then writes is its own. The prompt
+    is cut at those, and what is between them is encoded as text, with the texts put back.
+    """
+    marker = _unused_character("".join(message["content"] for message in messages))
+    stand_ins = {control: f"{marker}{number}{marker}" for number, control in enumerate(controls)}
+    texts = {stand_in: control for control, stand_in in stand_ins.items()}
+    hidden = [Message(role=message["role"], content=_replace(message["content"], stand_ins)) for message in messages]
+    written = _write_prompt(tokenizer, hidden)
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    own = {text: added[text] for text in _controls_in(tokenizer, _encode_as_is(tokenizer, written))}
+    parts = re.split(f"({_either(own)})", written) if own else [written]  # text, control, text, control, ..., text
+    ids: list[int] = []
+    for position, part in enumerate(parts):
+        if position % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+            continue
+        if position and own[parts[position - 1]].rstrip:  # such a token takes the white space behind it
+            part = part.lstrip()
+        if position + 1 < len(parts) and own[parts[position + 1]].lstrip:
+            part = part.rstrip()
+        ids += encode_text(tokenizer, _replace(part, texts))
+    return ids
+
+
+def _unused_character(text: str) -> str:
+    """Return a character for private use that a text does not hold."""
+    return next(character for character in map(chr, range(0xE000, 0xF900)) if character not in text)
+
+
+def _either(texts: Iterable[str]) -> str:
+    """Return a pattern that matches any of some texts, the longest first."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+
+
+def _replace(text: str, replacements: Mapping[str, str]) -> str:
+    return re.sub(_either(replacements), lambda match: replacements[match[0]], text)
+
+
+def _controls_in(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
+    """Return the texts of the control tokens among some ids, each once."""
+    controls = _control_tokens(tokenizer)
+    return [controls[index] for index in sorted(controls.keys() & set(ids))]
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return id -> text of the tokens that structure a prompt: special ones, and others written `<...>` or `[...]`.
+
+    Our answer tags are none, even if a model has tokens for them. Texts from data hold no answer tag; see `clean_text`.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # a tokenizer of another kind may have none
+    return {
+        index: token.content
+        for index, token in added.items()
+        if (token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content))
+        and token.content not in TAGS
+        and len(token.content) > 1
+    }
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -74,7 +182,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     mark = "answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    after = encode_text(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2])
+    after = _encode_as_is(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2])
     special = set(tokenizer.all_special_ids)
     first = next((i for i, token in enumerate(after) if token in special), None)
     return [tokenizer.eos_token_id] if first is None else after[: first + 1]

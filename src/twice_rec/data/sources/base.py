@@ -6,11 +6,9 @@ millions of interactions, then for the texts of the few that the filters keep.
 
 from __future__ import annotations
 
-import html
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +16,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.data.sources.values import as_number, comes_back, tidy_id
+from twice_rec.data.sources.values import clean_text as clean_text  # every source needs it
 from twice_rec.errors import InputError
+from twice_rec.recipe import Settings, key, rule
 from twice_rec.records import Item, UserSequence
 
-_MARKUP = re.compile(r"<[^<>]{1,200}>")
+_LONGEST_EXAMPLE = 160  # characters
+
+
+class SourceFormat(Settings):
+    """How the files of a source are written."""
+
+    encoding: str = key("utf-8", "encoding of the source's files: utf-8, latin-1, gbk, utf-16, ...")
+    rating_scale: list[float] = key([1, 5], "lowest and highest rating of the source; mapped to 1 to 5, others dropped")
+
+    @rule
+    def encoding_is_known(self) -> str | None:
+        """Python can read the encoding."""
+        try:
+            "a".encode(self.encoding).decode(self.encoding)
+        except (LookupError, ValueError):
+            return (
+                f"encoding is {self.encoding!r}, which Python does not know; use utf-8, latin-1, cp1252, gbk or utf-16"
+            )
+        return None
+
+    @rule
+    def rating_scale_has_two_ends(self) -> str | None:
+        """A scale has a lowest and a highest rating."""
+        if len(self.rating_scale) == 2 and self.rating_scale[0] < self.rating_scale[1]:
+            return None
+        return f"rating_scale is {self.rating_scale}; give the lowest and the highest rating, such as 1 5 or 1 10"
 
 
 @dataclass
@@ -34,7 +60,9 @@ class Problems:
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Count `count` more records of this kind."""
         self.counts[kind] = self.counts.get(kind, 0) + count
-        self.first.setdefault(kind, example)
+        if kind not in self.first:
+            whole = example.encode("utf-8", "replace").decode("utf-8")
+            self.first[kind] = whole if len(whole) <= _LONGEST_EXAMPLE else f"{whole[:_LONGEST_EXAMPLE]}..."
 
     def lines(self) -> list[str]:
         """Return one readable line per kind, the most frequent first."""
@@ -77,6 +105,42 @@ def table_of(rows: Iterable[Row]) -> InteractionTable:
     return InteractionTable(list(users), list(items), *(table[name].copy() for name in _COLUMNS.names or ()))
 
 
+def with_tidy_ids(table: InteractionTable, problems: Problems) -> InteractionTable:
+    """Tidy the ids of a table; ids that become the same are one. Rows with an id that cannot be used are dropped.
+
+    An item id must be readable from an answer, and any id printable; the others are counted, and so are changed ones.
+    """
+    users, user = _tidied("user", table.users, str.isprintable, "cannot be printed", problems)
+    items, item = _tidied("item", table.items, comes_back, "an answer does not give back", problems)
+    coded = replace(table, users=users, items=items, user=user[table.user], item=item[table.item])
+    fits = (coded.user >= 0) & (coded.item >= 0)  # bool [n]
+    if dropped := int((~fits).sum()):
+        example = f"user {table.users[table.user[~fits][0]]!r}, item {table.items[table.item[~fits][0]]!r}"
+        problems.add("interaction dropped because of its ids", example, dropped)
+        coded = coded.take(fits)
+    return coded
+
+
+def _tidied(
+    what: str, ids: Sequence[str], usable: Callable[[str], bool], fault: str, problems: Problems
+) -> tuple[list[str], NDArray[np.int32]]:
+    """Return the tidy ids, each once, and for each old id the position of its tidy one (-1 if it cannot be used)."""
+    positions, sources = dict[str, int](), dict[str, str]()
+    codes = np.full(len(ids), -1, dtype=np.int32)  # [ids]
+    for old, raw in enumerate(ids):
+        tidy = tidy_id(raw)
+        if not tidy or not usable(tidy):
+            problems.add(f"{what} id that {fault if tidy else 'is blank'}", repr(raw))
+            continue
+        if tidy != raw:
+            problems.add(f"{what} id with blanks around it or another Unicode form, put right", repr(raw))
+        if tidy in positions:
+            problems.add(f"{what} ids that are the same once put right", f"{sources[tidy]!r} and {raw!r}")
+        codes[old] = positions.setdefault(tidy, len(positions))
+        sources.setdefault(tidy, raw)
+    return list(positions), codes
+
+
 REGISTERED: dict[str, type[Source]] = {}  # name in the recipe -> class
 
 
@@ -93,6 +157,7 @@ class Source(ABC):
     reviews_file: str | None = None  # another name
     metadata_file: str | None = None
     metadata_required: bool = True  # whether a missing file is an error; without one no item has a title
+    form: SourceFormat = field(default_factory=SourceFormat)
 
     reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
     without_title = "item without title"  # what `problems` calls an item without title
@@ -139,8 +204,18 @@ class Source(ABC):
         """Yield what the source says of the wanted items, each once; titles may be empty."""
 
     def interactions(self) -> InteractionTable:
-        """Read all interactions."""
-        return table_of(self.rows())
+        """Read all interactions, their ids tidied."""
+        return with_tidy_ids(table_of(self.rows()), self.problems)
+
+    def rating(self, value: object, where: str) -> float | None:
+        """Return a rating on the scale of 1 to 5; None, and counted, if it is no number on the source's scale."""
+        low, high = self.form.rating_scale
+        number = as_number(value)
+        if number is None or not low <= number <= high:
+            kind = f"review with a rating that is not {low:g} to {high:g}, kept without"
+            self.problems.add(kind, f"{where}: {value!r}; see rating_scale")
+            return None
+        return 1 + 4 * (number - low) / (high - low) if (low, high) != (1, 5) else number
 
     def titled(self, wanted: set[str]) -> set[str]:
         """Return the ids that have a title; the wanted ones without are counted in `problems`."""
@@ -163,14 +238,3 @@ class Source(ABC):
     def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32] | None:
         """Return the true log-probabilities of the test targets [users, items], None if nobody knows them."""
         return None
-
-
-def clean_text(text: str) -> str:
-    """Unescape HTML, drop its elements (Amazon texts hold `<br />`), fold white space.
-
-    What is left holds no answer tag, so no title or review can break the answer format.
-    """
-    plain = html.unescape(text).encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
-    while (without := _MARKUP.sub(" ", plain)) != plain:
-        plain = without
-    return " ".join(plain.split())

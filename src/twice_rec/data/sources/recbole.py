@@ -8,13 +8,22 @@ column becomes a detail.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from twice_rec.data.sources.base import Problems, Row, Source, clean_text
+from twice_rec.data.sources.base import Problems, Row, Source
+from twice_rec.data.sources.lines import LineReader
+from twice_rec.data.sources.values import (
+    PROGRAM_AS_TITLE,
+    as_number,
+    as_time,
+    clean_price,
+    clean_text,
+    has_text,
+    is_program,
+    tidy_id,
+)
 from twice_rec.errors import InputError
 from twice_rec.records import SPLITS, Item
 
@@ -45,76 +54,94 @@ class RecBoleSource(Source, name="recbole"):
         """
         longest = dict[str, tuple[int, list[str]]]()
         usable = 0
-        for number, (where, row) in enumerate(_rows(self.interaction_files, self.problems, "user_id"), start=1):
-            user_id, item_id, history = row["user_id"], row.get("item_id"), row.get("item_id_list")
-            if history is not None:
-                sequence = history.split() + ([item_id] if item_id else [])
+        for number, (where, row) in enumerate(self._rows(self.interaction_files, self.problems, "user_id"), start=1):
+            user_id, item_id, history = row["user_id"], row.get("item_id", ""), row.get("item_id_list")
+            if not user_id.strip() or not (item_id.strip() or history):
+                self.problems.add("row without user_id or item_id", where)
+            elif history is not None:
+                sequence = history.split() + ([item_id] if item_id.strip() else [])
                 if len(sequence) > len(longest.get(user_id, (0, []))[1]):
                     longest[user_id] = (number, sequence)
-                continue
-            time = self._number(row, "timestamp", where) or 0
-            rating = self._number(row, "rating", where)
-            if user_id and item_id:
-                usable += 1
-                # Files count time in seconds or milliseconds, and 1e11 s is the year 5138.
-                yield user_id, item_id, int(time * 1000) if time < 1e11 else int(time), rating, number
+            elif (time := self._time(row)) is None:
+                self.problems.add("row whose timestamp is not a time, dropped", f"{where}: {row['timestamp']!r}")
             else:
-                self.problems.add("row without user_id or item_id", where)
+                usable += 1
+                rating = self.rating(text, where) if (text := row.get("rating")) else None
+                yield user_id, item_id, time, rating, number
         for user_id, (number, sequence) in longest.items():
             yield from ((user_id, item_id, 0, None, number) for item_id in sequence)
         if not usable and not longest:
+            found = "; ".join(self.problems.lines()[:3]) or "found only a header"
             raise InputError(
-                f"{', '.join(map(str, self.interaction_files))}: no interaction; a RecBole file has a header like "
-                "`user_id:token<TAB>item_id:token<TAB>timestamp:float` and one row per interaction"
+                f"{', '.join(map(str, self.interaction_files))}: no interaction can be used; {found}. A RecBole file "
+                "has a header like `user_id:token<TAB>item_id:token<TAB>timestamp:float` and one row per interaction; "
+                "times are seconds or milliseconds since 1970; without that column the order of the file counts"
             )
 
-    def _number(self, row: dict[str, str], column: str, where: str) -> float | None:
-        """Return the number in a column; None if it is missing, or counted as no number."""
-        if not (text := row.get(column)):
-            return None
-        with contextlib.suppress(ValueError):
-            if math.isfinite(value := float(text)):
-                return value
-        self.problems.add(f"{column} that is not a number, left out", f"{where}: {text!r}")
-        return None
+    def _time(self, row: dict[str, str]) -> int | None:
+        """Return the time of a row in milliseconds, 0 if the file has none, None if it cannot be read."""
+        if "timestamp" not in row:
+            return 0
+        # Files count time in seconds or milliseconds, and 1e11 s is the year 5138.
+        in_seconds = (as_number(row["timestamp"]) or 0) < 1e11
+        return as_time(row["timestamp"], 1000 if in_seconds else 1)
 
     def described(self, wanted: set[str], problems: Problems) -> Iterator[Item]:
         """Yield the wanted items of `NAME.item`, the first row of each."""
         seen: set[str] = set()
-        for _, row in _rows(self.item_files, problems, "item_id"):
-            item_id = row["item_id"]
-            if item_id in wanted and item_id not in seen:
+        for where, row in self._rows(self.item_files, problems, "item_id"):
+            item_id = tidy_id(row["item_id"])
+            if item_id in seen:
+                problems.add("item described twice, first kept", f"{where}: {item_id}")
+            elif item_id in wanted:
                 seen.add(item_id)
-                yield _item(item_id, row)
+                yield _item(item_id, row, problems, where)
+
+    def _rows(self, paths: Iterable[Path], problems: Problems, required: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield (file and line, column -> text), counting rows that do not fit; InputError for a wrong header."""
+        for path in paths:
+            reader, columns = LineReader(path, self.form.encoding, problems), list[str]()
+            for line, text in reader:
+                values, where = text.split("\t"), f"{path.name}, line {line + 1}"
+                if line == 0:
+                    columns = _columns(path, values, required)
+                elif len(values) != len(columns):
+                    if text.strip():
+                        problems.add("row with another number of columns than the header", where)
+                elif not reader.is_foreign(line, text):
+                    yield where, dict(zip(columns, values, strict=True))
+            reader.finish()
 
 
-def _item(item_id: str, row: dict[str, str]) -> Item:
+def _columns(path: Path, header: list[str], required: str) -> list[str]:
+    """Return the names in a header; InputError if it is none."""
+    columns = [name.partition(":")[0] for name in header]
+    if required not in columns or not {name.partition(":")[2] for name in header} <= set(_FEATURE_TYPES):
+        raise InputError(
+            f"{path}, line 1: not the header of a RecBole file: {header[:6]!r:.300}; expected tab-separated "
+            f"`name:type`, type one of {', '.join(_FEATURE_TYPES)}, with the columns {required}"
+        )
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise InputError(f"{path}, line 1: the header has the column {twice} twice; remove or rename one")
+    return columns
+
+
+def _item(item_id: str, row: dict[str, str], problems: Problems, where: str) -> Item:
     others = {name: clean_text(value) for name, value in row.items() if name not in _KNOWN and value}
+    raw = next((row[name] for name in _TITLES if row.get(name)), "")
+    title = clean_text(raw)
+    if is_program(title) or (not title and has_text(raw)):
+        problems.add(PROGRAM_AS_TITLE, f"{where}: {raw!r}")
+        title = ""
+    price = row.get("price", "").strip()
+    if price and clean_price(price) is None:
+        problems.add("item with a price that is none, left out", f"{where}: {price!r}")
     return Item(
         item_id=item_id,
-        title=clean_text(next((row[name] for name in _TITLES if row.get(name)), "")),
+        title=title,
         description=clean_text(row.get("description", "")),
         details=json.dumps(others, ensure_ascii=False)[1:-1],
         brand=clean_text(row.get("brand", "")),
-        categories=tuple(row.get("categories", "").split(", ")) if row.get("categories") else (),
-        price=row.get("price", ""),
+        categories=tuple(filter(None, map(clean_text, row.get("categories", "").split(", ")))),
+        price=clean_price(price) or "",
     )
-
-
-def _rows(paths: Iterable[Path], problems: Problems, required: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (file and line, column -> text), counting rows that do not fit; InputError for a header that is none."""
-    for path in paths:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            header = file.readline().rstrip("\r\n").split("\t")
-            columns = [name.partition(":")[0] for name in header]
-            if required not in columns or not {name.partition(":")[2] for name in header} <= set(_FEATURE_TYPES):
-                raise InputError(
-                    f"{path}, line 1: not the header of a RecBole file: {header[:6]}; expected tab-separated "
-                    f"`name:type`, type one of {', '.join(_FEATURE_TYPES)}, with the columns {required}"
-                )
-            for line, text in enumerate(file, start=2):
-                values, where = text.rstrip("\r\n").split("\t"), f"{path.name}, line {line}"
-                if len(values) == len(columns):
-                    yield where, dict(zip(columns, values, strict=True))
-                elif text.strip():
-                    problems.add("row with another number of columns than the header", where)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec import answer_format
-from twice_rec.data.sources.base import Problems, Row, Source, clean_text
+from twice_rec.data.sources.base import Problems, Row, Source
+from twice_rec.data.sources.lines import read_whole_json
+from twice_rec.data.sources.values import clean_text, comes_back, tidy_id
 from twice_rec.errors import InputError
-from twice_rec.files import read_json
 from twice_rec.prompts import RATING_WORDS
 from twice_rec.records import Item
 
@@ -52,7 +53,7 @@ class ReleaseSource(Source, name="release"):
 
     def _read_items(self) -> list[Item]:
         """Read all items in index order, so that item i of the release has index i here."""
-        vocab, rows = read_json(self._vocab), read_json(self._meta)
+        vocab, rows = (read_whole_json(path, self.form.encoding) for path in (self._vocab, self._meta))
         if not isinstance(vocab, dict) or list(vocab) != [str(i) for i in range(1, len(vocab) + 1)]:
             raise InputError(f"{self._vocab}: expected item indices 1, 2, ... as keys, each with a title")
         if not isinstance(rows, list) or len(rows) != len(vocab):
@@ -60,7 +61,9 @@ class ReleaseSource(Source, name="release"):
         numbered = enumerate(zip(rows, vocab.values(), strict=True), start=1)
         return [self._read_item(number, row, title) for number, (row, title) in numbered]
 
-    def _read_item(self, number: int, row: Mapping[str, Any], title: str) -> Item:
+    def _read_item(self, number: int, row: Any, title: Any) -> Item:
+        if not isinstance(row, dict) or not isinstance(title, str):
+            raise InputError(f"{self._meta}, row {number}: expected an object, and a title in {self._vocab.name}")
         named, text = _META_TITLE.search(str(row.get("input", ""))), str(row.get("output", ""))
         info = _META_TEXT.search(text)
         if info is None:
@@ -73,29 +76,41 @@ class ReleaseSource(Source, name="release"):
                 f"{self._meta}, row {number}: title {named.group(1)[:60]!r}, but item {number} of "
                 f"{self._vocab.name} is {title[:60]!r}; the files belong to different versions"
             )
+        if not comes_back(info.group(1)):
+            raise InputError(f"{self._meta}, row {number}: an answer does not give back the id {info.group(1)[:60]!r}")
         return Item(info.group(1), clean_text(title), clean_text(info.group(2)), clean_text(info.group(3)))
 
     def rows(self) -> Iterator[Row]:
         """Yield the histories and targets of the test rows: whole sequences, because each begins with its train row.
 
         Raises:
-            InputError: if the rows of the two files do not fit together.
+            InputError: if the two files do not list the same users, or no row can be used.
         """
-        test, train = (
-            [(str(row.get("user_id")), self._indices(row, where)) for where, row in _rows(path)]
-            for path in (self._test, self._train)
-        )  # (user id, item indices with the target last) of each row
-        if [user for user, _ in train] != [user for user, _ in test]:
+        test, train = (self._sequences(path) for path in (self._test, self._train))
+        others = sum(a != b for (a, _), (b, _) in zip(test, train, strict=False) if a and b)
+        if len(test) != len(train) or 2 * others > len(test):
             raise InputError(f"{self._train} and {self._test} do not list the same users in the same order")
         rows_of: dict[tuple[int, ...], list[int]] = {}  # whole or training sequence -> rows that have it
-        for row, ((user, whole), (_, start)) in enumerate(zip(test, train, strict=True)):
-            if whole[: len(start)] != start:
+        usable = dict[str, tuple[int, list[int]]]()  # user -> row, item indices
+        for row, ((user, whole), (trained, start)) in enumerate(zip(test, train, strict=True)):
+            where = f"{self._test.name}, row {row + 1}"
+            if not user or not trained or not whole or not start:
+                continue
+            if user != trained:
+                self.problems.add("row of another user than its training row, skipped", f"{where}: {user}, {trained}")
+            elif whole[: len(start)] != start:
                 says = f"the history of user {user} does not begin with its row in {self._train.name}"
-                raise InputError(f"{self._test}, row {row + 1}: {says}")
-            rows_of.setdefault(tuple(whole), []).append(row)
-            rows_of.setdefault(tuple(start), []).append(row)
+                self.problems.add("row that does not continue its training row, skipped", f"{where}: {says}")
+            elif user in usable:
+                self.problems.add("user with several rows, first kept", f"{where}: {user}")
+            else:
+                usable[user] = (row, whole)
+                rows_of.setdefault(tuple(whole), []).append(row)
+                rows_of.setdefault(tuple(start), []).append(row)
+        if not usable:
+            raise InputError(f"{self._test}: no row can be used; {'; '.join(self.problems.lines()[:3])}")
         reviews, line = self._read_reviews(rows_of), 0
-        for row, (user, sequence) in enumerate(test):
+        for user, (row, sequence) in usable.items():
             for index in sequence:
                 item_id = self._items[index - 1].item_id
                 title, rating = reviews.get((row, item_id), ("", None))
@@ -104,12 +119,31 @@ class ReleaseSource(Source, name="release"):
                 yield user, item_id, 0, rating, line
                 line += 1
 
+    def _sequences(self, path: Path) -> list[tuple[str, list[int]]]:
+        """Return (user id, item indices with the target last) of each row; nothing for what is counted as odd."""
+        found = []
+        for where, row in self._rows(path):
+            user, indices = row.get("user_id"), list[int]()
+            if isinstance(user, bool) or not isinstance(user, (str, int)) or not str(user).strip():
+                self.problems.add("row whose user_id is not text, skipped", f"{where}: {user!r}")
+                user = ""
+            try:
+                indices = self._indices(row, where)
+            except InputError as error:
+                self.problems.add("row without a history and a target, skipped", str(error))
+            found.append((tidy_id(str(user)), indices))
+        return found
+
     def _read_reviews(self, rows_of: Mapping[tuple[int, ...], list[int]]) -> dict[tuple[int, str], tuple[str, float]]:
         """Return (row of the user, item id) -> review title and rating, from the histories in the prompts."""
         found: dict[tuple[int, str], tuple[str, float]] = {}
-        for where, row in _rows(*self._prompts):
+        for where, row in self._rows(*self._prompts):
             history = _HISTORY.search(str(row.get("input", "")))
-            indices = self._indices(row, where)
+            try:
+                indices = self._indices(row, where)
+            except InputError as error:
+                self.problems.add("prompt without a history and a target, its reviews left out", str(error))
+                continue
             users = rows_of.get(tuple(indices), [])
             if not history or len(users) != 1:
                 self.problems.add("prompt that belongs to no single user, its reviews left out", where)
@@ -125,7 +159,7 @@ class ReleaseSource(Source, name="release"):
     def rationales(self) -> dict[tuple[str, ...], str]:
         """Return ids of the history's items and the target -> the authors' rationale; InputError if one is missing."""
         found = {}
-        for where, row in _rows(*(path for path in self._prompts if "_llm_train_case_1" in path.name)):
+        for where, row in self._rows(*(path for path in self._prompts if "_llm_train_case_1" in path.name)):
             text = answer_format.parse(str(row.get("output", ""))).rationale
             if not text:
                 raise InputError(f"{where}: no complete <think> element in `output`")
@@ -147,22 +181,23 @@ class ReleaseSource(Source, name="release"):
         return {line: review for line, review in self._reviews.items() if line in lines}
 
     def _indices(self, row: Mapping[str, Any], where: str) -> list[int]:
-        """Return the indices of a row's items, the target last."""
-        try:
-            indices = [int(part) for part in f"{row['output_id']},{row['positive_item_id']}".split(",")]
-        except (KeyError, ValueError):
-            raise InputError(f"{where}: expected item indices in `output_id` and `positive_item_id`") from None
+        """Return the indices of a row's items, the target last; InputError if there are none."""
+        parts = [part.strip() for part in f"{row.get('output_id')},{row.get('positive_item_id')}".split(",")]
+        if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+            raise InputError(f"{where}: expected item indices in `output_id` and `positive_item_id`")
+        indices = [int(part) for part in parts]
         if not all(1 <= index <= len(self._items) for index in indices):
             raise InputError(f"{where}: item index outside 1..{len(self._items)}: {indices}")
-        if len(indices) < 2:
-            raise InputError(f"{where}: user {row.get('user_id')} has 1 item; needs a history and a target")
         return indices
 
-
-def _rows(*paths: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file and number, row) of each row."""
-    for path in paths:
-        rows = read_json(path)
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"{path}: expected a list of objects, as the authors released it")
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    def _rows(self, *paths: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (file and number, row) of each row; one that is no object is counted and empty."""
+        for path in paths:
+            rows = read_whole_json(path, self.form.encoding)
+            if not isinstance(rows, list) or not any(isinstance(row, dict) for row in rows):
+                raise InputError(f"{path}: expected a list of objects, as the authors released it")
+            for number, row in enumerate(rows, start=1):
+                where = f"{path}, row {number}"
+                if not isinstance(row, dict):
+                    self.problems.add("row that is no object", where)
+                yield where, row if isinstance(row, dict) else {}
