@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message says what, where, and what to do about it."""
+
+
+class Unfinished(Exception):
+    """The work could not be done to its end, through no fault of the input. The message says what is open."""
