@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _USUAL_ADDRESS = "the address of an OpenAI-compatible API usually ends in /v1"
 _NO_LIST = (403, 404, 405, 501)  # servers, and keys, that have no list of models say so by these
 _MOST_BILLED = 2  # times that one request is paid for without a completion
-_MOST_UNUSABLE = 5  # responses with status 200 and no completion in a row, after which the run stops
+_MOST_UNUSABLE = 10  # responses with status 200 and no completion in a row, after which the run stops
 
 
 @dataclass(slots=True)
@@ -294,11 +294,12 @@ class ChatClient:
         try:
             completion = completions.read_completion(body, text)
         except NotACompletion as error:
-            words = self.secrets.hide(f"unusable response: {error}")
-            known = None if error.code is None else status_fault(error.code, words, False, {})
-            fault = known or Fault(words, again=error.again)
-            fault.message = fault.message.replace("HTTP", "error", 1)
-            fault.billed, fault.unusable = error.billed, known is None or not known.again
+            words = self.secrets.hide(str(error))
+            fault = Fault(f"unusable response: {words}", again=error.again, unusable=True)
+            if error.code is not None:
+                fault = status_fault(error.code, words, False, {})
+                fault.message = f"status 200 with an error {fault.message.removeprefix('HTTP ')}"
+            fault.billed = error.billed
             self._spend(request, usage, fault)
             raise fault from None
         prompt, written = self._tokens_of(request, usage)

@@ -167,7 +167,8 @@ def read_completion(body: Any, text: str = "") -> Completion:
         if error:
             code = _dict(error).get("code")
             code = int(code) if str(code).isdigit() and 400 <= int(code) < 600 else None
-            raise NotACompletion(f"an error with status 200: {server_words(error)}", code, counted or not code)
+            why = server_words(error) if code else f"an error with status 200: {server_words(error)}"
+            raise NotACompletion(why, code, counted or not code)
     if "message" not in choice or not isinstance(choice["message"], dict):
         said = f": {server_words(body)}" if "message" in body else ""
         raise NotACompletion(f"no choice with a message in it{said or ': ' + _excerpt(json.dumps(body))}", None, billed)
