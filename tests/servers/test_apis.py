@@ -346,7 +346,9 @@ def test_result_files_with_nothing_in_them_still_wait(new_run, capfd, content):
     folder = run.path / "answers" / "batch"
     (folder / "results-0001.jsonl").write_bytes(content)
     assert run.stage() == 2
-    assert "delete" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "results-0001.jsonl: there is no result in it; its request file still waits" in said
+    assert "delete" not in said
     assert not (folder / "requests-0002.jsonl").exists()
 
 
@@ -360,6 +362,15 @@ def test_a_batch_whose_requests_are_all_refused_rejects_no_row(new_run, capfd):
     assert run.stage() == 2
     assert "12 requests without a completion: HTTP 400: Unsupported parameter" in capfd.readouterr().err
     assert not (run.path / "rationales" / "rejected.jsonl").exists()
+
+
+def test_a_batch_keeps_to_the_budget(new_run, capfd):
+    run = new_run("http://127.0.0.1:9/v1", *FEW, *PRICES, "--annotator", "batch", "--max_cost", "9")
+    assert run.stage() == 2
+    assert "the budget is used up: 0.0000 of max_cost 9 spent, and the next request files may" in capfd.readouterr().err
+    assert not (run.path / "answers" / "batch").exists()
+    assert run.stage("--max_cost", "900") == 2
+    assert (run.path / "answers" / "batch" / "requests-0001.jsonl").exists()
 
 
 def test_what_a_batch_paid_for_nothing_counts_once(new_run):

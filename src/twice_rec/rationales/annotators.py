@@ -63,9 +63,26 @@ def _take_batches(recipe: RationalesRecipe, collected: Collected, examples: Sequ
     if any(collected.next_request(example) is None for example in examples):  # else all are refused, and not these
         collected.failures.update(refused)
     if not batch.outstanding(folder, cache):
+        if recipe.max_cost is not None:
+            _require_budget(recipe, collected, examples, recipe.max_cost)
         batch.write_requests(folder, collected.missing(examples))
     if waiting := batch.outstanding(folder, cache):
         raise Stopped(batch.instructions(waiting, str(recipe.model)))
+
+
+def _require_budget(
+    recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example], max_cost: float
+) -> None:
+    """Raise Stopped if the next request files may cost more than is left of the budget."""
+    cache, chars_per_token = collected.cache, generate.CHARS_PER_TOKEN
+    spent = recipe.cost(cache.prompt_tokens, cache.completion_tokens)
+    missing = collected.missing(examples)
+    needed = sum(recipe.cost(request.prompt_chars / chars_per_token, request.max_tokens) for request in missing)
+    if needed and spent + needed > max_cost:
+        raise Stopped(
+            f"the budget is used up: {spent:.4f} of max_cost {max_cost:g} spent, and the next request files may cost "
+            f"{needed:.4f}; raise max_cost, or lower max_rationales"
+        )
 
 
 def estimate(recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptFormat, examples: Sequence[Example]) -> str:

@@ -66,6 +66,8 @@ def read_results(folder: Path, cache: CompletionCache) -> dict[str, str]:
                 reasons[key] = fault.message
                 if fault.refuses:
                     refused[key] = fault.message
+        if results.exists() and not any(True for _ in _rows(results, Counter())):
+            logger.warning("%s: there is no result in it; its request file still waits", results)
         for problem, count in problems.items():
             logger.warning("%s: %s %s", results, f"{count:,}", problem)
     for reason, count in Counter(reasons[key] for key in reasons if key not in cache).most_common(3):

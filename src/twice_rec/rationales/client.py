@@ -387,7 +387,10 @@ class ChatClient:
                 raise Fault(self.secrets.hide(f"connection cut: {server_words(str(error))}")) from None
             said = {"message": error.message, "code": error.code, "error": error.body}
             return completions.join_chunks([*response.chunks, {"error": said}]), ""
-        except (httpx2.HTTPError, httpx2.StreamError, ValueError) as error:
+        except ValueError as error:  # a chunk of a stream
+            said = self.secrets.hide(f"unusable response: a chunk is not JSON: {error}")[:300]
+            raise Fault(said, unusable=True, billed=True) from None
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
             raise Fault(self.secrets.hide(f"connection cut: {type(error).__name__} {error}")[:300]) from None
 
 

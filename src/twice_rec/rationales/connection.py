@@ -192,8 +192,14 @@ def open_transport(proxy: Proxy | None, connections: int) -> Any:
 
     The openai package itself keeps 100, and builds every proxy of the environment, also those that are for others.
     Certificates come from the environment as usual.
+
+    Raises:
+        InputError: if the environment names certificates that cannot be read.
     """
     import httpx2
 
     limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx2.AsyncHTTPTransport(limits=limits, proxy=None if proxy is None else httpx2.Proxy(proxy.url))
+    try:
+        return httpx2.AsyncHTTPTransport(limits=limits, proxy=None if proxy is None else httpx2.Proxy(proxy.url))
+    except OSError as error:  # ssl.SSLError is one too
+        raise InputError(f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {error}") from None

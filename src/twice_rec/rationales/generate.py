@@ -36,7 +36,7 @@ T = TypeVar("T")
 Dialogue = Generator[Request, Completion, T]
 
 _SHOWN_OF_CUT_OFF = 200  # characters of a cut-off completion that the model is shown again
-_CHARS_PER_TOKEN = 4  # for estimates
+CHARS_PER_TOKEN = 4  # for estimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,13 +260,13 @@ def estimate(examples: Sequence[Example], collected: Collected, config: ClientCo
     for request in collected.missing(examples):
         first = first or request
         calls, chars, most = calls + 1, chars + request.prompt_chars, most + request.max_tokens
-    tokens, cache = chars // _CHARS_PER_TOKEN, collected.cache
+    tokens, cache = chars // CHARS_PER_TOKEN, collected.cache
     more = ", and up to as many self-checks, which are shorter" if collected.questions.checks else ""
     lines = [
         f"examples: {len(examples):,}; completions stored already: {len(cache):,}, which cost "
         f"{config.cost(cache.prompt_tokens, cache.completion_tokens):.2f}",
         f"calls to make: {calls:,}{more}",
-        f"tokens: about {tokens:,} in (at {_CHARS_PER_TOKEN} characters per token), at most {most:,} out",
+        f"tokens: about {tokens:,} in (at {CHARS_PER_TOKEN} characters per token), at most {most:,} out",
         f"cost: about {config.cost(tokens, 0):.2f} in, at most {config.cost(0, most):.2f} out",
     ]
     if first is not None:
