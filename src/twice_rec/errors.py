@@ -9,3 +9,7 @@ class InputError(Exception):
 
 class CheckedError(Exception):
     """Not an error: the end of a run that was asked to look at its inputs only (`--check`)."""
+
+
+class Unfinished(Exception):
+    """The work could not be done to its end, through no fault of the input. The message says what is open."""

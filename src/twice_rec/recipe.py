@@ -19,13 +19,15 @@ from twice_rec.errors import InputError
 Rule = Callable[[Any], "str | None"]
 
 
-def key(default: Any, says: str, *, changes_result: bool = True, **bounds: float) -> Any:
+def key(default: Any, says: str, *, changes_result: bool = True, hidden: bool = False, **bounds: float) -> Any:
     """Declare a recipe key: its default, its line in `--help`, and whether another value makes another result.
 
     Args:
+        hidden: a wrong value is not repeated in errors, since people put secrets there.
         bounds: `ge`, `gt`, `le`, `lt` of a number; None is allowed if the type allows it.
     """
-    return Field(default, description=says, json_schema_extra={"changes_result": changes_result}, **bounds)  # type: ignore[arg-type]
+    extra = {"changes_result": changes_result, "hidden": hidden}
+    return Field(default, description=says, json_schema_extra=extra, **bounds)  # type: ignore[arg-type]
 
 
 def required(says: str, *, changes_result: bool = True, **bounds: float) -> Any:

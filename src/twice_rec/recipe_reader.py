@@ -301,7 +301,9 @@ def _complaint(name: str, field: Any, fault: Mapping[str, Any], given: Mapping[s
         )  # fmt: skip
         is_float = float in _alternatives(field.annotation) and not isinstance(value, float)
         return f"{where}: {name} is {float(value) if is_float else value}; it must be {limit}"
-    return f"{where}: {name} must be {_describe_all(field.annotation)}, found {value!r}"
+    hidden = (field.json_schema_extra or {}).get("hidden", False)
+    found = f"a {type(value).__name__}, not shown here" if hidden else repr(value)
+    return f"{where}: {name} must be {_describe_all(field.annotation)}, found {found}"
 
 
 def _bounds_of(constraint: Any) -> dict[str, float]:

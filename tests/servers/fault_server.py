@@ -14,6 +14,11 @@ import random
 import re
 from collections import Counter
 
+try:
+    from servers import moods
+except ImportError:  # as a process of its own
+    import moods
+
 WORDS = "they like mild teas and crisp oats since the review of honey praised clover over syrup for cakes"
 RUBRIC = ("grounded", "causal", "specific", "nothing_invented", "consistent")
 TRANSPORT = ("429", "429 seconds", "500", "503", "hang", "half", "not json", "empty choices", "close", "408")
@@ -37,12 +42,16 @@ class Server:
         writer.close()
 
     async def respond(self, head, body, writer):
+        head = head.replace(" http://api.example/", " /", 1)  # what a proxy is asked
         key = re.search(r"authorization: Bearer (\S+)", head, re.IGNORECASE)
         key = key.group(1) if key else ""
         if self.options.key and key != self.options.key:
             await send(
                 writer, 401, {"error": {"message": f"Incorrect API key provided: {key}", "code": "invalid_api_key"}}
             )
+            return True
+        if self.options.mood and (response := moods.LISTS.get(self.options.mood)) and head.startswith("GET"):
+            await send(writer, *response)
             return True
         if head.startswith("GET /v1/models"):
             await send(writer, 200, {"object": "list", "data": [{"id": "annotator", "object": "model"}]})
@@ -51,6 +60,12 @@ class Server:
             await send(writer, 404, {"error": {"message": "no such path"}})
             return True
         asked = json.loads(body)
+        if self.options.mood and (response := moods.answer(self.options.mood, head, asked, good, key)):
+            if self.log:
+                self.log.write(hashlib.sha256(body).hexdigest() + "\n")
+                self.log.flush()
+            await send(writer, *response)
+            return True
         if self.options.limit and sum(len(message["content"]) for message in asked["messages"]) > self.options.limit:
             await send(writer, 400, {"error": {"message": "too long", "type": "BadRequestError"}})
             return True
@@ -186,6 +201,7 @@ async def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transport", type=float, default=0.0, help="share of requests that get no usable response")
     parser.add_argument("--content", type=float, default=0.0, help="share of answers that are not as asked")
+    parser.add_argument("--mood", help="a server of another kind, see moods.py")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before an answer")
     parser.add_argument("--key", help="the only API key that is let in")
     parser.add_argument("--limit", type=int, help="longest prompt in characters")

@@ -8,6 +8,7 @@ import ssl
 import pytest
 import trustme
 
+from twice_rec.errors import InputError
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.client import ChatClient
 from twice_rec.rationales.completions import Request
@@ -230,3 +231,17 @@ def test_the_proxy_of_the_environment_is_used(tmp_path, monkeypatch):
     result, server, _ = talk(tmp_path, [LENGTH], through_a_proxy)
     assert result == "hello"
     assert server.asked[0][0].startswith(b"POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
+
+
+def test_certificates_that_are_not_there_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(InputError, match="certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read"):
+        talk(tmp_path, [LENGTH], once)
+
+
+def test_a_stream_of_something_else_is_paid_for_twice_at_most(tmp_path):
+    head = HEAD + b"content-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    with pytest.raises(NoCompletion, match="a chunk is not JSON"):
+        talk(tmp_path, [head + b"data: {hello\n\n"] * 4, once, stream=True, max_attempts=4)
+    spent = (tmp_path / "cache.unusable.jsonl").read_text().splitlines()
+    assert [json.loads(line)["completion_tokens"] for line in spent] == [600, 600]

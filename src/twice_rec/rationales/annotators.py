@@ -48,17 +48,41 @@ def open_annotator(
     else:
         with _collected(recipe, catalog, shown) as collected:
             if recipe.annotator == "batch":
-                folder = recipe.run_path / BATCHES
-                collected.failures.update(batch.read_results(folder, collected.cache, recipe.max_attempts))
-                if not batch.outstanding(folder):
-                    batch.write_requests(folder, collected.missing(examples))
-                if waiting := batch.outstanding(folder):
-                    raise Stopped(batch.instructions(waiting, str(recipe.model)))
-                figures = {"answers_stored": len(collected.cache)}
+                _take_batches(recipe, collected, examples)
+                figures = {"answers_stored": len(collected.cache), "unusable_responses": collected.cache.unusable}
             else:
                 figures = asyncio.run(generate.collect(examples, collected, recipe, len(examples)))
             label = f"{recipe.model}, {'looking forward' if recipe.forward_looking else 'looking back'}"
             yield Annotator(label, collected.annotate, collected.review if recipe.self_check else None, figures)
+
+
+def _take_batches(recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example]) -> None:
+    """Read the result files there are, and write what is still missing; raise Stopped while something is."""
+    folder, cache = recipe.run_path / BATCHES, collected.cache
+    refused = batch.read_results(folder, cache)
+    if any(collected.next_request(example) is None for example in examples):  # else all are refused, and not these
+        collected.failures.update(refused)
+    if not batch.outstanding(folder, cache):
+        if recipe.max_cost is not None:
+            _require_budget(recipe, collected, examples, recipe.max_cost)
+        batch.write_requests(folder, collected.missing(examples))
+    if waiting := batch.outstanding(folder, cache):
+        raise Stopped(batch.instructions(waiting, str(recipe.model)))
+
+
+def _require_budget(
+    recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example], max_cost: float
+) -> None:
+    """Raise Stopped if the next request files may cost more than is left of the budget."""
+    cache, chars_per_token = collected.cache, generate.CHARS_PER_TOKEN
+    spent = recipe.cost(cache.prompt_tokens, cache.completion_tokens)
+    missing = collected.missing(examples)
+    needed = sum(recipe.cost(request.prompt_chars / chars_per_token, request.max_tokens) for request in missing)
+    if needed and spent + needed > max_cost:
+        raise Stopped(
+            f"the budget is used up: {spent:.4f} of max_cost {max_cost:g} spent, and the next request files may cost "
+            f"{needed:.4f}; raise max_cost, or lower max_rationales"
+        )
 
 
 def estimate(recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptFormat, examples: Sequence[Example]) -> str:

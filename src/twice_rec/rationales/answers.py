@@ -8,6 +8,7 @@ less: a missing key, an unknown verdict or evidence that does not exist make the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from twice_rec import answer_format
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
 from twice_rec.records import VERDICTS, Verdict
 
+_OPENING = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>|\[THINK\]|◁think▷)", re.IGNORECASE)
+_CLOSING = re.compile(
+    r"</(think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
 _MAX_STARTS = 50  # braces tried as the start of an object; keeps the time linear on hostile text
 
 
@@ -90,7 +95,7 @@ def _require(holds: bool, what: str, found: Any) -> None:
 
 def _single_object(text: str, keys: Iterable[str]) -> dict[str, Any]:
     """Return the object with these keys; the same one written several times counts as one."""
-    objects = list(_objects(text))
+    objects = list(_objects(after_thinking(text)))
     complete = [found for found in objects if all(key in found for key in keys)]
     if not objects:
         raise Malformed("there is no complete JSON object in it")
@@ -101,6 +106,31 @@ def _single_object(text: str, keys: Iterable[str]) -> dict[str, Any]:
     if any(other != complete[0] for other in complete[1:]):
         raise Malformed("it holds several JSON objects that differ")
     return complete[0]
+
+
+def after_thinking(text: str) -> str:
+    """Return what a model wrote after it had thought; nothing if the thinking did not end. Drafts are no answers.
+
+    The tags stand outside of JSON. The opening one may be missing, since some chat templates write it.
+    """
+    while True:
+        inside = range(0) if _OPENING.match(text) else _first_object(text)  # tags in a draft count, in an answer not
+        opening, closing = (
+            next((tag for tag in tags.finditer(text) if tag.start() not in inside), None)
+            for tags in (_OPENING, _CLOSING)
+        )
+        if closing is None:
+            return text[: opening.start()] if opening else text
+        text = text[closing.end() :]
+
+
+def _first_object(text: str) -> range:
+    """Return where the first JSON object of a text is; an empty range if its first brace begins none."""
+    start = text.find("{")
+    try:
+        return range(start, json.JSONDecoder().raw_decode(text, start)[1]) if start >= 0 else range(0)
+    except (ValueError, RecursionError):
+        return range(0)
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

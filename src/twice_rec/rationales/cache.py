@@ -3,6 +3,8 @@
 One JSON line per completion, under the key of its request. A line is written and flushed before the completion is used:
 a process that is killed loses at most the completions under way, and a line it left half-written is cut off when the
 file is opened again. Memory holds two integers per completion; the texts stay in the file.
+
+What a response without a completion cost is noted in a file beside it, so that the budget counts everything.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from twice_rec.errors import InputError
 from twice_rec.rationales.completions import Completion
@@ -39,8 +43,11 @@ class CompletionCache:
                 f"{path}: another process is collecting completions into it; let it finish or end it"
             ) from None
         self._offsets: dict[int, int] = {}  # first 64 bits of the key -> where its line begins
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.completion_tokens = self.unusable = 0
+        self._spent = path.with_suffix(".unusable.jsonl")
+        self._origins: set[str] = set()  # of what was spent on responses in files, which are read again and again
         self._scan()
+        self._scan_spent()
 
     def __enter__(self) -> CompletionCache:
         return self
@@ -74,6 +81,29 @@ class CompletionCache:
         self._file.write(line)
         self._file.flush()
         self._count(key, completion, offset)
+
+    def spend(self, prompt_tokens: int, completion_tokens: int, why: str, origin: str = "") -> None:
+        """Count a response that was paid for and holds no completion; one from the same `origin` counts once."""
+        if origin and origin in self._origins:
+            return
+        row = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "why": why, "origin": origin}
+        with open(self._spent, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+        self._count_spent(row)
+
+    def _scan_spent(self) -> None:
+        for line in self._spent.read_bytes().splitlines() if self._spent.exists() else ():
+            try:
+                self._count_spent(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: a line is damaged; what it cost is not counted", self._spent)
+
+    def _count_spent(self, row: Mapping[str, Any]) -> None:
+        tokens = int(row["prompt_tokens"]), int(row["completion_tokens"])
+        self.prompt_tokens += tokens[0]
+        self.completion_tokens += tokens[1]
+        self.unusable += 1
+        self._origins.add(row["origin"])
 
     def _scan(self) -> None:
         offset = self._file.seek(0)

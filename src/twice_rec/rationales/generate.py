@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
+from twice_rec.errors import Unfinished
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, PromptFormat
 from twice_rec.rationales import answers
@@ -34,7 +36,7 @@ T = TypeVar("T")
 Dialogue = Generator[Request, Completion, T]
 
 _SHOWN_OF_CUT_OFF = 200  # characters of a cut-off completion that the model is shown again
-_CHARS_PER_TOKEN = 4  # for estimates
+CHARS_PER_TOKEN = 4  # for estimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +151,56 @@ class Collected:
 
     def next_request(self, example: Example) -> Request | None:
         """Return the first request about an example that has no completion; None if it has all it needs."""
+        return self.state(example)[0]
+
+    def state(self, example: Example) -> tuple[Request | None, str]:
+        """Return the next request as `next_request` does, and why the completions so far cannot be used, if so."""
         try:
             self.result(self.questions.everything(example))
         except NotCollected as missing:
-            return missing.request
-        except NotAnnotated:
-            pass
-        return None
+            return missing.request, ""
+        except NotAnnotated as nothing:
+            return None, str(nothing)
+        return None, ""
 
     def missing(self, examples: Iterable[Example]) -> Iterator[Request]:
         """Return the next request of every example that needs one, but for requests that have failed for good."""
         requests = map(self.next_request, examples)
         return (request for request in requests if request is not None and request.key not in self.failures)
+
+
+class _Outcomes:
+    """What became of the rows of one run."""
+
+    def __init__(self, most_in_a_row: int):
+        self._most_in_a_row = most_in_a_row
+        self._unusable_in_a_row = 0
+        self.complete = 0
+        self.without: list[tuple[Request, NoCompletion]] = []
+
+    def count(self, fault: str, was_asked: bool) -> str | None:
+        """Count a row with all its completions; return a reason to stop the run, or None."""
+        self.complete += 1
+        if was_asked:
+            self._unusable_in_a_row = self._unusable_in_a_row + 1 if fault else 0
+        if self._unusable_in_a_row < self._most_in_a_row:
+            return None
+        return f"{self._unusable_in_a_row} rows in a row got no answer that can be used; the last: {fault}"
+
+    def close(self, collected: Collected, config: ClientConfig, total: int | None) -> None:
+        """Give `collected` the rows that the server refuses; raise Unfinished if others are without an answer.
+
+        If no row got through, the server refuses all of them, and not these rows.
+        """
+        open_rows = [nothing for _, nothing in self.without if not (nothing.refused and self.complete)]
+        if len(open_rows) > config.max_unanswered:
+            why, count = Counter(map(str, open_rows)).most_common(1)[0]
+            raise Unfinished(
+                f"{len(open_rows):,} of {total or len(open_rows) + self.complete:,} rows have no usable answer of the "
+                f"API; {count:,} of them: {why}. They stay open: everything else is stored in {collected.cache.path}, "
+                "and the same command asks for them again (max_unanswered lets the stage finish without them)"
+            )
+        collected.failures.update({request.key: str(nothing) for request, nothing in self.without})
 
 
 async def collect(
@@ -172,35 +212,44 @@ async def collect(
 
     Raises:
         Stopped: if the run cannot go on; what is under way is let finish and stored first.
+        Unfinished: if rows got no usable answer, and not because the server refuses these rows.
     """
     client, model = ChatClient(config, collected.cache), str(collected.questions.config.model)
     bar = progress(desc="rationales", unit="row", total=total)
-    waiting = iter(examples)  # shared by all workers
+    waiting, outcomes = iter(examples), _Outcomes(config.max_failures_in_a_row)  # shared by all workers
+
+    async def complete(example: Example) -> None:
+        was_asked = False
+        while (state := collected.state(example))[0]:
+            was_asked = True
+            try:
+                await client.ask(state[0])
+            except NoCompletion as nothing:
+                outcomes.without.append((state[0], nothing))
+                return
+        if reason := outcomes.count(state[1], was_asked):
+            raise client.stop(reason)
 
     async def work() -> None:
         for example in waiting:
-            while request := collected.next_request(example):
-                try:
-                    await client.ask(request)
-                except NoCompletion as nothing:
-                    collected.failures[request.key] = str(nothing)
-                    break
-                except Stopped:
-                    return
+            try:
+                await complete(example)
+            except Stopped:
+                return
             bar.update()
             bar.set_postfix(cost=f"{client.cost:.2f}", refresh=False)
 
     try:
-        await client.preflight(model)
-        await asyncio.gather(*(work() for _ in range(config.concurrency)))
-        if client.failures_in_a_row and not client.stopped:
+        if config.preflight:
             await client.preflight(model)
+        await asyncio.gather(*(work() for _ in range(config.concurrency)))
     finally:
         bar.close()
         await client.close()
         logger.info("%s", "; ".join(f"{name} {value}" for name, value in client.figures().items()))
     if client.stopped:
         raise client.stopped
+    outcomes.close(collected, config, total)
     return client.figures()
 
 
@@ -211,13 +260,13 @@ def estimate(examples: Sequence[Example], collected: Collected, config: ClientCo
     for request in collected.missing(examples):
         first = first or request
         calls, chars, most = calls + 1, chars + request.prompt_chars, most + request.max_tokens
-    tokens, cache = chars // _CHARS_PER_TOKEN, collected.cache
+    tokens, cache = chars // CHARS_PER_TOKEN, collected.cache
     more = ", and up to as many self-checks, which are shorter" if collected.questions.checks else ""
     lines = [
         f"examples: {len(examples):,}; completions stored already: {len(cache):,}, which cost "
         f"{config.cost(cache.prompt_tokens, cache.completion_tokens):.2f}",
         f"calls to make: {calls:,}{more}",
-        f"tokens: about {tokens:,} in (at {_CHARS_PER_TOKEN} characters per token), at most {most:,} out",
+        f"tokens: about {tokens:,} in (at {CHARS_PER_TOKEN} characters per token), at most {most:,} out",
         f"cost: about {config.cost(tokens, 0):.2f} in, at most {config.cost(0, most):.2f} out",
     ]
     if first is not None:

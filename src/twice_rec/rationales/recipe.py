@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from twice_rec.recipe import Recipe, Settings, key, rule
 from twice_rec.records import Verdict
 
 send_key = partial(key, changes_result=False)  # how a request is sent does not change its completion
+
+REQUEST_KEYS = ("temperature", "max_completion_tokens", "response_format", "stream_options")  # may have other names
+_OURS = {"model", "messages", "stream", "response_format"}
+_SECRET_NAME = re.compile(
+    r"(?i)api[-_]?key|subscription|passw|secret|credential|bearer|authori[sz]ation|cookie|signature"
+    r"|^(x[-_])?(auth|key|sig|code|pwd)$|(^|[-_])token$"
+)
+_SECRET_VALUE = re.compile(
+    r"(?i)^\s*(bearer|basic)\s+\S|^(sk|pk|hf|gsk|ghp|xai|nvapi|pplx|csk|r8)[-_]\w|^AIza\w{8}|^eyJ\w{8}"
+)
+_FROM_THE_ENVIRONMENT = re.compile(r"\$\{\w+\}")
+_BY_VARIABLE = "secrets come from the environment: export one as NAME and write ${NAME} in its place"
+
+
+def _secret_keys(values: Mapping[str, Any], inside: str) -> Iterator[str]:
+    """Yield the names of keys that seem to hold a secret which does not come from the environment."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _secret_keys(value, f"{inside}{name}.")
+        elif isinstance(value, list):
+            yield from _secret_keys({f"{name}[{index}]": entry for index, entry in enumerate(value)}, inside)
+        elif isinstance(value, str) and not _FROM_THE_ENVIRONMENT.search(value) and _looks_secret(str(name), value):
+            yield f"{inside}{name}"
+
+
+def _looks_secret(name: str, value: str) -> bool:
+    return bool(_SECRET_NAME.search(name.partition("[")[0]) or _SECRET_VALUE.search(value))
 
 
 class CurationConfig(Settings):
@@ -39,26 +70,82 @@ class SamplingConfig(Settings):
     temperature: float = key(1.0, "temperature of the sampling", ge=0)
     max_tokens: int = key(600, "longest completion in tokens", ge=1)
     structured_outputs: bool = key(True, "let the server enforce the JSON schema; false for servers that cannot")
-    extra_body: dict[str, Any] = key({}, "more keys of the request, such as {top_p: 0.9} or {seed: 1}")
+    request_keys: dict[str, str | None] | None = key(
+        None, "keys of the request to rename or leave out: {max_completion_tokens: max_tokens, temperature: null}"
+    )
+    extra_body: dict[str, Any] = key({}, "more keys of the request, such as {top_p: 0.9} or {seed: 1}", hidden=True)
     max_reasks: int = key(2, "times a malformed or cut-off completion is asked for again, with the fault named", ge=0)
 
     @rule
     def extra_keys_are_no_keys_of_ours(self) -> str | None:
-        if self.extra_body.keys() & {"model", "messages", "stream", "response_format"}:
-            return "extra_body may not hold model, messages, stream or response_format; they have keys of their own"
+        taken = _OURS if self.sends_a_schema else _OURS - {"response_format"}
+        if self.extra_body.keys() & taken:
+            return (
+                "extra_body may not hold model, messages, stream or response_format; they have keys of their own "
+                "(response_format may be in it if structured_outputs is false)"
+            )
         return None
+
+    @rule
+    def the_request_has_the_keys_that_get_other_names(self) -> str | None:
+        renamed = self.request_keys or {}
+        if unknown := sorted(renamed.keys() - set(REQUEST_KEYS)):
+            return (
+                f"request_keys holds {', '.join(unknown)}; it can rename {', '.join(REQUEST_KEYS)}, or leave them out "
+                "by null"
+            )
+        names = [name for name in renamed.values() if name is not None]
+        kept = set(REQUEST_KEYS) - renamed.keys() | _OURS
+        if doubled := sorted(set(names) & (kept | self.extra_body.keys()) | {n for n in names if names.count(n) > 1}):
+            return f"request_keys gives the name {', '.join(doubled)} to a second key of the request"
+        return None
+
+    @rule
+    def extra_body_holds_no_secrets(self) -> str | None:
+        if found := list(_secret_keys(self.extra_body, "")):
+            return (
+                f"extra_body seems to hold a secret in {', '.join(found)}, which would be stored with every request; "
+                "put it into api_key_env, or into extra_headers as ${NAME}"
+            )
+        return None
+
+    @property
+    def sends_a_schema(self) -> bool:
+        """Whether requests hold a JSON schema under `response_format`."""
+        renamed = self.request_keys or {}
+        return self.structured_outputs and renamed.get("response_format", "response_format") == "response_format"
+
+    def under_their_names(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the request under the names that the server knows, without what it does not know."""
+        names = {name: (self.request_keys or {}).get(name, name) for name in body}
+        return {str(names[name]): value for name, value in body.items() if names[name] is not None}
+
+    def most_tokens(self) -> int:
+        """Return the most tokens that one request can write, as far as its keys tell."""
+        limits = [self.extra_body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+        choices = [count for name in ("n", "best_of") if isinstance(count := self.extra_body.get(name), int)]
+        return max([self.max_tokens, *(n for n in limits if isinstance(n, int))]) * max([1, *choices])
 
 
 class ClientConfig(Settings):
     """How requests are sent (annotator openai); null means no limit."""
 
-    base_url: str = send_key("https://api.openai.com/v1", "address of the API")
-    api_key_env: str | None = send_key("OPENAI_API_KEY", "environment variable of the API key; null for no key")
+    base_url: str = send_key("https://api.openai.com/v1", "address of the API; it may hold ${NAME}", hidden=True)
+    api_key_env: str | None = send_key(
+        "OPENAI_API_KEY", "environment variable of the API key; null for no key", hidden=True
+    )
+    extra_headers: dict[str, str] = send_key(
+        {}, "more HTTP headers; ${NAME} stands for that environment variable", hidden=True
+    )
+    preflight: bool = send_key(True, "ask for the list of models first; false for servers whose list is wrong")
     stream: bool = send_key(False, "receive completions piece by piece")
     concurrency: int = send_key(32, "requests in flight at the same time", ge=1)
     timeout_seconds: float = send_key(120.0, "time limit of a whole request", gt=0)
     max_attempts: int = send_key(8, "a request is given up after so many failures", ge=1)
-    max_failures_in_a_row: int = send_key(20, "the run stops after so many given-up requests in a row", ge=1)
+    max_failures_in_a_row: int = send_key(
+        20, "the run stops after so many given-up requests, or rows without a usable answer, in a row", ge=1
+    )
+    max_unanswered: int = send_key(0, "rows without an answer of the API with which the stage may finish", ge=0)
     backoff_seconds: float = send_key(1.0, "first wait after a failure; it doubles with each further one", ge=0)
     backoff_max_seconds: float = send_key(60.0, "longest wait after a failure, unless the server asks for more", ge=0)
     requests_per_minute: float | None = send_key(None, "limit of requests per minute", ge=1)
@@ -75,6 +162,46 @@ class ClientConfig(Settings):
                 "prices, or max_cost to null"
             )
         return None
+
+    @rule
+    def the_address_is_one(self) -> str | None:
+        url = self.base_url
+        try:
+            parts, _ = urlsplit(url), urlsplit(_FROM_THE_ENVIRONMENT.sub("1", url)).port
+        except ValueError:
+            return "base_url is no address; expected one like https://HOST:PORT/v1"
+        if re.search(r"[\s\"'\u2018-\u201f]", url) or "://" not in _FROM_THE_ENVIRONMENT.sub("://", url):
+            return (
+                "base_url is no address (it needs http:// or https://, no blanks, no quotes), like https://HOST:PORT/v1"
+            )
+        if parts.path.rstrip("/").endswith(("/chat/completions", "/responses")):
+            return "base_url ends in the path of a request; give what is before it, which usually ends in /v1"
+        literal = _FROM_THE_ENVIRONMENT.sub("", parts.netloc.rpartition("@")[0]).strip(":")
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        if literal or any(_secret_keys(query, "")):
+            return f"base_url seems to hold a password or a key; {_BY_VARIABLE}"
+        return None
+
+    @rule
+    def headers_can_be_sent_and_hold_no_secrets(self) -> str | None:
+        for name, value in self.extra_headers.items():
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+                return "extra_headers holds a name that no header can have"
+            if re.search(r"[^\x20-\x7e]", value):
+                return f"extra_headers: the value of {name} holds a line break or characters that are not latin"
+        if found := list(_secret_keys(self.extra_headers, "")):
+            return f"extra_headers seems to hold a secret in {', '.join(found)}; {_BY_VARIABLE}"
+        return None
+
+    @rule
+    def a_variable_is_named_and_not_its_value_given(self) -> str | None:
+        name = self.api_key_env
+        if name is None or name in os.environ or re.fullmatch(r"[A-Z][A-Z0-9]{0,15}(_[A-Z0-9]{1,15})*", name):
+            return None
+        return (
+            "api_key_env is not the name of an environment variable that is set (capitals, digits and _); export the "
+            "API key in one, and give its name, never the key itself"
+        )
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
         """Return the cost in the currency of the prices."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from twice_rec.errors import CheckedError, InputError
+from twice_rec.errors import CheckedError, InputError, Unfinished
 from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.run import IS_MAIN, StageRun
@@ -121,6 +121,9 @@ def _guarded(name: str, body: Callable[[], int | None]) -> int:
     except InputError as error:
         logger.error("%s", error)
         return 2
+    except Unfinished as error:
+        logger.error("%s", error)
+        return 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL_OR_LOCKED:
             logger.debug("%s", traceback.format_exc())
