@@ -1,5 +1,6 @@
 """The shared-prefix GRPO trainer computes what TRL's own does, with less work."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import twice_rec
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
 from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer, groups_together
+from twice_rec.grpo.trl_private import ADDITIVE_LOSSES
 from twice_rec.llm.fused import fuse_layers
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
@@ -96,6 +98,26 @@ def assert_alike(folder, make, settings, fused):
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_are_those_of_trl(tmp_path, case):
     assert_alike(tmp_path, *CASES[case], fused=case == "grpo")
+
+
+LOSS_TYPES = {
+    name
+    for names in re.findall(r"self\.loss_type (?:==|in) (.+?):\n", inspect.getsource(GRPOTrainer._compute_loss))
+    for name in re.findall(r'"(\w+)"', names)
+}
+
+
+def test_losses_that_add_up_are_those_of_trl_without_bnpo():
+    assert ADDITIVE_LOSSES | {"bnpo"} == LOSS_TYPES
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["bnpo", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(ADDITIVE_LOSSES))]
+)
+def test_every_loss_is_that_of_trl_with_accumulation(tmp_path, loss_type):
+    level = {"luspo": {"importance_sampling_level": "sequence"}}.get(loss_type, {})
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 1}
+    assert_alike(tmp_path, qwen3, {"loss_type": loss_type, "gradient_checkpointing": False, **settings, **level})
 
 
 @pytest.mark.slow

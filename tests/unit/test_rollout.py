@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3
 from twice_rec.errors import InputError
-from twice_rec.grpo.rollout.base import Group, batches
+from twice_rec.grpo.rollout.base import Group, Rollouts, batches
 from twice_rec.grpo.rollout.local import InProcessRollouts, merged
-from twice_rec.grpo.rollout.vllm import QUIET_STEPS, ServerRollouts
+from twice_rec.grpo.rollout.vllm import QUIET_STEPS, Patience, ServerRollouts
+from twice_rec.llm.generation import Completion
 
 WORDS = ["green tea", "black coffee", "dark rye bread", "oat milk and honey"]
 
@@ -97,8 +99,48 @@ def trainer_of(process, training=True):
         num_generations=4,
         num_generations_eval=2,
         model=SimpleNamespace(training=training),
-        accelerator=SimpleNamespace(process_index=process),
+        accelerator=SimpleNamespace(process_index=process, num_processes=2),
+        state=SimpleNamespace(global_step=3),
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
     )
+
+
+class FakeServer:
+    """Notes the seeds of all samples as vLLM gives them: sample i of a request has `seed + i`."""
+
+    address = "nowhere:1"
+
+    def __init__(self):
+        self.seeds = []
+
+    def complete(self, policy, prompt, count, stop, sampling):
+        self.seeds += [sampling["seed"] + i for i in range(count)]
+        return [Completion([1], [0.0], False)] * count
+
+
+def seeds_of(tokenizer, prompts, process, calls, monkeypatch):
+    """The seeds of all samples that one of two processes asks for, and the number of samples."""
+    monkeypatch.setattr("twice_rec.grpo.rollout.vllm.gather_object", list)
+    rollouts = ServerRollouts.__new__(ServerRollouts)
+    Rollouts.__init__(rollouts, tokenizer, 5)
+    rollouts._recipe, rollouts._servers = SimpleNamespace(rollout_seeds=True), [FakeServer(), FakeServer()]
+    rollouts._trainer, rollouts._sampling, rollouts._stop = trainer_of(process), {}, []
+    rollouts._run, rollouts._policy, rollouts._patience = "run", "policy-run-3", Patience(0)
+    for training in calls:
+        rollouts(prompts, trainer_of(process, training))
+    return [seed for server in rollouts._servers for seed in server.seeds]
+
+
+def test_every_sample_of_a_step_has_a_seed_of_its_own(tokenizer, monkeypatch):
+    asked = [WORDS[0], WORDS[1], WORDS[0], WORDS[2]]  # the first prompt was drawn twice
+    prompts = [[{"role": "user", "content": words}] for words in asked for _ in range(4)]
+    halves = [prompts[:6], prompts[6:12]]  # the second group is split over the processes
+    calls = [True, True, False]
+    seeds = [seeds_of(tokenizer, half, p, calls, monkeypatch) for p, half in enumerate(halves)]
+    assert [len(of_process) for of_process in seeds] == [18, 18]
+    assert len({*seeds[0], *seeds[1]}) == 36
+    assert seeds[0] == seeds_of(tokenizer, halves[0], 0, calls, monkeypatch)
+    assert {*seeds_of(tokenizer, prompts, 0, [True], monkeypatch)} == {*range(min(seeds[0]), min(seeds[0]) + 16)}
 
 
 def test_a_group_that_processes_share_has_one_number(tokenizer):
@@ -136,7 +178,7 @@ def test_the_adapter_is_merged_in_for_sampling_and_the_weights_are_put_back():
 
 
 def test_batches_hold_whole_groups():
-    groups = [Group([1], list(range(size)), 0) for size in (4, 4, 3, 9, 1)]
+    groups = [Group([1], list(range(size)), 0, 0) for size in (4, 4, 3, 9, 1)]
     sizes = [[len(group.positions) for group in batch] for batch in batches(groups, 8)]
     assert sizes == [[4, 4], [3], [9], [1]]
 

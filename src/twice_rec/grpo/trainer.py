@@ -84,9 +84,10 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
     completion.
 
     Completions of one prompt are brought together within each optimizer step, for the parent's shuffle would leave a
-    group little to share. The step's gradient stays the same: the losses average over completions, or divide by a
-    number of tokens that is fixed per step, and the gradients of micro-batches add up. Only bnpo, the loss of TRL 0.16,
-    counts the tokens of a micro-batch; TRL 0.16 did not shuffle, so it had micro-batches of whole groups too.
+    group little to share. This is done only if the step's gradient stays the same: if the loss is an average over
+    completions, or divides by a number that is fixed per step (`trl_private.ADDITIVE_LOSSES`), and the entropies within
+    a micro-batch decide nothing. bnpo divides by the tokens of a micro-batch, so its micro-batches stay as the parent
+    shuffles them; completions of one prompt share it if they meet there.
 
     Raises:
         InputError: if the model takes images or has experts.

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Batch = dict[str, Any]
 
+# Values of loss_type whose step has the same gradient however its completions are split into micro-batches of one size.
+ADDITIVE_LOSSES = frozenset({"grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"})
+
 
 def metrics(trainer: Any) -> dict[str, list[float]]:
     """Return name -> values since the trainer's last log line. The next line has the mean of each list; append to it.
@@ -100,7 +103,7 @@ class TrainerHooks:
     """Two public hooks in TRL's GRPOTrainer: inherit this first, then the trainer, and set them.
 
     Relies on, beside the two overridden methods: `_buffered_inputs`, the micro-batches of the newest sampled batch;
-    `_step`, the number of micro-batches so far; `_entropy_bonus_enabled`.
+    `_step`, the number of micro-batches so far; `_entropy_bonus_enabled`; and the losses in `_compute_loss`.
     """
 
     # (model, ids [B, P + T], mask [B, P + T], T) -> logprobs and entropies of the completions, [B, T] each
@@ -131,12 +134,11 @@ class TrainerHooks:
         """Return the next micro-batch, as the parent does; each newly sampled batch is regrouped first.
 
         The parent shuffles the completions over all micro-batches. Each completion stays in the optimizer step that the
-        shuffle gave it. If the entropies within a micro-batch decide (a bonus on them, or only the most uncertain
-        tokens count), the shuffle stays as it is.
+        shuffle gave it. The shuffle stays as it is if the gradient depends on who shares a micro-batch.
         """
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or self._entropy_bonus_enabled or self.top_entropy_quantile < 1:
+        if self._buffered_inputs is before or not self._micro_batches_add_up():
             return inputs
         per_step = math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
         self._buffered_inputs = [
@@ -145,3 +147,12 @@ class TrainerHooks:
             for batch in self.regrouped(self._buffered_inputs[start : start + per_step])
         ]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _micro_batches_add_up(self) -> bool:
+        """Return whether a step's gradient does not depend on which completions share a micro-batch.
+
+        It does if the loss counts a micro-batch's tokens, and if the entropies within a micro-batch decide: a bonus on
+        them, or only the most uncertain tokens count.
+        """
+        by_entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1
+        return self.loss_type in ADDITIVE_LOSSES and not by_entropy

@@ -20,7 +20,8 @@ class Group(NamedTuple):
 
     prompt_ids: list[int]
     positions: list[int]  # of the completions in the step, within this process
-    number: int  # in the whole step, over all processes; the parts of a group that is split have the same
+    number: int  # in the whole call, over all processes; the parts of a group that is split have the same
+    first: int  # place of its first completion among all that this policy was asked for, over all processes
 
 
 class Rollouts(ABC):
@@ -32,6 +33,7 @@ class Rollouts(ABC):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
         self._tokenizer, self._seed = tokenizer, seed
         self._calls = (-1, -1)  # step, calls since it began
+        self._asked = 0  # completions that were asked for since the step began, over all processes
         self._sync_seconds = 0.0
 
     @abstractmethod
@@ -59,8 +61,11 @@ class Rollouts(ABC):
             for the reward functions `policy_version` and `truncated`.
         """
         version, started = trainer.state.global_step, time.perf_counter()
-        self._calls = (version, self._calls[1] + 1 if self._calls[0] == version else 0)
+        if self._calls[0] != version:
+            self._calls, self._asked = (version, -1), 0
+        self._calls = (version, self._calls[1] + 1)
         groups = self._groups(prompts, trainer)
+        self._asked += trainer.accelerator.num_processes * len(prompts)
         entries: list[Any] = [None] * len(prompts)  # (prompt ids, completion)
         for group, completions in zip(groups, self._sample(groups, trainer, version, self._calls[1]), strict=True):
             for position, completion in zip(group.positions, completions, strict=True):
@@ -80,21 +85,24 @@ class Rollouts(ABC):
         }
 
     def _groups(self, prompts: Sequence[Sequence[Mapping[str, str]]], trainer: Any) -> list[Group]:
-        """Collect equal prompts; TRL deals a step's completions to the processes in order, a group's side by side."""
+        """Collect each group's prompts; TRL deals a call's completions to the processes in order, a group's together.
+
+        A prompt that was drawn twice makes two groups.
+        """
         num_generations = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         first = trainer.accelerator.process_index * len(prompts)
-        groups: dict[tuple[tuple[str, str], ...], Group] = {}
+        groups: dict[int, Group] = {}
         for position, prompt in enumerate(prompts):
-            name = tuple((message["role"], message["content"]) for message in prompt)
-            if name not in groups:
+            number = (first + position) // num_generations
+            if number not in groups:
                 ids = encode_chat(self._tokenizer, [dict(message) for message in prompt])
-                groups[name] = Group(ids, [], (first + position) // num_generations)
-            groups[name].positions.append(position)
+                groups[number] = Group(ids, [], number, self._asked + first + position)
+            groups[number].positions.append(position)
         return list(groups.values())
 
-    def _seed_of(self, version: int, call: int, number: int) -> int:
-        """Return 31 bits from seed, step, call within the step, and process or group."""
-        return int(np.random.SeedSequence([self._seed, version, call, number]).generate_state(1)[0]) >> 1
+    def _seed_of(self, version: int, *place: int) -> int:
+        """Return 31 bits from seed, step, and a place within the step, such as call and process."""
+        return int(np.random.SeedSequence([self._seed, version, *place]).generate_state(1)[0]) >> 1
 
 
 def batches(groups: Sequence[Group], size: int) -> list[list[Group]]:

@@ -197,7 +197,9 @@ class ServerRollouts(Rollouts, TrainerCallback):
 
         def ask(group: Group) -> list[Completion]:
             server = self._servers[group.number % len(self._servers)]
-            seed = {"seed": self._seed_of(version, call, group.number)} if self._recipe.rollout_seeds else {}
+            # vLLM adds a completion's place in the request to its seed; a group's first place in the step comes before,
+            # so that all completions of a step have seeds of their own, also if a group is split over requests.
+            seed = {"seed": self._seed_of(version) + group.first} if self._recipe.rollout_seeds else {}
             count, sampling = len(group.positions), {**self._sampling, **seed}
             return self._retry(server, lambda: server.complete(policy, group.prompt_ids, count, self._stop, sampling))
 
