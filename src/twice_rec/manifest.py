@@ -15,7 +15,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -216,6 +216,17 @@ def _change(run_dir: Path, key: str, recorded: str, seen: str | None, hashes: Ha
     return None if now == recorded else f"has changed since (was {recorded[:12]}, is {now[:12]})"
 
 
+def changed_output(folder: Path, manifest: Manifest, hashes: Hashes, path: Path | None = None) -> str | None:
+    """Return an output of a finished result that is not as its stage left it, of those that `path` is or has."""
+    place = Path(os.path.abspath(path or folder))
+    for name, recorded in manifest.outputs.items():
+        output = Path(os.path.abspath(run_folder(folder) / name))
+        touched = output.is_relative_to(place) or place.is_relative_to(output)
+        if touched and output.exists() and hashes.of(output) != recorded:
+            return name
+    return None
+
+
 def check_fresh(path: Path, hashes: Hashes) -> None:
     """Check a result that is to be read: finished, as its stage left it, and fresh. What no stage made passes.
 
@@ -227,15 +238,11 @@ def check_fresh(path: Path, hashes: Hashes) -> None:
     where = _shown(folder)
     if (manifest := Manifest.load(folder)) is None:
         raise InputError(f"{where} is unfinished; finish it first: {unfinished_command(folder)}")
-    place = Path(os.path.abspath(path))
-    for name, recorded in manifest.outputs.items():
-        output = run_folder(folder) / name
-        touched = output.is_relative_to(place) or place.is_relative_to(output)
-        if touched and output.exists() and hashes.of(output) != recorded:
-            raise InputError(
-                f"{_shown(output)} was changed since the {manifest.stage} stage finished; restore it, or make it "
-                f"again: {redo_command(manifest)}"
-            )
+    if changed := changed_output(folder, manifest, hashes, path):
+        raise InputError(
+            f"{_shown(run_folder(folder) / changed)} was changed since the {manifest.stage} stage finished; restore "
+            f"it, or make it again: {redo_command(manifest)}"
+        )
     if reason := stale_because(folder, hashes):
         raise InputError(f"{where} is stale: {reason}; redo it first: {redo_command(manifest)}")
 
@@ -264,7 +271,8 @@ def launcher_of(stage: str) -> str:
 
 def redo_command(manifest: Manifest) -> str:
     """Return the command that makes a finished result anew."""
-    return f"{_command(manifest.stage, manifest.about.get('command', []))} --overwrite true"
+    overwrite = "" if manifest.stage == "report" else " --overwrite true"  # a report is always made anew
+    return _command(manifest.stage, manifest.about.get("command", [])) + overwrite
 
 
 def unfinished_command(folder: Path) -> str:
@@ -273,19 +281,22 @@ def unfinished_command(folder: Path) -> str:
     return _command(note.get("stage") or folder.name, note.get("command", []))
 
 
-def _command(stage: str, words: list[str]) -> str:
-    """The launcher with the recipe and flags of an earlier command line, if it is one of this package's."""
+def _command(stage: str, command: list[str]) -> str:
+    return " ".join(["bash", launcher_of(stage), *map(shlex.quote, words_of(stage, command))])
+
+
+def words_of(stage: str, command: Sequence[str]) -> list[str]:
+    """Return recipe and flags of an earlier command line of this package, without `--overwrite` and secrets."""
     kept: list[str] = []
-    given = words[2:] if words[1:2] in ([stage], ["--config"]) else []
-    flags = iter(given)
-    for word in flags:
+    words = iter(command[2:] if tuple(command[1:2]) in ((stage,), ("--config",)) else ())
+    for word in words:
         if word == "--overwrite":
-            next(flags, None)
+            next(words, None)
         elif _SECRET.match(word):
-            kept += [word, "..." if next(flags, None) else ""]
+            kept += [word, "..." if next(words, None) else ""]
         else:
-            kept.append(_shown(Path(word)) if Path(word).is_absolute() else word)
-    return " ".join(["bash", launcher_of(stage), *map(shlex.quote, kept)])
+            kept.append(_shown(Path(word)) if os.path.isabs(word) else word)
+    return kept
 
 
 def _shown(path: Path) -> str:
