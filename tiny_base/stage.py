@@ -61,9 +61,9 @@ def base(recipe: BaseModelRecipe) -> None:
         model.save_pretrained(run.path)
         write_json(run.path / "exam.json", exam)
         write_text(run.path / "README.md", model_card(recipe, figures, losses))
-        (run.path / pretraining.STATE).unlink(missing_ok=True)
-        outputs = sorted(path for path in run.path.iterdir() if path.name[0] != ".")
+        outputs = sorted(path for path in run.path.iterdir() if path.name[0] != "." and path.name != pretraining.STATE)
         run.finish(outputs, figures)
+        (run.path / pretraining.STATE).unlink(missing_ok=True)
     if recipe.publish_dir:
         _publish(outputs, Path(recipe.publish_dir))
 

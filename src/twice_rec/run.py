@@ -11,94 +11,30 @@ with StageRun(recipe, "sft", "sft", inputs) as run:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import fcntl
 import functools
 import json
 import logging
 import os
-import platform
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 from twice_rec.errors import CheckedError, InputError
-from twice_rec.files import MANIFEST, hash_file, read_json, write_json
+from twice_rec.files import atomic_path, hash_file, read_json, write_json
+from twice_rec.locks import writing
+from twice_rec.manifest import BEGUN, Hashes, HubModel, Manifest, chain, environment, held, names_of
 from twice_rec.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 IS_MAIN = int(os.environ.get("RANK", "0")) == 0  # of several processes, the first one writes
 
-_PACKAGES = ("numpy", "scipy", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "openai", "vllm")
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a finished stage writes beside its outputs, last of all: without it the stage is not finished.
-
-    Args:
-        stage: name of the stage.
-        config: the settings that change the result.
-        inputs: path -> hash of what the stage read. Paths inside the run folder are relative to it.
-        outputs: path -> hash of what the stage wrote, relative to the run folder.
-        figures: what the stage measured.
-        about: command, commit, versions, machine, times: to read, never compared.
-    """
-
-    stage: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def save(self, folder: Path | str) -> None:
-        """Write `folder/manifest.json`."""
-        write_json(Path(folder) / MANIFEST, dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, folder: Path | str) -> Manifest | None:
-        """Read `folder/manifest.json`; return None if there is none."""
-        path = Path(folder) / MANIFEST
-        if not path.exists():
-            return None
-        row = read_json(path)
-        try:
-            return cls(**row)
-        except TypeError as error:
-            raise InputError(f"{path}: not a manifest of this version ({error}); delete it to redo the stage") from None
-
-
-def environment() -> dict[str, Any]:
-    """Return commit, package versions and machine, for a manifest."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "commit": _git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(_git("status", "--porcelain", "-uno")),
-        "python": platform.python_version(),
-        "versions": versions,
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
-    }
-
-
-def _git(*words: str) -> str:
-    """What git says about the folder of this package; nothing if it says nothing, or is not installed."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
+# How the files begin that a checkpoint of a trainer has beside those of `save_model`; some are DeepSpeed's.
+_TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "latest", "zero_to_fp32")
 
 
 def require(path: Path, made_by: str) -> Path:
@@ -117,28 +53,29 @@ class StageRun:
 
     A folder is begun with `begin`, which notes the settings and inputs, and finished with `finish`, which writes the
     manifest. A stage that runs again finds finished results and leaves them; it goes on with unfinished results of the
-    same settings. Results of other settings or inputs are never touched unasked.
+    same settings. Results of other settings or inputs are never touched unasked. While the run is entered, no other
+    process can write the folder, or the results that it reads.
 
     Args:
         recipe: gives the run's folder, the settings and whether to overwrite.
         stage: name of the stage that makes the results.
         folder: the results' folder, relative to the run's.
-        inputs: what is read. Files inside the run's folder are named relative to it, others by their name.
+        inputs: what is read, see `manifest.names_of`.
         settings: what changes the result, if that is not all of the recipe.
 
     Raises:
-        InputError: on entry, if another process holds the folder.
+        InputError: on entry, if another process holds the folder or writes an input, or if an input is unfinished,
+            damaged or stale.
     """
 
     check_only: ClassVar = False  # end at `begin` instead, with nothing written
-    _BEGUN = ".begun.json"
 
     def __init__(
         self,
         recipe: Recipe,
         stage: str,
         folder: str,
-        inputs: Iterable[Path] = (),
+        inputs: Iterable[Path | HubModel] = (),
         settings: Mapping[str, Any] | None = None,
     ):
         self.run_dir = recipe.run_path
@@ -146,23 +83,29 @@ class StageRun:
         self._recipe = recipe
         self._stage = stage
         self._settings = json.loads(json.dumps(recipe.settings() if settings is None else settings))  # as read back
-        self._inputs = {self._name(path): hash_file(path) for path in inputs}
+        inputs = list(inputs)
+        self._models = [model for model in inputs if isinstance(model, HubModel)]
+        self._places = names_of(self.run_dir, [path for path in inputs if not isinstance(path, HubModel)])
+        self._hashes = Hashes()
         self._started = time.time()
-        self._lock: BinaryIO | None = None
+        self._locks = contextlib.ExitStack()
 
     def __enter__(self) -> StageRun:
         if IS_MAIN:
-            name = self.path.relative_to(self.run_dir).as_posix().replace("/", "__")
-            self._lock = _locked(self.run_dir / ".locks" / name, self.path)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(writing(self.path))
+                stack.enter_context(held(self._places.values(), self._hashes))
+                self._locks = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._locks.close()
 
-    def _name(self, path: Path) -> str:
-        absolute, root = Path(path).resolve(), self.run_dir.resolve()
-        return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else f"source/{absolute.name}"
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        """Name -> hash or commit of every input, as it was when the stage first looked."""
+        found = {name: self._hashes.of(path) for name, path in self._places.items()}
+        return found | {model.key: model.commit for model in self._models}
 
     def is_finished(self) -> bool:
         """Return whether these very results are there, whole, and say so if they are.
@@ -176,6 +119,8 @@ class StageRun:
         for name, expected in manifest.outputs.items():
             path = self.run_dir / name
             if not path.exists() or hash_file(path) != expected:
+                if self._recipe.overwrite:
+                    return False
                 what = "is missing" if not path.exists() else "was changed"
                 raise InputError(
                     f"{path} {what} since the {self._stage} stage finished; restore it, or make it again with "
@@ -193,16 +138,18 @@ class StageRun:
         """
         if not IS_MAIN:
             return
-        begun = self.path / self._BEGUN
+        begun = self.path / BEGUN
         if self.path.exists() and any(self.path.iterdir()):
             manifest = Manifest.load(self.path)
             if manifest is not None:
-                kind, was = "results", (manifest.config, manifest.inputs)
+                kind, was, maker = "results", (manifest.config, manifest.inputs), manifest.stage
             elif begun.exists():
                 note = read_json(begun)
-                kind, was = "unfinished results", (note["settings"], note["inputs"])
+                kind, was, maker = "unfinished results", (note["settings"], note["inputs"]), note.get("stage")
             else:
-                kind, was = "files of another origin", ({}, {})
+                kind, was, maker = "files of another origin", ({}, {}), None
+            if maker not in (None, self._stage):
+                raise InputError(f"{self.path} holds {kind} of the {maker} stage; choose another name or --run_dir")
             differences = self._differences(*was)
             goes_on = manifest is None and begun.exists() and not differences
             if not goes_on and not self._recipe.overwrite:
@@ -218,7 +165,8 @@ class StageRun:
         if self.check_only:
             raise CheckedError
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(begun, {"settings": self._settings, "inputs": self._inputs})
+        note = {"stage": self._stage, "settings": self._settings, "inputs": self._inputs, "command": sys.argv}
+        write_json(begun, note)
 
     def finish(self, outputs: Iterable[Path], figures: Mapping[str, Any]) -> None:
         """Write the manifest, last of all.
@@ -228,29 +176,45 @@ class StageRun:
             figures: what the stage measured.
         """
         seconds = round(time.time() - self._started, 1)
+        rests_on, stamps = chain(self.run_dir, self._inputs, self._places)
+        written = names_of(self.run_dir, outputs)
         Manifest(
             stage=self._stage,
             config=self._settings,
             inputs=self._inputs,
-            outputs={self._name(path): hash_file(path) for path in outputs},
+            outputs={name: hash_file(path) for name, path in written.items()},
             figures=dict(figures),
             about={"command": sys.argv, "recipe": self._recipe.everything(), "seconds": seconds, **environment()},
+            rests_on=rests_on,
+            stamps=stamps,
         ).save(self.path)
-        (self.path / self._BEGUN).unlink(missing_ok=True)
+        (self.path / BEGUN).unlink(missing_ok=True)
 
     def train(self, trainer: Any) -> dict[str, Any]:
         """Train with one of TRL's trainers, from the newest checkpoint if there is one, and save as its users know it.
 
+        If that checkpoint is of the last step, nothing is trained any more: its weights are the result.
+
         Returns:
             Number of steps, and the last values that the trainer logged.
+
+        Raises:
+            InputError: if the training ended before its last step.
         """
         checkpoint = last_checkpoint(self.path)
-        if checkpoint:
-            _read_numbered_cpus()
-            logger.info("resuming from %s", checkpoint)
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.save_model(str(self.path))
-        trainer.save_metrics("train", result.metrics)
+        if checkpoint and _is_of_the_last_step(checkpoint):
+            logger.info("%s is of the last step; nothing is left to train", checkpoint)
+            _take_weights(trainer, checkpoint, self.path)
+        else:
+            if checkpoint:
+                _read_numbered_cpus()
+                logger.info("resuming from %s", checkpoint)
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.state.global_step < trainer.state.max_steps:
+                steps = f"{trainer.state.global_step} of {trainer.state.max_steps} steps"
+                raise InputError(f"{self.path}: the training ended after {steps}; the same command goes on")
+            trainer.save_model(str(self.path))
+            trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         last = trainer.state.log_history[-1] if trainer.state.log_history else {}
         return {"steps": trainer.state.global_step, **{k: v for k, v in last.items() if isinstance(v, (int, float))}}
@@ -286,23 +250,23 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def _locked(path: Path, results: Path) -> BinaryIO:
-    """Lock a file and note its owner in it; the system unlocks it when the owner ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+b")  # noqa: SIM115 - closed by StageRun
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().decode(errors="replace").strip() or "another process"
-        file.close()
-        raise InputError(f"{results} is in use by {owner}; let it finish or end it, then run this again") from None
-    file.truncate(0)
-    file.write(
-        f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode()
-    )
-    file.flush()
-    return file
+def _is_of_the_last_step(checkpoint: Path) -> bool:
+    state = read_json(checkpoint / "trainer_state.json")
+    return 0 < state.get("max_steps", 0) <= state["global_step"]
+
+
+def _take_weights(trainer: Any, checkpoint: Path, folder: Path) -> None:
+    """Save what a checkpoint holds as `save_model` would, and give the trainer its state; its model stays as it is."""
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if trainer.is_world_process_zero():
+        for path in checkpoint.iterdir():
+            if path.is_file() and not path.name.startswith(_TRAINING_STATE):
+                with atomic_path(folder / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+    trainer.save_metrics("train", {"train_steps": trainer.state.global_step})
+    trainer.accelerator.wait_for_everyone()
 
 
 @functools.cache

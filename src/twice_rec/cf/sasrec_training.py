@@ -34,6 +34,8 @@ from twice_rec.progress import progress
 
 logger = logging.getLogger(__name__)
 
+STATE = "training_state.safetensors"  # beside a model that is being trained; whoever finishes the stage removes it
+
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
@@ -247,7 +249,7 @@ def train_and_save(
     A killed training goes on after its last epoch. `log` is told loss and validation after each one.
     """
     valid = CFQuestions(data, "valid", ["uniform", "full"])
-    state, histories = folder / "training_state.safetensors", data.training_histories()
+    state, histories = folder / STATE, data.training_histories()
     validate = lambda model: valid.mean(SASRecScorer(model))
     trainer = SASRecTrainer(recipe, recipe, len(data.catalog), histories, validate, seed, state, device)
     model = trainer.run(lambda e: log({"loss": e.loss, f"valid/{CHOSEN_ON}": e.validation, "epoch": e.number}))
@@ -255,7 +257,6 @@ def train_and_save(
     scorer.calibrate(valid.histories, valid.candidates["uniform"], valid.targets)
     scorer.save(folder / "model.safetensors", data.catalog)
     write_jsonl(folder / "log.jsonl", map(asdict, trainer.log))
-    state.unlink()
     figures = {
         "seed": seed,
         "best_epoch": trainer.best_epoch.number,

@@ -18,11 +18,14 @@ import numpy as np
 from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.dataset import PreparedData
+from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, metrics_of
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.files import read_records, to_row, write_json
 from twice_rec.llm import tokens
+from twice_rec.llm.hub import at_commit
 from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.manifest import HubModel
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
 from twice_rec.prompts import item_answer, rationale_answer
@@ -66,6 +69,12 @@ def evaluate_language_model(
         sampling_seed = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0])
         append(partial, ask(generator, examples, kind, builder, recipe, ranking, sampling_seed))
     rows = list(read_records(partial, Prediction))
+    asked = [(kind, example.user_id, example.target) for kind, examples in batches for example in examples]
+    if [(*row.ranks, row.user_id, row.target) for row in rows] != asked:
+        raise InputError(
+            f"{partial} has {len(rows):,} rows that are not the answers to the {len(asked):,} questions; something "
+            "else wrote to it: delete it and run the same command again"
+        )
     metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog)}
     write_json(folder / METRICS_FILE, metrics)
     partial.replace(folder / PREDICTIONS)
@@ -157,23 +166,23 @@ def whole_batches(path: Path, sizes: Sequence[int]) -> int:
 
 
 def evaluate_llm_variant(
-    recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path, ranking: str, inputs: list[Path]
+    recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path | HubModel, ranking: str, inputs: list[Path]
 ) -> None:
-    """Write eval/<name>/ of a language model, a folder or a name on the hub, unless it is there already."""
+    """Write eval/<name>/ of a language model, a folder or one of the hub, unless it is there already."""
     reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
     reads += ["item_first", "seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
-    reads += ["model_revision"] if recipe.model_revision and not model.is_dir() else []
     settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
-    files = [*inputs, *([model] if model.is_dir() else [])]
-    with StageRun(recipe, "evaluate", f"eval/{name}", files, settings) as run:
+    with StageRun(recipe, "evaluate", f"eval/{name}", [*inputs, model], settings) as run:
         if run.is_finished():
             return
         run.begin()
         from twice_rec.llm import models  # loads torch
         from twice_rec.llm.generation import TransformersGenerator
 
-        tokenizer = tokens.load_tokenizer(model, recipe.model_revision)
-        llm = models.load_model(model, recipe, device=recipe.torch_device())
+        recipe = at_commit(recipe, model)
+        place = model.name if isinstance(model, HubModel) else model
+        tokenizer = tokens.load_tokenizer(place, recipe.model_revision)
+        llm = models.load_model(place, recipe, device=recipe.torch_device())
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         batches = list(question_batches(recipe, data))

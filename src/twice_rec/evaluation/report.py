@@ -1,11 +1,13 @@
 """The report: everything under eval/ summed up with intervals, compared, and written as a page, tables and JSON.
 
 Two views are given: every variant on all its users, and all variants on the users they share, since language models may
-answer for fewer users.
+answer for fewer users. What is stale, or differs from the rest in data, users, lists, ranking or prompt form, is left
+out, and a line says so.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,14 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twice_rec.errors import InputError
+from twice_rec.evaluation.equals import (
+    Terms,
+    difference,
+    difference_of_users,
+    fresh_evaluations,
+    labels,
+    reference_users,
+)
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.tables import Summary, Table, in_order, list_table, lists_of, show
-from twice_rec.files import MANIFEST, hash_file, read_json, read_records, write_json, write_text
+from twice_rec.files import MANIFEST, hash_file, read_records, write_json, write_text
+from twice_rec.locks import run_folder
+from twice_rec.manifest import environment
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
 from twice_rec.records import RANKED_LISTS, Prediction
-from twice_rec.run import environment
 
 logger = logging.getLogger(__name__)
 
@@ -39,37 +50,57 @@ class Variant:
     users: Mapping[str, int]  # those it was evaluated on -> their row, in the files' order
     values: Mapping[str, NDArray[np.float64]]  # metric key -> [users], averaged over the variant's trainings
     runs: int  # how many trainings these are
+    terms: tuple[Terms, ...]  # of each evaluation that is averaged
 
     def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
         """Return one metric of some users: float64 [len(users)]."""
         return self.values[key][[self.users[user] for user in users]]
 
 
-def read_variants(run_dirs: Sequence[Path]) -> dict[str, Variant]:
-    """Read every finished evaluation of some runs, in table order; those of one name are trainings of one variant.
+def read_variants(run_dirs: Sequence[Path]) -> tuple[dict[str, Variant], list[str]]:
+    """Read every fresh evaluation of some runs, in table order; those of one name are trainings of one variant.
+
+    Returns:
+        The variants, and a line about whatever is left out.
 
     Raises:
-        InputError: if a run has none, or if two of one name were asked different questions.
+        InputError: if a run has no evaluation, or none can be used.
     """
     folders: dict[str, list[Path]] = {}
+    lines: list[str] = []
     for run_dir in run_dirs:
-        if not (found := _manifests(run_dir)):
-            raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
-        for path in found:
-            folders.setdefault(path.parent.name, []).append(path.parent)
-    return {name: _read(folders[name]) for name in in_order(list(folders))}
-
-
-def _manifests(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "eval").glob(f"*/{MANIFEST}"))
+        fresh, others = fresh_evaluations(run_dir)
+        lines += others
+        for folder in fresh:
+            folders.setdefault(folder.name, []).append(folder)
+    variants: dict[str, Variant] = {}
+    data: dict[str, str] = {}  # file of stage 0 -> hash, as the first variants have it
+    for name, of_name in folders.items():
+        try:
+            variant = _read(of_name)
+        except InputError as error:
+            lines.append(f"{name}: not averaged: {error}")
+            continue
+        own = variant.terms[0].data()
+        if other := next((file for file in own if data.get(file, own[file]) != own[file]), None):
+            lines.append(f"{of_name[0]} was evaluated on different {other} than the others")
+            continue
+        data |= own
+        variants[name] = variant
+    if not variants:
+        raise InputError(f"there is nothing to report: {'; '.join(lines)}")
+    return {name: variants[name] for name in in_order(list(variants))}, lines
 
 
 def _read(folders: Sequence[Path]) -> Variant:
+    terms = tuple(Terms.of(folder) for folder in folders)
+    for other in terms[1:]:
+        if differs := difference(terms[0], other):
+            raise InputError(f"{terms[0].folder} and {other.folder} have {differs}")
     users: dict[str, int] = {}
     trainings: dict[tuple[Path, int], None] = {}
     found: dict[str, list[tuple[int, int]]] = {}  # kind of list -> (row of the user, rank)
     for folder in folders:
-        _check_same_data(folders[0], folder)
         for prediction in read_records(folder / PREDICTIONS, Prediction):
             trainings[folder, prediction.seed] = None
             row = users.setdefault(prediction.user_id, len(users))
@@ -85,39 +116,60 @@ def _read(folders: Sequence[Path]) -> Variant:
             )
         for name in METRICS:
             values[f"{kind}/{name}"] = np.bincount(rows, weights=per_user(name, ranks)) / len(trainings)
-    return Variant(users, values, len(trainings))
+    return Variant(users, values, len(trainings), terms)
 
 
-def _check_same_data(one: Path, other: Path) -> None:
-    """Check that both evaluations read the same items, interactions and candidate lists."""
-    inputs = [read_json(folder / MANIFEST)["inputs"] for folder in (one, other)]
-    for name in inputs[0].keys() & inputs[1].keys():
-        if name.startswith("data/") and inputs[0][name] != inputs[1][name]:
-            raise InputError(
-                f"{one} and {other} were evaluated on different {name}; runs of other seeds need the same data folder"
-            )
-
-
-def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe) -> dict[str, Any]:
-    """Return summaries and comparisons, for results.json; a pair that is not evaluated is left out with a warning."""
-    shared, samples = common_users(variants), recipe.bootstrap_samples
+def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Return summaries and comparisons, for results.json; a pair of unequals is left out with a line that says why."""
+    samples, metric, lines = recipe.bootstrap_samples, recipe.comparison_metric, list(left_out)
+    if not any(metric in variant.values for variant in variants.values()):
+        raise InputError(f"comparison_metric is {metric}; no variant was evaluated on it")
     comparisons = []
     for a, b in recipe.comparisons:
-        if missing := [name for name in (a, b) if name not in variants]:
-            logger.warning("%s - %s left out: %s is not evaluated; %s are", a, b, missing[0], ", ".join(variants))
+        if differs := unequal(variants, a, b, metric):
+            lines.append(f"{a} - {b}: {differs}")
         else:
-            comparisons.append(compare(variants, a, b, recipe.comparison_metric, samples))
-    common = summarise_variants(variants, shared, samples) if shared else {}
+            comparisons.append(compare(variants, a, b, metric, samples))
+    shared, together, others = shared_users(variants)
     return {
         "variants": summarise_variants(variants, None, samples),
-        "common_users": {"n": len(shared), "variants": common},
+        "common_users": {"n": len(shared), "variants": summarise_variants(together, shared, samples) if shared else {}},
         "comparisons": comparisons,
+        "left_out": [*lines, *others],
     }
+
+
+def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str | None:
+    """Return why two variants cannot be compared, in words; None if they can."""
+    if missing := [name for name in (a, b) if name not in variants]:
+        return f"{missing[0]} is not evaluated, or left out; there are {', '.join(variants)}"
+    for name in (a, b):
+        if metric not in variants[name].values:
+            return f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}"
+    left, right = variants[a], variants[b]
+    for one, other in itertools.product(left.terms, right.terms):
+        if differs := difference(one, other):
+            return f"{one.folder} and {other.folder} have {differs}"
+    return difference_of_users(left.terms[0], left.users, right.terms[0], right.users)
+
+
+def shared_users(variants: Mapping[str, Variant]) -> tuple[list[str], dict[str, Variant], list[str]]:
+    """Return the users of the table of shared users, its variants, and a line about each variant that lacks some."""
+    chosen = reference_users({name: (variant.terms[0], variant.users) for name, variant in variants.items()})
+    together = {name: variant for name, variant in variants.items() if chosen <= variant.users.keys()}
+    lines = [
+        f"{name} is not in the table of shared users: it was evaluated on {len(variant.users):,} users, which are "
+        f"not all of the {len(chosen):,} of the others"
+        for name, variant in variants.items()
+        if name not in together
+    ]
+    return [user for user in next(iter(together.values())).users if user in chosen] if chosen else [], together, lines
 
 
 def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int) -> Summary:
     """Return means, 95 % intervals, users and trainings of each variant, on the given users or else on all its own."""
-    summary = {}
+    summary: dict[str, dict[str, Any]] = {}
+    asked = labels({name: variant.terms[0] for name, variant in variants.items()})
     for name, variant in variants.items():
         of = list(variant.users) if users is None else users
         columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)  # [users, metrics]
@@ -127,28 +179,14 @@ def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | N
             "ci95": dict(zip(variant.values, intervals.tolist(), strict=True)),
             "n": len(of),
             "runs": variant.runs,
+            **({"asked": asked[name]} if name in asked else {}),
         }
     return summary
 
 
-def common_users(variants: Mapping[str, Variant]) -> list[str]:
-    """Return the users that every variant was evaluated on, in the order of the first variant's."""
-    first, *others = variants.values()
-    return [user for user in first.users if all(user in variant.users for variant in others)]
-
-
 def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int) -> dict[str, Any]:
-    """Compare two variants on the users both have, user by user.
-
-    Raises:
-        InputError: for a metric that one was not evaluated on, or if they share no user.
-    """
-    for name in (a, b):
-        if metric not in variants[name].values:
-            raise InputError(f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}")
-    users = common_users({a: variants[a], b: variants[b]})
-    if not users:
-        raise InputError(f"{a} and {b} have no user in common")
+    """Compare two variants, which are not `unequal`, on the users both have, user by user."""
+    users = [user for user in variants[a].users if user in variants[b].users]
     left, right = (variants[name].column(metric, users) for name in (a, b))
     found = paired_bootstrap(left, right, bootstrap_samples)
     return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
@@ -173,23 +211,28 @@ def sections_of(results: Mapping[str, Any], metric: str) -> list[tuple[str, str,
     ]
     shared = list_table(results["common_users"]["variants"], metric.partition("/")[0], True)
     if shared[1]:
-        says = f"The {results['common_users']['n']:,} users that all variants share."
+        says = f"The {results['common_users']['n']:,} users that all of these variants share."
         sections.insert(0, ("The same users for all", says, shared))
     if results["comparisons"]:
         sections.insert(1, ("Comparisons", "Paired over users.", comparison_table(results["comparisons"])))
+    if results["left_out"]:
+        says = "Not in these tables or comparisons, because it is stale or not equal to the rest."
+        sections.append(("Left out", says, (["what and why"], [[line] for line in results["left_out"]])))
     return sections
 
 
-def save_report(folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, run_dirs: Sequence[Path]) -> None:
-    """Write index.html, tables.md and results.json, each with what it was made of."""
+def save_report(
+    folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, evaluations: Sequence[Path]
+) -> list[Path]:
+    """Write index.html, tables.md and results.json, each with what it was made of; return them."""
     about, sections = environment(), sections_of(results, recipe.comparison_metric)
-    made_of = {str(path): hash_file(path) for run in run_dirs for path in _manifests(run)}
+    made_of = {str(path / MANIFEST): hash_file(path / MANIFEST) for path in evaluations}
     manifest = {"domain": recipe.domain, "evaluations": made_of, **about}
     write_json(folder / "results.json", {**results, "manifest": manifest})
     title = f"TWiCE-Rec on {recipe.domain}"
     facts = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "run": ", ".join(map(str, run_dirs)),
+        "run": ", ".join(dict.fromkeys(str(run_folder(path)) for path in evaluations)),
         "commit": str(about["commit"]),
         "python": about["python"],
         "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
@@ -197,16 +240,20 @@ def save_report(folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, 
     write_text(folder / "index.html", html_page(title, sections, facts))
     text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
     write_text(folder / "tables.md", f"# {title}\n\n{INTRO}\n\n{text}\n")
+    return [folder / name for name in ("index.html", "tables.md", "results.json")]
 
 
 def show_report(results: Mapping[str, Any], metric: str) -> None:
-    """Print the shared users' table, without intervals, and the comparisons."""
+    """Print the shared users' table, without intervals, the comparisons, and what is left out."""
     common = results["common_users"]
     table = list_table(common["variants"], metric.partition("/")[0])
     if table[1]:
-        show(f"The {common['n']:,} users that all variants share:\n\n{markdown_table(*table)}")
+        which = "all variants" if len(common["variants"]) == len(results["variants"]) else "these variants"
+        show(f"The {common['n']:,} users that {which} share:\n\n{markdown_table(*table)}")
     if results["comparisons"]:
         show(markdown_table(*comparison_table(results["comparisons"])))
+    for line in results["left_out"]:
+        logger.warning("left out: %s", line)
 
 
 _STYLE = """

@@ -1,20 +1,24 @@
-"""Tables of results, for the terminal. The only module that prints."""
+"""Tables of results, for the terminal. Only this module and `stages.status` print."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from twice_rec.cf.baselines import BASELINES
+from twice_rec.evaluation.equals import Terms, fresh_evaluations, labels
 from twice_rec.evaluation.predictions import METRICS_FILE
 from twice_rec.files import read_json
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS
 from twice_rec.records import RANKED_LISTS
 
-Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, n, and in a report ci95 and runs
+logger = logging.getLogger(__name__)
+
+Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, n; perhaps asked; in a report ci95 and runs
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 # Rows of tables come in this order; variants without a place here follow by name.
@@ -39,7 +43,10 @@ def lists_of(summary: Summary) -> list[str]:
 
 
 def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Table:
-    """Return the table of one kind of list: one row per variant that has it; with intervals, also its runs."""
+    """Return the table of one kind of list: one row per variant that has it; with intervals, also its runs.
+
+    If language models were asked in different ways, a column says how.
+    """
     present = {key for row in summary.values() for key in row["metrics"]}
     keys = [key for name in METRICS if (key := f"{kind}/{name}") in present]
 
@@ -49,19 +56,33 @@ def list_table(summary: Summary, kind: str, with_intervals: bool = False) -> Tab
         interval = " [{:.4f}, {:.4f}]".format(*row["ci95"][key]) if with_intervals else ""
         return f"{row['metrics'][key]:.4f}{interval}"
 
+    with_label = any("asked" in row for row in summary.values())
+    columns = [*(["asked"] if with_label else []), "users", *(["runs"] if with_intervals else [])]
+
+    def about(row: Mapping[str, Any]) -> list[str]:
+        says = {"asked": row.get("asked", "-"), "users": f"{int(row['n']):,}", "runs": str(row.get("runs"))}
+        return [says[column] for column in columns]
+
     rows = [
-        [name, f"{int(row['n']):,}", *([str(row["runs"])] if with_intervals else []), *(cell(row, key) for key in keys)]
+        [name, *about(row), *(cell(row, key) for key in keys)]
         for name, row in summary.items()
         if any(key in row["metrics"] for key in keys)
     ]
-    return ["variant", "users", *(["runs"] if with_intervals else []), *keys], rows
+    return ["variant", *columns, *keys], rows
 
 
 def show_metrics(run_dir: Path) -> None:
-    """Print the metrics of every finished evaluation of a run, one table per kind of list."""
-    found = {path.parent.name: read_json(path) for path in (run_dir / "eval").glob(f"*/{METRICS_FILE}")}
-    summary = {name: {"metrics": found[name], "n": found[name]["n"]} for name in in_order(list(found))}
+    """Print the metrics of every fresh evaluation of a run, one table per kind of list, and what was left out."""
+    folders, lines = fresh_evaluations(run_dir)
+    found = {folder.name: read_json(folder / METRICS_FILE) for folder in folders}
+    asked = labels({folder.name: Terms.of(folder) for folder in folders})
+    summary = {
+        name: {"metrics": found[name], "n": found[name]["n"], **({"asked": asked[name]} if name in asked else {})}
+        for name in in_order(list(found))
+    }
     show("\n\n".join(markdown_table(*list_table(summary, kind)) for kind in lists_of(summary)))
+    for line in lines:
+        logger.warning("left out: %s", line)
 
 
 def show(text: str) -> None:

@@ -43,8 +43,12 @@ _FULL_OR_LOCKED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `twice-rec STAGE RECIPE [--key value ...]`; return the exit status."""
+    """Run `twice-rec STAGE RECIPE [--key value ...]` or `twice-rec status RUN_DIR`; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["status"]:
+        module = importlib.import_module("twice_rec.stages.status")
+        _log_to_terminal()
+        return _guarded("status", lambda: module.status(words[1:]))
     if words and words[0] in STAGES:
         module = importlib.import_module(f"twice_rec.stages.{STAGES[words[0]][0]}")
         return module.main(words[1:])
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [f"  {name:<11} {launcher:<15} {does}" for name, (_, launcher, does) in STAGES.items()]
     lines += [
         "",
+        "twice-rec status RUN_DIR       shows what of a run is fresh, stale, unfinished, running or missing",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
         "twice-rec STAGE RECIPE --check looks at the recipe and at what the stage reads, and does nothing else",

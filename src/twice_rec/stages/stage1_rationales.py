@@ -36,6 +36,8 @@ def rationales(recipe: RationalesRecipe) -> None:
     if recipe.exemplars and recipe.asks_a_model:
         load_exemplars(Path(recipe.exemplars))  # wrong ones are an error before anything is begun
         inputs.append(Path(recipe.exemplars))
+    if recipe.annotator == "release":
+        inputs += ReleaseSource(Path(recipe.source_dir or ""), recipe.domain).files
     other = report.load_report(Path(recipe.compare_with)) if recipe.compare_with else None
     data = PreparedData(recipe.run_path / "data")
     if recipe.dry_run:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.files import read_records
+from twice_rec.llm.hub import at_commit, model_input
 from twice_rec.records import Rationale
 from twice_rec.run import StageRun, require
 from twice_rec.sft.dataset import training_rows
@@ -33,12 +33,13 @@ def sft(recipe: SFTRecipe) -> None:
     from twice_rec.sft.trainer import sft_trainer
 
     accepted = require(recipe.run_path / "rationales" / "accepted.jsonl", "rationales.sh")
-    base = Path(recipe.model_name_or_path)
-    inputs = [*dataset.training_files(recipe.run_path), accepted, *([base] if base.is_dir() else [])]
+    base = model_input(recipe.model_name_or_path, recipe.model_revision)
+    inputs = [*dataset.training_files(recipe.run_path), accepted, base]
     with StageRun(recipe, "sft", "sft", inputs) as run:
         if run.is_finished():
             return
         run.begin()
+        recipe = at_commit(recipe, base)
         data = PreparedData(recipe.run_path / "data")
         tokenizer = tokens.load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)

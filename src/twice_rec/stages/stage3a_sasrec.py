@@ -19,11 +19,12 @@ from pathlib import Path
 from twice_rec.cf.ranking import fit_baseline
 from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.cf.sasrec import SASRecScorer
-from twice_rec.cf.sasrec_training import train_and_save
+from twice_rec.cf.sasrec_training import STATE, train_and_save
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
 from twice_rec.evaluation.tables import show_metrics
+from twice_rec.manifest import held
 from twice_rec.run import StageRun, wandb_run
 from twice_rec.stages.command_line import command
 
@@ -34,6 +35,12 @@ def sasrec(recipe: SASRecRecipe) -> None:
     """Train, evaluate, compare."""
     lists = map(dataset.candidates_file, ("valid", "test"))
     inputs = dataset.required_files(recipe.run_path, dataset.CATALOG, dataset.SEQUENCES, *lists)
+    with held(inputs):
+        _train_and_compare(recipe, inputs)
+    show_metrics(recipe.run_path)
+
+
+def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
     data = PreparedData(recipe.run_path / "data")
     device = recipe.torch_device()
     settings = {k: v for k, v in recipe.settings().items() if k not in ("baselines", "lists", "variant")}
@@ -48,6 +55,8 @@ def sasrec(recipe: SASRecRecipe) -> None:
                 with wandb_run(recipe) as log:
                     figures.append(train_and_save(recipe, data, folder, seed, device, log))
             run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
+            for folder in folders:
+                (folder / STATE).unlink(missing_ok=True)
 
     def trained() -> list[SASRecScorer]:
         return [SASRecScorer.load(model, data.catalog, device) for model in models]
@@ -60,7 +69,6 @@ def sasrec(recipe: SASRecRecipe) -> None:
     if recipe.export_scores:
         export_scores(Path(recipe.export_scores), trained()[0], data)
         logger.info("%s: test scores of the first seed", recipe.export_scores)
-    show_metrics(recipe.run_path)
 
 
 main = command("sasrec", SASRecRecipe, sasrec)

@@ -15,6 +15,7 @@ import sys
 
 from twice_rec.errors import InputError
 from twice_rec.grpo.recipe import GRPORecipe, start_model
+from twice_rec.manifest import Hashes, check_fresh
 from twice_rec.stages.command_line import command
 
 logger = logging.getLogger("serve")
@@ -30,7 +31,9 @@ def serve(recipe: GRPORecipe) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vllm is not installed; pip install -r requirements-gpu.txt, or use --rollout transformers")
     step2 = f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}"
-    become_server(recipe, start_model(recipe), f"start the training with: {step2} (it waits for the servers)")
+    start = start_model(recipe)
+    check_fresh(start, Hashes())
+    become_server(recipe, start, f"start the training with: {step2} (it waits for the servers)")
 
 
 main = command("serve", GRPORecipe, serve)

@@ -18,6 +18,7 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.recipe import GRPORecipe, start_model
 from twice_rec.grpo.scoring import StepRewards
+from twice_rec.llm.hub import at_commit, model_input
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
 
@@ -36,16 +37,17 @@ def grpo(recipe: GRPORecipe) -> None:
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
 
-    start = start_model(recipe)  # a folder, or a name on the hub
-    inputs = [*dataset.training_files(recipe.run_path), *([start] if start.is_dir() else [])]
-    inputs += rewarder_inputs(recipe, recipe.run_path)
-    with StageRun(recipe, "grpo", recipe.folder, inputs) as run:
+    start = start_model(recipe)
+    origin = model_input(start, recipe.model_revision)
+    inputs = [*dataset.training_files(recipe.run_path), *rewarder_inputs(recipe, recipe.run_path)]
+    with StageRun(recipe, "grpo", recipe.folder, [*inputs, origin]) as run:
         if run.is_finished():
             return
         data = PreparedData(recipe.run_path / "data")
         rewarder = load_rewarder(recipe, recipe.run_path, data, recipe.seed)
         of_trl = trl_arguments(recipe, start)
         run.begin()
+        recipe = at_commit(recipe, origin)
         tokenizer = tokens.load_tokenizer(start, recipe.model_revision)
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_for_training(start, recipe, recipe)
@@ -67,9 +69,8 @@ def grpo(recipe: GRPORecipe) -> None:
         if rollouts is not None:
             rollouts.attach(trainer)
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
-        figures = run.train(trainer)
+        figures = run.train(trainer) | {"tau": rewards.config.reward_tau}
         if trainer.is_world_process_zero():
-            figures["tau"] = rewards.config.reward_tau
             run.finish(models.save_merged(start, run.path, recipe), figures)
 
 

@@ -19,6 +19,8 @@ from twice_rec.evaluation.llm_ranking import evaluate_llm_variant
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.evaluation.tables import show_metrics
 from twice_rec.grpo.recipe import grpo_folder
+from twice_rec.llm.hub import model_input
+from twice_rec.manifest import HubModel, held
 from twice_rec.run import require
 from twice_rec.stages.command_line import command
 
@@ -27,16 +29,21 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     """Evaluate every variant of the recipe that is not finished."""
     names = (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, dataset.candidates_file("test"))
     inputs = dataset.required_files(recipe.run_path, *names)
-    data = PreparedData(recipe.run_path / "data")
-    for variant in recipe.variants:
-        if variant == "oracle" or variant in recipe.precomputed_scores:
-            _score_file(recipe, data, variant, inputs)
-        else:
-            model = _model_of(recipe, variant)
+    models = {name: _model_of(recipe, name) for name in recipe.variants if not _is_score_file(recipe, name)}
+    with held([*inputs, *(model for model in models.values() if isinstance(model, Path))]):  # before any work
+        data = PreparedData(recipe.run_path / "data")
+        for variant in recipe.variants:
+            if variant not in models:
+                _score_file(recipe, data, variant, inputs)
+                continue
             for ranking in recipe.rankings:
                 name = variant if ranking == recipe.rankings[0] else f"{variant}_{ranking}"
-                evaluate_llm_variant(recipe, data, name, model, ranking, inputs)
+                evaluate_llm_variant(recipe, data, name, models[variant], ranking, inputs)
     show_metrics(recipe.run_path)
+
+
+def _is_score_file(recipe: EvaluateRecipe, variant: str) -> bool:
+    return variant == "oracle" or variant in recipe.precomputed_scores
 
 
 def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs: list[Path]) -> None:
@@ -49,10 +56,10 @@ def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs
     evaluate_scorer_variant(recipe, "evaluate", variant, data, recipe.score_lists, scorers, [*inputs, path])
 
 
-def _model_of(recipe: EvaluateRecipe, variant: str) -> Path:
-    """The folder of a variant's model, or its name on the hub."""
+def _model_of(recipe: EvaluateRecipe, variant: str) -> Path | HubModel:
+    """The model of a variant: its folder, or which one of the hub."""
     if variant == "base":
-        return Path(recipe.model_name_or_path or "")
+        return model_input(recipe.model_name_or_path or "", recipe.model_revision)
     if variant == "stage2":
         return require(recipe.run_path / "sft" / "merged", "sft.sh")
     return require(recipe.run_path / grpo_folder(variant) / "merged", f"grpo_step2.sh with --variant {variant}")

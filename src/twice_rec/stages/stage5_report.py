@@ -1,7 +1,7 @@
 """Stage 5: everything under eval/ -> report/ (index.html, tables.md, results.json), and the tables on the terminal.
 
-Made anew whenever it is called: it only sums up what the other stages measured. Runs of other seeds are averaged, user
-by user.
+Made anew whenever it is called: it only sums up what the other stages measured, and shows what of the run is fresh,
+stale or missing. Runs of other seeds are averaged, user by user. Stale results are left out.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import logging
 import sys
 from pathlib import Path
 
+from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import read_variants, results_of, save_report, show_report
+from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
+from twice_rec.stages.status import show_status
 
 logger = logging.getLogger("report")
 
@@ -20,11 +23,14 @@ logger = logging.getLogger("report")
 def report(recipe: ReportRecipe) -> None:
     """Sum up the run."""
     runs = list(dict.fromkeys([recipe.run_path, *map(Path, recipe.other_runs)]))  # one that is named twice counts once
-    results = results_of(read_variants(runs), recipe)
-    folder = recipe.run_path / "report"
-    save_report(folder, results, recipe, runs)
+    variants, left_out = read_variants(runs)
+    evaluations = [terms.folder for variant in variants.values() for terms in variant.terms]
+    with StageRun(recipe, "report", "report", [folder / PREDICTIONS for folder in evaluations]) as run:
+        results = results_of(variants, recipe, left_out)
+        run.finish(save_report(run.path, results, recipe, evaluations), {"left_out": results["left_out"]})
+    show_status(recipe.run_path)
     show_report(results, recipe.comparison_metric)
-    logger.info("with intervals and all lists: %s", folder / "index.html")
+    logger.info("with intervals and all lists: %s", run.path / "index.html")
 
 
 main = command("report", ReportRecipe, report)
