@@ -142,7 +142,28 @@ class TrainerRecipe(Recipe):
         "run_name": "use wandb_run_name",
         "resume_from_checkpoint": "a checkpoint in the results' folder is resumed by itself",
         "model_init_kwargs": "use dtype, attn_implementation and model_revision",
-    }
+        "trust_remote_code": "code in a model's folder is never run; choose a model that transformers knows",
+        "remove_unused_columns": "it knows which columns its trainer needs; leave the key out",
+        **dict.fromkeys(
+            (
+                "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
+                "hub_revision",
+            ),
+            "results stay in run_dir, and recipes hold no tokens; upload the finished folder with `hf upload`",
+        ),
+        **dict.fromkeys(
+            (
+                "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+                "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
+                "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",
+                "include_for_metrics", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+            ),
+            "training has no evaluation set; leave the key out, and use evaluate.sh",
+        ),
+        **dict.fromkeys(
+            ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "use wandb and its keys"
+        ),
+    }  # fmt: skip
 
     _trainer_keys: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -150,6 +171,10 @@ class TrainerRecipe(Recipe):
     def trainer_keys(self) -> dict[str, Any]:
         """The keys of TRL's configuration that the recipe gives; the reader fills them in."""
         return self._trainer_keys
+
+    def trainer_faults(self, keys: Mapping[str, Any]) -> list[str]:
+        """Return a message for each key of TRL's that does not go with our keys; `keys` are the given ones."""
+        return []
 
     @classmethod
     def trainer_config(cls) -> type:

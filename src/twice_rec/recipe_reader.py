@@ -106,6 +106,8 @@ def _load(
     theirs = {name: entry for name, entry in given.items() if name not in ours}
     built = _build(ours, recipe, errors)
     keywords = _trainer_keys(theirs, recipe, trainer, errors, here) if trainer else {}
+    if trainer and built is not None:
+        errors += built.trainer_faults(keywords)  # type: ignore[attr-defined]
     if errors or built is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))
@@ -397,7 +399,8 @@ def describe_keys(recipe: type[Recipe]) -> str:
             default = "required" if field.is_required() else f"default {_as_yaml(field.get_default())}"
             lines += [f"  --{name}", f"      {field.description} ({_describe_all(field.annotation)}; {default})"]
     if issubclass(recipe, TrainerRecipe):
-        lines += ["", f"Every key of TRL's {recipe.TRAINER_CONFIG} works too, as --key value or in the recipe."]
+        lines += ["", f"The keys of TRL's {recipe.TRAINER_CONFIG} work too, as --key value or in the recipe."]
+        lines += ["Those that the stage sets itself, or that would do nothing in it, are refused with what to use."]
     return "\n".join(lines[1:])
 
 

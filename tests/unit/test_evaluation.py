@@ -144,9 +144,11 @@ EXAMPLE = Example("u", (Interaction("I1"),), ("I5", "I4", "I6"), "I4")
 
 def test_votes_then_log_probability_then_the_list():
     given = [Given(item_text("I6"), -2.0), Given(item_text("I4"), -1.0), Given("junk"), Given(item_text("I1"))]
-    assert rank_by_votes(given, EXAMPLE, CATALOG) == ["I4", "I6", "I5"]
-    assert rank_by_votes([*given, Given(item_text("I6"))], EXAMPLE, CATALOG) == ["I6", "I4", "I5"]
-    assert rank_by_votes([], EXAMPLE, CATALOG) == ["I5", "I4", "I6"]
+    assert rank_by_votes(given, EXAMPLE, CATALOG) == (["I4", "I6", "I5"], 1)
+    assert rank_by_votes([*given, Given(item_text("I6"))], EXAMPLE, CATALOG) == (["I6", "I4", "I5"], 2)
+    assert rank_by_votes([], EXAMPLE, CATALOG) == (["I5", "I4", "I6"], 3)
+    assert rank_by_votes([Given(item_text("I6"))], EXAMPLE, CATALOG) == (["I6", "I5", "I4"], 3)
+    assert rank_by_votes([Given(item_text("I5"))], EXAMPLE, CATALOG) == (["I5", "I4", "I6"], 3)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,9 @@ class FakeGenerator:
         return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
 
-CONFIG = SimpleNamespace(with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0, seed=3)  # EvaluateRecipe's
+CONFIG = SimpleNamespace(  # EvaluateRecipe's
+    with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0, seed=3, vote_ties="against_target"
+)
 
 
 def test_likelihood_ranks_all_candidates_after_the_rationale():
@@ -213,6 +217,14 @@ def test_sampled_ranks_by_votes():
     assert len(prediction.answers) == 5
     assert generator.asked == [(1, 5, 11)]
     assert answer_rates([prediction], CATALOG)["answers/hit"] == 1.0
+
+
+@pytest.mark.parametrize(("vote_ties", "rank"), [("against_target", 3), ("listed", 2)])
+def test_a_target_without_votes_ties_with_the_others(vote_ties, rank):
+    config = SimpleNamespace(**{**vars(CONFIG), "vote_ties": vote_ties})
+    (prediction,) = ask(FakeGenerator(item_text("I5")), [EXAMPLE], "uniform", WRITER, config, "sampled", 11)
+    assert prediction.ranking == ("I5", "I4", "I6")
+    assert prediction.ranks == {"uniform": rank}
 
 
 def batches_of(data):

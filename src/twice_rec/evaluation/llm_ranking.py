@@ -1,7 +1,7 @@
 """Evaluation of language models: rankings from likelihoods or from sampled completions.
 
-All rankings are deterministic. Ties of likelihoods count against the target in its rank; ties of votes are broken by
-mean log-probability and then by the candidates' order.
+All rankings are deterministic. Ties count against the target in its rank. By votes, candidates tie if they have as many
+votes of the same mean log-probability, as those without a vote have; `vote_ties: listed` gives these the listed order.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def ask(
     predictions = []
     for example, prompt, written in zip(examples, prompts, completions, strict=True):
         if ranking == "sampled":
-            ranked = rank_by_votes(written, example, builder.catalog)
-            rank = 1 + ranked.index(example.target)
+            ranked, tied = rank_by_votes(written, example, builder.catalog)
+            rank = 1 + ranked.index(example.target) if recipe.vote_ties == "listed" else tied
         else:
             items = [builder.catalog[item_id] for item_id in example.candidates]
             texts = [rationale_answer(rationale_of(written[0].text), i) if written else item_answer(i) for i in items]
@@ -118,8 +118,12 @@ def ask(
     return predictions
 
 
-def rank_by_votes(completions: Sequence[TextCompletion], example: Example, catalog: ItemCatalog) -> list[str]:
+def rank_by_votes(
+    completions: Sequence[TextCompletion], example: Example, catalog: ItemCatalog
+) -> tuple[list[str], int]:
     """Return all candidates by votes, then by mean log-probability of the completions that voted, then as listed.
+
+    The number beside them is the target's rank behind all candidates that have its votes and mean log-probability.
 
     A completion that is malformed or names no candidate votes for nothing.
     """
@@ -129,7 +133,9 @@ def rank_by_votes(completions: Sequence[TextCompletion], example: Example, catal
         if catalog.outcome(answer, example.candidates, example.target) in (Outcome.HIT, Outcome.MISS):
             votes[answer.item_id or ""].append(completion.mean_logprob)
     mean = {item_id: sum(values) / len(values) if values else 0.0 for item_id, values in votes.items()}
-    return sorted(example.candidates, key=lambda item_id: (-len(votes[item_id]), -mean[item_id]))  # sorting is stable
+    order = {item_id: (-len(votes[item_id]), -mean[item_id]) for item_id in example.candidates}
+    tied = sum(place <= order[example.target] for place in order.values())
+    return sorted(example.candidates, key=order.__getitem__), tied  # sorting is stable
 
 
 def rationale_of(text: str) -> str:
@@ -170,7 +176,8 @@ def evaluate_llm_variant(
 ) -> None:
     """Write eval/<name>/ of a language model, a folder or one of the hub, unless it is there already."""
     reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
-    reads += ["item_first", "seed", *(["num_samples", "temperature", "top_p"] if ranking == "sampled" else [])]
+    reads += ["item_first", "seed"]
+    reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
     settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
     with StageRun(recipe, "evaluate", f"eval/{name}", [*inputs, model], settings) as run:
         if run.is_finished():

@@ -24,6 +24,10 @@ class LLMRankingConfig(Settings):
     top_p: float = key(
         1.0, "ranking sampled: sample from the likeliest tokens that together have this probability", gt=0, le=1
     )
+    vote_ties: Literal["against_target", "listed"] = key(
+        "against_target",
+        "ranking sampled: rank of a target that ties with others, mostly all without a vote: behind them, or as listed",
+    )
     max_new_tokens: int = key(300, "longest completion in tokens", ge=1)
 
 

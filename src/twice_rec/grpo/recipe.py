@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,16 @@ def grpo_folder(variant: str) -> str:
 
 
 MAX_SERVED_RANK = 512  # of an adapter, in vLLM
+
+
+# Keys of TRL's configuration for a vLLM that TRL reaches itself -> the values of rollout that use them.
+OF_TRL_ROLLOUTS = {
+    "vllm_server_timeout": ("trl_server",),
+    "vllm_group_port": ("trl_server",),
+    "vllm_enable_sleep_mode": ("trl_colocate",),
+    "vllm_model_impl": ("trl_colocate",),
+    "vllm_structured_outputs_regex": ("trl_server", "trl_colocate"),
+}
 
 
 class RolloutConfig(Settings):
@@ -101,7 +112,21 @@ class GRPORecipe(
         ),
         "use_vllm": "use rollout",
         "vllm_mode": "use rollout: trl_server or trl_colocate",
-    }
+        **dict.fromkeys(("vllm_server_host", "vllm_server_port", "vllm_server_base_url"), "use rollout_servers"),
+        "vllm_tensor_parallel_size": "use rollout_tensor_parallel_size",
+        "vllm_gpu_memory_utilization": "use rollout_gpu_memory_utilization",
+        "vllm_max_model_length": "use rollout_max_model_len",
+        **dict.fromkeys(
+            (
+                "cache_implementation", "use_transformers_paged", "use_transformers_continuous_batching",
+                "transformers_continuous_batching_config",
+            ),
+            "completions are sampled by rollout; leave the key out",
+        ),
+        "chat_template_kwargs": "all stages use the chat template of the model's tokenizer; change it in its folder",
+        "num_generations_eval": "training has no evaluation set; use num_samples of evaluate.sh",
+        **dict.fromkeys(("max_tool_calling_iterations", "log_multimodal"), "prompts are text without tools"),
+    }  # fmt: skip
 
     variant: str = run_key(
         "stage3",
@@ -119,6 +144,14 @@ class GRPORecipe(
         None, "show sample completions with their rewards every so many steps; null for never", ge=1
     )
     sample_completions: int = run_key(4, "number of sample completions that are shown", ge=1)
+
+    def trainer_faults(self, keys: Mapping[str, Any]) -> list[str]:
+        """Return a message for each key of TRL's that this rollout does not use."""
+        return [
+            f"{name} is for rollout {' or '.join(kinds)}, found rollout {self.rollout}; leave the key out"
+            for name, kinds in OF_TRL_ROLLOUTS.items()
+            if name in keys and self.rollout not in kinds
+        ]
 
     @property
     def folder(self) -> str:

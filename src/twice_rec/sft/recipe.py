@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from twice_rec.llm.recipe import TAKES_MASKS, VARLEN, AdapterConfig, ComputeConfig, ModelConfig, PromptConfig
 from twice_rec.recipe import TrainerRecipe, key, required, rule
@@ -14,6 +15,22 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
 
     TRAINER_CONFIG: ClassVar = "SFTConfig"
     PREFIX_ATTENTION: ClassVar = (*TAKES_MASKS, VARLEN)
+    OWNED: ClassVar = {
+        **TrainerRecipe.OWNED,
+        **dict.fromkeys(
+            ("completion_only_loss", "assistant_only_loss"), "the loss is on completions alone; leave the key out"
+        ),
+        **dict.fromkeys(
+            ("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "truncation_mode"),
+            "rows come from stages 0 and 1 and are encoded by the stage; use max_length and max_prompt_tokens",
+        ),
+        **dict.fromkeys(
+            ("chat_template_path", "eos_token"),
+            "all stages use those of the base model's tokenizer; change them in its folder",
+        ),
+        "shuffle_dataset": "rows are mixed by seed; use seed, or curriculum",
+        "eval_packing": "training has no evaluation set; leave the key out, and use evaluate.sh",
+    }
 
     model_name_or_path: str = required("the base model: a folder, or a name on the hub")
     quantization: Literal["none", "8bit", "4bit"] = key(
@@ -49,3 +66,16 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
             other = "share_prefixes puts a user's rows" if self.share_prefixes else "pack_tokens puts rows of all tasks"
             return f"curriculum keeps the tasks apart, {other} together; use only one of them"
         return None
+
+    def trainer_faults(self, keys: Mapping[str, Any]) -> list[str]:
+        """Return a message for each key of TRL's that does not go with packs of ours, or with a curriculum."""
+        ours = next((name for name in ("share_prefixes", "pack_tokens", "curriculum") if getattr(self, name)), None)
+        faults = []
+        for name in ("packing", "padding_free"):
+            if ours and keys.get(name):
+                use = "set it to false" if ours == "curriculum" else "set it to false, and use pack_tokens"
+                faults.append(f"{name} is true, but {ours} decides itself which rows go together; {use}")
+        if self.curriculum and keys.get("train_sampling_strategy", "sequential") != "sequential":
+            found = f"train_sampling_strategy is {keys['train_sampling_strategy']}"
+            faults.append(f"{found}, but a curriculum keeps the rows' order; leave one of the two out")
+        return faults
