@@ -48,6 +48,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to `damaged-NAME`, under which nobody looks for it; return its new path."""
+    number, new = 1, path.with_name(f"damaged-{path.name}")
+    while new.exists():
+        number += 1
+        new = path.with_name(f"damaged-{number}-{path.name}")
+    path.rename(new)
+    return new
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:

@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twice_rec.errors import CheckedError, InputError
-from twice_rec.files import atomic_path, hash_file, read_json, write_json
+from twice_rec.files import atomic_path, hash_file, read_json, set_aside, write_json
 from twice_rec.locks import writing
 from twice_rec.manifest import BEGUN, Hashes, HubModel, Manifest, chain, environment, held, names_of
 from twice_rec.recipe import Recipe
+from twice_rec.weight_files import fault_of_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -235,19 +237,21 @@ class StageRun:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete `checkpoint-N` of a trainer; what a kill in mid-save left is removed.
+    """Return the newest whole `checkpoint-N` of a trainer; damaged ones that are newer are set aside.
 
-    A trainer writes `trainer_state.json` last of all.
+    They keep their files under a name that is not found again, `damaged-checkpoint-N`.
     """
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            complete.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete, left by an interrupted save; it is removed", path)
-            shutil.rmtree(path)
-    return max(complete)[1] if complete else None
+    numbered = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    newest_first = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in newest_first:
+        fault = fault_of_checkpoint(path)
+        if fault is None:
+            return path
+        if IS_MAIN:
+            logger.warning("%s cannot be resumed: %s; it is now %s", path, fault, set_aside(path))
+    if newest_first:
+        logger.warning("%s: no checkpoint is whole; training starts anew", folder)
+    return None
 
 
 def _is_of_the_last_step(checkpoint: Path) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from twice_rec.errors import InputError
 from twice_rec.recipe import Recipe, key
-from twice_rec.run import Manifest, StageRun, last_checkpoint
+from twice_rec.run import Manifest, StageRun
 
 
 class KRecipe(Recipe):
@@ -152,13 +152,3 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     process.stdout.close()
     with make(tmp_path) as run:
         finish(run)
-
-
-def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-100").exists()

@@ -215,6 +215,19 @@ def test_a_state_of_other_settings_is_not_resumed(tmp_path, caplog):
     assert len(other.log) == 2
 
 
+@pytest.mark.parametrize("kept", [0, 6, 300, -1])
+def test_a_damaged_state_is_set_aside_and_training_starts_anew(tmp_path, caplog, kept):
+    state = tmp_path / "state.safetensors"
+    trainer(shape(), settings(epochs=2), chains(40), state_file=state).run()
+    whole = state.read_bytes()
+    state.write_bytes(whole[:kept])
+    again = trainer(shape(), settings(epochs=2), chains(40), state_file=state)
+    again.run()
+    assert [epoch.number for epoch in again.log] == [1, 2]
+    assert f"{state} is damaged" in caplog.text
+    assert (tmp_path / "damaged-state.safetensors").read_bytes() == whole[:kept]
+
+
 def test_a_loss_that_explodes_is_an_error():
     with pytest.raises(InputError, match=r"loss is (nan|inf) in epoch \d+; lower learning_rate"):
         trainer(shape(), settings(learning_rate=1e25, epochs=20), chains(100)).run()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ from twice_rec.cf.ranking import CHOSEN_ON, CFQuestions, Data
 from twice_rec.cf.recipe import SASRecConfig, SASRecRecipe, SASRecTrainerConfig
 from twice_rec.cf.sasrec import SASRec, SASRecScorer, pad_right
 from twice_rec.errors import InputError
-from twice_rec.files import atomic_path, write_jsonl
+from twice_rec.files import atomic_path, set_aside, write_jsonl
 from twice_rec.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -217,13 +217,20 @@ class SASRecTrainer:
             save_file(tensors, temporary, metadata)
 
     def _restore(self, path: Path) -> None:
-        """Take up a saved state if it is one of these settings."""
-        with safe_open(path, framework="pt") as file:
-            if file.metadata()["settings"] != self._fingerprint():
-                logger.warning("%s was left by a run with other settings; starting afresh", path)
-                return
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            self.log = [Epoch(**row) for row in json.loads(file.metadata()["log"])]
+        """Take up a saved state if it is whole and one of these settings; a damaged one is set aside."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata()["settings"] != self._fingerprint():
+                    logger.warning("%s was left by a run with other settings; starting afresh", path)
+                    return
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                log = [Epoch(**row) for row in json.loads(file.metadata()["log"])]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            logger.warning(
+                "%s is damaged (%s) and now %s; training starts anew", path, error or "empty", set_aside(path)
+            )
+            return
+        self.log = log
         self.model.load_state_dict(_under("model.", tensors))
         self.best.load_state_dict(_under("best.", tensors))
         optimizer = self.optimizer.state_dict()
