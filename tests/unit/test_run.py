@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from twice_rec.errors import InputError
 from twice_rec.recipe import Recipe, key
@@ -152,3 +155,52 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     process.stdout.close()
     with make(tmp_path) as run:
         finish(run)
+
+
+class FakeTrainer:
+    """A trainer that cannot train."""
+
+    def __init__(self, folder):
+        self.folder, self.accelerator, self.metrics = folder, SimpleNamespace(wait_for_everyone=lambda: None), {}
+
+    def is_world_process_zero(self):
+        return True
+
+    def save_metrics(self, split, metrics):
+        self.metrics = metrics
+
+    def save_state(self):
+        (self.folder / "trainer_state.json").write_text(json.dumps({"global_step": self.state.global_step}))
+
+    def train(self, resume_from_checkpoint):
+        self.state = SimpleNamespace(global_step=3, max_steps=4, log_history=[])
+
+
+def checkpoint_of(run, step):
+    folder = run.path / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    state = {"global_step": step, "max_steps": 4, "log_history": [{"loss": 0.5, "step": step}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"step": torch.tensor([step])}, folder / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        torch.save({}, folder / name)
+
+
+def test_at_the_last_step_nothing_is_trained(tmp_path):
+    run = make(tmp_path)
+    checkpoint_of(run, 2)
+    checkpoint_of(run, 4)
+    assert run.train(FakeTrainer(run.path)) == {"steps": 4, "loss": 0.5, "step": 4}
+    assert load_file(run.path / "adapter_model.safetensors")["step"].item() == 4
+    assert {path.name for path in run.path.iterdir() if path.is_file()} == {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "trainer_state.json",
+    }  # fmt: skip
+
+
+def test_a_training_that_ends_early_is_not_finished(tmp_path):
+    run = make(tmp_path)
+    checkpoint_of(run, 2)
+    with pytest.raises(InputError, match="the training ended after 3 of 4 steps; the same command goes on"):
+        run.train(FakeTrainer(run.path))

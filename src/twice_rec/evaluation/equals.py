@@ -55,13 +55,13 @@ def fresh_evaluations(run_dir: Path) -> tuple[list[Path], list[str]]:
         if not (folder / MANIFEST).exists() and not (folder / BEGUN).exists():
             continue
         if owner := owner_of(folder):
-            lines.append(f"{folder} is being made by {owner}")
+            lines.append(f"{folder} left out: it is being made by {owner}")
             continue
         try:
             check_fresh(folder / PREDICTIONS, hashes)
             fresh.append(folder)
         except InputError as error:
-            lines.append(str(error))
+            lines.append(f"{folder.name} left out: {error}")
     if not fresh and not lines:
         raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
     return fresh, lines

@@ -79,11 +79,11 @@ def read_variants(run_dirs: Sequence[Path]) -> tuple[dict[str, Variant], list[st
         try:
             variant = _read(of_name)
         except InputError as error:
-            lines.append(f"{name}: not averaged: {error}")
+            lines.append(f"{name} left out: {error}")
             continue
         own = variant.terms[0].data()
         if other := next((file for file in own if data.get(file, own[file]) != own[file]), None):
-            lines.append(f"{of_name[0]} was evaluated on different {other} than the others")
+            lines.append(f"{of_name[0]} left out: it was evaluated on different {other} than the others")
             continue
         data |= own
         variants[name] = variant
@@ -127,7 +127,7 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
     comparisons = []
     for a, b in recipe.comparisons:
         if differs := unequal(variants, a, b, metric):
-            lines.append(f"{a} - {b}: {differs}")
+            lines.append(f"{a} - {b} left out: {differs}")
         else:
             comparisons.append(compare(variants, a, b, metric, samples))
     shared, together, others = shared_users(variants)
@@ -142,7 +142,7 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
 def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str | None:
     """Return why two variants cannot be compared, in words; None if they can."""
     if missing := [name for name in (a, b) if name not in variants]:
-        return f"{missing[0]} is not evaluated, or left out; there are {', '.join(variants)}"
+        return f"{missing[0]} is not evaluated; {', '.join(variants)} are"
     for name in (a, b):
         if metric not in variants[name].values:
             return f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}"
@@ -158,7 +158,7 @@ def shared_users(variants: Mapping[str, Variant]) -> tuple[list[str], dict[str, 
     chosen = reference_users({name: (variant.terms[0], variant.users) for name, variant in variants.items()})
     together = {name: variant for name, variant in variants.items() if chosen <= variant.users.keys()}
     lines = [
-        f"{name} is not in the table of shared users: it was evaluated on {len(variant.users):,} users, which are "
+        f"{name} left out of the table of shared users: it was evaluated on {len(variant.users):,} users, which are "
         f"not all of the {len(chosen):,} of the others"
         for name, variant in variants.items()
         if name not in together
@@ -253,7 +253,7 @@ def show_report(results: Mapping[str, Any], metric: str) -> None:
     if results["comparisons"]:
         show(markdown_table(*comparison_table(results["comparisons"])))
     for line in results["left_out"]:
-        logger.warning("left out: %s", line)
+        logger.warning("%s", line)
 
 
 _STYLE = """

@@ -82,7 +82,7 @@ def show_metrics(run_dir: Path) -> None:
     }
     show("\n\n".join(markdown_table(*list_table(summary, kind)) for kind in lists_of(summary)))
     for line in lines:
-        logger.warning("left out: %s", line)
+        logger.warning("%s", line)
 
 
 def show(text: str) -> None:
