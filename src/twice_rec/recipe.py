@@ -165,6 +165,15 @@ class TrainerRecipe(Recipe):
         ),
     }  # fmt: skip
 
+    KNOWN_VALUES: ClassVar[Mapping[str, Iterable[str]]] = {}  # keys of it that its trainer checks late -> what it takes
+    LOWEST: ClassVar[Mapping[str, float]] = {  # keys of it that it does not check -> the least value
+        **dict.fromkeys(
+            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
+        ),
+        **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), 0),
+    }
+    ABOVE_ZERO: ClassVar[tuple[str, ...]] = ("num_train_epochs", "logging_steps", "save_steps")
+
     _trainer_keys: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
@@ -188,6 +197,20 @@ class TrainerRecipe(Recipe):
     def everything(self) -> dict[str, Any]:
         """Return all keys, TRL's included."""
         return {**super().everything(), **self._trainer_keys}
+
+    def check_trainer_keys(self) -> None:
+        """Raise an InputError for values that TRL takes at first and stumbles over when it trains."""
+        faults = []
+        for name, value in self._trainer_keys.items():
+            is_number = isinstance(value, (int, float))
+            if name in self.KNOWN_VALUES and value not in self.KNOWN_VALUES[name]:
+                faults.append(f"{name} is {value!r}; it must be one of {', '.join(self.KNOWN_VALUES[name])}")
+            elif is_number and name in self.LOWEST and value < self.LOWEST[name]:
+                faults.append(f"{name} is {value}; it must be at least {self.LOWEST[name]:g}")
+            elif is_number and name in self.ABOVE_ZERO and value <= 0:
+                faults.append(f"{name} is {value}; it must be above 0")
+        if faults:
+            raise InputError("; ".join(faults))
 
     def trainer_arguments(self, folder: Path, **others: Any) -> Any:
         """Return TRL's configuration: the recipe's keys, those of `OWNED`, and others."""

@@ -86,12 +86,13 @@ def _or_missing(folder: Path, pattern: str) -> list[Path]:
 
 def _fault_of_files(paths: Iterable[Path]) -> str | None:
     for path in paths:
-        if fault := _fault_of_file(path):
+        if fault := fault_of_file(path):
             return f"{path.name} {fault}"
     return None
 
 
-def _fault_of_file(path: Path) -> str | None:
+def fault_of_file(path: Path) -> str | None:
+    """Return what is wrong with a file of a model or a checkpoint, by its kind; None if it is whole."""
     if path.name.endswith(".index.json"):
         return fault_of_shards(path)
     if path.suffix == ".safetensors":
@@ -100,6 +101,8 @@ def _fault_of_file(path: Path) -> str | None:
         return fault
     if path.suffix == ".json":
         return None if _is_json(path) else "is damaged"
+    if path.suffix not in (".pt", ".pth"):
+        return None
     return None if zipfile.is_zipfile(path) else "is cut or damaged"  # torch.save writes zip files, their list last
 
 

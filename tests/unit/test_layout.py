@@ -131,7 +131,7 @@ assert not torch.cuda.is_initialized()
 @pytest.mark.parametrize("path", sorted(SOURCE.glob("stages/stage*.py")), ids=lambda p: p.name)
 def test_stages_are_thin(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 80
+    assert len(lines) <= 85
     assert "import re\n" not in path.read_text()
 
 

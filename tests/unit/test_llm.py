@@ -84,7 +84,7 @@ def test_missing_folder_and_missing_template(base, tmp_path):
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
         load_tokenizer(tmp_path / "plain")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty: cannot be loaded"):
+    with pytest.raises(InputError, match=r"empty has no config.json"):
         load_model(tmp_path / "empty", FLOAT32)
 
 

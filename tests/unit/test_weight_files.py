@@ -76,6 +76,7 @@ def test_checkpoints_of_other_shapes_are_whole_too(tmp_path):
     torch.save({}, path / "rng_state_1.pth")
     assert last_checkpoint(tmp_path) == path
     path = checkpoint(tmp_path, 6)
+    (path / "adapter_config.json").unlink()
     (path / "adapter_model.safetensors").rename(path / "model-1.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     assert last_checkpoint(tmp_path) == path

@@ -77,7 +77,18 @@ class ConfidenceConfig(Settings):
         return None
 
 
-_TAKEN = ("data", "rationales", "answers", "sft", "base", "eval", "report", "logs", "oracle")  # folders, variants
+_TAKEN = (
+    "data",
+    "rationales",
+    "answers",
+    "sft",
+    "base",
+    "eval",
+    "report",
+    "logs",
+    "wandb",
+    "oracle",
+)  # folders, variants
 
 
 class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
@@ -97,6 +108,7 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
     def variant_names_folders(self) -> str | None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.variant):
             return f"variant is {self.variant!r}; it names folders: letters, digits, _ . -"
-        if self.variant in (*BASELINES, *_TAKEN) or self.variant.startswith(("grpo", "stage2", "stage3")):
+        name = self.variant.lower()  # some disks take upper and lower case for the same
+        if name in (*BASELINES, *_TAKEN) or name.startswith(("grpo", "base_", "stage2", "stage3")):
             return f"variant is {self.variant!r}, the name of a baseline or of another stage's results; choose another"
         return None

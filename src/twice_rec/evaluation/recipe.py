@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Literal
 
+from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
 from twice_rec.grpo.recipe import is_grpo_variant
@@ -75,6 +77,11 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     def precomputed_scores_have_names_of_their_own(self) -> str | None:
         if any(map(_is_ours, self.precomputed_scores)):
             return "precomputed_scores uses a name of ours (base, stage2, stage3, stage3_..., oracle); choose another"
+        for name in self.precomputed_scores:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
+            if name.lower() in (*BASELINES, "sasrec") or name.lower().startswith(("base_", "stage2", "stage3")):
+                return f"precomputed_scores has the name {name!r}, which other results have; choose another"
         return None
 
     @rule

@@ -101,6 +101,18 @@ class GRPORecipe(
     """Stage 3: confidence-weighted GRPO of the stage-2 model."""
 
     TRAINER_CONFIG: ClassVar = "GRPOConfig"
+    KNOWN_VALUES: ClassVar = {
+        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo"),
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": (True, False, "group", "batch", "none"),
+    }
+    LOWEST: ClassVar = {
+        **TrainerRecipe.LOWEST,
+        **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), 1),
+        **dict.fromkeys(("generation_batch_size", "num_generations"), 2),
+        **dict.fromkeys(("beta", "epsilon", "top_k"), 0),
+    }
+    ABOVE_ZERO: ClassVar = (*TrainerRecipe.ABOVE_ZERO, "temperature", "top_p")
     PREFIX_ATTENTION: ClassVar = SHARES_PREFIXES
     RENAMED: ClassVar = {"cf_variant": "cf_model"}
     OWNED: ClassVar = {

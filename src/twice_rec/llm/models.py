@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from twice_rec.errors import InputError
+from twice_rec.llm.model_check import check_folder
 from twice_rec.llm.recipe import VARLEN, AdapterConfig, ComputeConfig, ModelConfig
 from twice_rec.llm.tokens import from_pretrained, load_tokenizer
 from twice_rec.llm.varlen import check_varlen
@@ -32,9 +33,11 @@ def load_model(
         quantization: `8bit` or `4bit` (NF4) by bitsandbytes, for a frozen base on a GPU.
 
     Raises:
-        InputError: if there is no such model, if it is gated, if bitsandbytes is needed but not installed, or if the
-            kind of attention does not take the model.
+        InputError: if there is no such model, if its files are not whole, if it is gated, if bitsandbytes is needed but
+            not installed, or if the kind of attention does not take the model.
     """
+    if Path(name).is_dir():
+        check_folder(Path(name))
     dtype = getattr(torch, config.dtype)
     options = {"dtype": dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
     if quantization != "none":
@@ -82,7 +85,7 @@ def lora_config(config: AdapterConfig) -> LoraConfig | None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_target_modules),
+        target_modules=config.target_layers,
         task_type="CAUSAL_LM",
     )
 

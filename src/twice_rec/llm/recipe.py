@@ -8,6 +8,7 @@ from twice_rec.recipe import Settings, key, rule
 
 CHUNKED_SDPA = "chunked_sdpa"  # ours, for CPUs; see `attention`
 TAKES_MASKS = ("sdpa", CHUNKED_SDPA, "eager")  # kinds of attention that take a mask of ours, as a tensor
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output
 VARLEN = "varlen"  # ours, for GPUs; see `varlen`
 SHARES_PREFIXES = (*TAKES_MASKS, VARLEN, "flex_attention")  # kinds that can compute a common beginning once
 
@@ -27,9 +28,15 @@ class AdapterConfig(Settings):
     lora_r: int = key(8, "rank of the adapter", ge=1)
     lora_alpha: int = key(16, "scale of the adapter, divided by lora_r", ge=1)
     lora_dropout: float = key(0.0, "dropout on the adapter's input", ge=0, le=0.99)
-    lora_target_modules: list[str] = key(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "layers that get an adapter"
+    lora_target_modules: list[str] | Literal["all-linear"] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "layers that get an adapter; all-linear for all but the output layer",
     )
+
+    @property
+    def target_layers(self) -> list[str] | str:
+        """PEFT's word for all linear layers, which a flag gives as a list of one, or the names of the layers."""
+        return ALL_LINEAR if ALL_LINEAR in self.lora_target_modules else list(self.lora_target_modules)
 
 
 class PromptConfig(Settings):

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _LOOKS_LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
 
 
+_GATED = re.compile(r"gated repo|\b40[13] (Client Error|Forbidden|Unauthorized)", re.IGNORECASE)
+
+
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; it pads on the left, as generation needs it.
 
@@ -31,7 +34,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """
     import transformers
 
-    tokenizer = from_pretrained(transformers.AutoTokenizer, name, revision=revision, padding_side="left")
+    try:
+        tokenizer = from_pretrained(transformers.AutoTokenizer, name, revision=revision, padding_side="left")
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
+        raise InputError(
+            f"{name}: the tokenizer cannot be read ({str(error).splitlines()[0] if str(error) else error!r}); fetch it "
+            "again (tokenizer.json, tokenizer_config.json)"
+        ) from error
     if not tokenizer.chat_template:
         raise InputError(
             f"{name}: the tokenizer has no chat template, so prompts cannot be written; use an instruction-tuned model "
@@ -51,7 +62,7 @@ def from_pretrained(factory: Any, name: str | Path, **options: Any) -> Any:
         return factory.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         text = str(error)
-        if "401" in text or "403" in text or "gated" in text:
+        if not Path(name).is_dir() and _GATED.search(text.replace(str(name), "")):
             raise InputError(
                 f"{name} is gated: accept its licence on the hub and log in (`hf auth login`, or HF_TOKEN), or use an "
                 "ungated model such as Qwen/Qwen3-0.6B"

@@ -14,6 +14,7 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
     """Stage 2: multi-task SFT of the base model."""
 
     TRAINER_CONFIG: ClassVar = "SFTConfig"
+    LOWEST: ClassVar = {**TrainerRecipe.LOWEST, "max_length": 1}
     PREFIX_ATTENTION: ClassVar = (*TAKES_MASKS, VARLEN)
     OWNED: ClassVar = {
         **TrainerRecipe.OWNED,

@@ -28,7 +28,7 @@ logger = logging.getLogger("sft")
 
 def sft(recipe: SFTRecipe) -> None:
     """Train, save, merge."""
-    from twice_rec.llm import models, tokens
+    from twice_rec.llm import model_check, models
     from twice_rec.llm.prompt_builder import PromptBuilder
     from twice_rec.sft.trainer import sft_trainer
 
@@ -38,10 +38,11 @@ def sft(recipe: SFTRecipe) -> None:
     with StageRun(recipe, "sft", "sft", inputs) as run:
         if run.is_finished():
             return
+        recipe.check_trainer_keys()
+        tokenizer = model_check.checked_tokenizer(recipe.model_name_or_path, recipe)
         run.begin()
         recipe = at_commit(recipe, base)
         data = PreparedData(recipe.run_path / "data")
-        tokenizer = tokens.load_tokenizer(recipe.model_name_or_path, recipe.model_revision)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         examples, rationales = list(data.training_examples()), read_records(accepted, Rationale)
         rows = training_rows(builder, examples, rationales, recipe, recipe.seed)

@@ -33,7 +33,7 @@ def grpo(recipe: GRPORecipe) -> None:
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
     from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
-    from twice_rec.llm import fused, models, tokens
+    from twice_rec.llm import fused, model_check, models
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
 
@@ -43,12 +43,13 @@ def grpo(recipe: GRPORecipe) -> None:
     with StageRun(recipe, "grpo", recipe.folder, [*inputs, origin]) as run:
         if run.is_finished():
             return
+        recipe.check_trainer_keys()
+        tokenizer = model_check.checked_tokenizer(start, recipe)
         data = PreparedData(recipe.run_path / "data")
         rewarder = load_rewarder(recipe, recipe.run_path, data, recipe.seed)
         of_trl = trl_arguments(recipe, start)
         run.begin()
         recipe = at_commit(recipe, origin)
-        tokenizer = tokens.load_tokenizer(start, recipe.model_revision)
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_for_training(start, recipe, recipe)
         rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))

@@ -1,0 +1,112 @@
+"""What is looked at before a model is loaded and a folder is begun: its files, its chat template, its layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from twice_rec.errors import InputError
+from twice_rec.files import read_json
+from twice_rec.llm.recipe import ALL_LINEAR, AdapterConfig
+from twice_rec.llm.tokens import from_pretrained, load_tokenizer
+from twice_rec.prompts import Message
+from twice_rec.weight_files import SHARDS, fault_of_file, fault_of_shards, fault_of_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONVERT = "load it once with transformers where you trust it and save it again with save_pretrained"
+
+
+def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
+    """Look at a model that will be trained, without loading its weights, and return its tokenizer.
+
+    Args:
+        recipe: a `ModelConfig` and an `AdapterConfig`.
+
+    Raises:
+        InputError: if its files are not whole, if its chat template does not take our prompts, or if the adapter names
+            layers that it does not have.
+    """
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    tokenizer = load_tokenizer(name, recipe.model_revision)
+    check_template(tokenizer, name)
+    if recipe.use_peft:
+        check_layers(name, recipe, recipe.model_revision)
+    return tokenizer
+
+
+def check_folder(folder: Path) -> None:
+    """Raise an InputError if a folder does not hold a whole model: sizes and headers are read, no weights."""
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            raise InputError(
+                f"{folder} holds a LoRA adapter, not a model; name a merged model (the folder merged/ of a stage), or "
+                f"the adapter's base, {base}"
+            )
+        raise InputError(f"{folder} has no config.json, so it is not a model folder; name one, or a model of the hub")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+        if (folder / name).exists() and (fault := fault_of_file(folder / name)):
+            raise InputError(f"{folder / name} {fault}; fetch the model again")
+    index, single = next(iter(sorted(folder.glob(SHARDS))), None), folder / "model.safetensors"
+    weights = sorted(folder.glob("*.safetensors")) if index else [single] if single.exists() else []
+    if index and (fault := fault_of_shards(index)):
+        raise InputError(f"{index} {fault}; fetch the model again")
+    if not weights:
+        if found := sorted(folder.glob("*.bin")):
+            raise InputError(f"{folder} holds weights as {found[0].name} only; safetensors are needed: {_CONVERT}")
+        raise InputError(f"{folder} has no weights (model.safetensors); fetch the model again, or name another folder")
+    for path in weights:
+        if fault := fault_of_weights(path):
+            raise InputError(f"{path} {fault}; fetch the model again")
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    """Raise an InputError if the chat template does not take a prompt as ours are: a system and a user message."""
+    prompt: list[Message] = [{"role": "system", "content": "instruction"}, {"role": "user", "content": "question"}]
+    answered: list[Message] = [*prompt, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(answered, tokenize=False)
+    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+        raise InputError(
+            f"{name}: the chat template does not take our prompts, a system and a user message "
+            f"({_first_line(error)}); use a model whose template has a system role, or change its chat_template"
+        ) from None
+    if lost := [message["role"] for message in prompt if message["content"] not in text]:
+        raise InputError(
+            f"{name}: the chat template leaves out the {lost[0]} message; use a model whose template has a system "
+            "role, or change its chat_template"
+        )
+
+
+def check_layers(name: str | Path, config: AdapterConfig, revision: str | None = None) -> None:
+    """Raise an InputError if the model has not every layer that the adapter names; it is built without weights."""
+    wanted = config.target_layers
+    if wanted == ALL_LINEAR:
+        return
+    settings = from_pretrained(AutoConfig, name, revision=revision)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+    except ValueError as error:
+        raise InputError(f"{name} is no causal language model of transformers: {_first_line(error)}") from None
+    layers = [
+        path for path, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+    ]
+    missing = [each for each in wanted if not any(f".{path}".endswith(f".{each}") for path in layers)]
+    if missing or not wanted:
+        known = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
+        raise InputError(
+            f"lora_target_modules names {', '.join(missing) or 'nothing'}, and {name} has the layers {known}; name "
+            f"some of these, or {ALL_LINEAR}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

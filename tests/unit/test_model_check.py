@@ -1,0 +1,129 @@
+"""A model that cannot be trained is refused in one line, before anything is loaded or begun."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from twice_rec.errors import InputError
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.llm.model_check import check_folder, check_layers, check_template, checked_tokenizer
+from twice_rec.llm.models import load_model, lora_config
+from twice_rec.llm.recipe import AdapterConfig, ModelConfig
+from twice_rec.llm.tokens import from_pretrained, load_tokenizer
+from twice_rec.recipe_reader import load_recipe
+from twice_rec.sft.recipe import SFTRecipe
+
+BASE = Path(__file__).parents[2] / "assets" / "tiny_base"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8\n"
+
+
+class Both(ModelConfig, AdapterConfig):
+    """What the check reads of a recipe."""
+
+
+@pytest.fixture
+def model(tmp_path):
+    return Path(shutil.copytree(BASE, tmp_path / "model-403"))
+
+
+def weights(model):
+    return model / "model.safetensors"
+
+
+DAMAGES = {
+    "pointer of Git LFS": lambda model: weights(model).write_text(POINTER),
+    "its header says": lambda model: weights(model).write_bytes(weights(model).read_bytes()[:-9]),
+    "is empty": lambda model: weights(model).write_bytes(b""),
+    "has no weights": lambda model: weights(model).unlink(),
+    "pytorch_model.bin only": lambda model: weights(model).rename(model / "pytorch_model.bin"),
+    "has no config.json": lambda model: (model / "config.json").unlink(),
+    r"tokenizer.json is a pointer": lambda model: (model / "tokenizer.json").write_text(POINTER),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_folders(model, message):
+    DAMAGES[message](model)
+    with pytest.raises(InputError, match=message):
+        checked_tokenizer(model, Both())
+    with pytest.raises(InputError, match=message):
+        load_model(model, ModelConfig(dtype="float32"))
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    with pytest.raises(InputError, match="holds a LoRA adapter, not a model.*owner/base"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out the sys",
+        ),
+        ("{% for m in messages %}", "does not take our prompts"),
+    ],
+)
+def test_templates(template, message):
+    tokenizer = load_tokenizer(BASE)
+    check_template(tokenizer, BASE)
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=message):
+        check_template(tokenizer, BASE)
+
+
+def test_layers_of_the_adapter():
+    check_layers(BASE, AdapterConfig())
+    with pytest.raises(InputError, match=r"names c_attn, and .*q_proj"):
+        check_layers(BASE, AdapterConfig(lora_target_modules=["q_proj", "c_attn"]))
+    with pytest.raises(InputError, match="names nothing"):
+        check_layers(BASE, AdapterConfig(lora_target_modules=[]))
+    for given in ("all-linear", ["all-linear"]):
+        config = AdapterConfig(lora_target_modules=given)
+        check_layers(BASE, config)
+        assert lora_config(config).target_modules == "all-linear"
+
+
+def test_only_the_hub_says_that_a_model_is_gated(model):
+    class Factory:
+        def __init__(self, text):
+            self.text = text
+
+        def from_pretrained(self, name):
+            raise OSError(self.text)
+
+    with pytest.raises(InputError, match="cannot be loaded"):
+        from_pretrained(Factory(f"{model}: damaged"), model)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        from_pretrained(Factory("owner/model-403 is not there"), "owner/model-403")
+    for text in ("You are trying to access a gated repo.", "403 Client Error: Forbidden for url"):
+        with pytest.raises(InputError, match="is gated"):
+            from_pretrained(Factory(text), "owner/model")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "key", "value"),
+    [
+        (GRPORecipe, "grpo", "temperature", 0.0),
+        (GRPORecipe, "grpo", "loss_type", "nonsense"),
+        (GRPORecipe, "grpo", "per_device_train_batch_size", -8),
+        (GRPORecipe, "grpo", "max_completion_length", 0),
+        (SFTRecipe, "sft", "per_device_train_batch_size", -1),
+        (SFTRecipe, "sft", "gradient_accumulation_steps", 0),
+        (SFTRecipe, "sft", "learning_rate", -1e-3),
+        (SFTRecipe, "sft", "num_train_epochs", 0),
+        (SFTRecipe, "sft", "max_length", 0),
+    ],
+)
+def test_values_that_trl_stumbles_over_later(recipe, stage, key, value):
+    path = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
+    loaded = load_recipe(path, recipe, [])
+    loaded.check_trainer_keys()
+    loaded.trainer_keys[key] = value
+    with pytest.raises(InputError, match=f"{key} is .*{value}.*; it must be"):
+        loaded.check_trainer_keys()
