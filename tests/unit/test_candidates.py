@@ -104,3 +104,24 @@ def test_exactly_enough_negatives():
     (entry,) = draw([sequence("u", CATALOG.ids[:12])], num_candidates=29, hard_pool=28)
     for kind in KINDS:
         assert set(entry.lists[kind]) == {entry.target, *CATALOG.ids[12:]}
+
+
+def test_tied_items_enter_the_pool_at_random_per_user():
+    users = [sequence(f"u{i}", CATALOG.ids[:4]) for i in range(300)]
+    config = CandidateConfig(num_candidates=10, hard_pool=10, candidate_lists=["hard"], prompt_list="hard")
+    few = lambda histories: np.tile([0.0] * 36 + [1.0] * 4, (len(histories), 1))  # 4 neighbours, 32 others tie
+    tied = Counter()
+    lists = [set(e.lists["hard"]) - {e.target} for e in draw_candidates(config, users, CATALOG, "test", 0, few, tied)]
+    counts = Counter(item_id for items in lists for item_id in items)
+    assert len(counts) == 36  # all but the own ones
+    others = [counts[f"I{i}"] for i in range(4, 36)]
+    neighbours = sum(counts[f"I{i}"] for i in range(36, 40))
+    assert max(others) < 2 * min(others)
+    assert tied == {"drawn": 2700, "tied": 2700 - neighbours}
+
+
+def test_without_ties_no_draw_is_spent_on_them():
+    tied = Counter()
+    config = CandidateConfig(num_candidates=10, hard_pool=12, candidate_lists=["hard"], prompt_list="hard")
+    list(draw_candidates(config, [sequence("u", ["I0", "I39", "I1", "I2"])], CATALOG, "test", 0, score, tied))
+    assert tied == {"drawn": 9, "tied": 0}

@@ -8,6 +8,7 @@ order in which they are drawn. The position of the target is uniform. To add a k
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Choice:
     cumulative: NDArray[np.float64]  # [N], running sum of the items' counts in the training parts
     scores: NDArray[np.floating] | None  # [N], of a CF model for this user
     hard_pool: int
+    tied: Counter[str]  # counts of hard negatives: `drawn`, and `tied`, see `hard`
 
 
 def uniform(rng: np.random.Generator, choice: Choice) -> list[int]:
@@ -47,14 +49,25 @@ def popularity(rng: np.random.Generator, choice: Choice) -> list[int]:
 
 
 def hard(rng: np.random.Generator, choice: Choice) -> list[int]:
-    """Draw uniformly from the items that a CF model scores highest for the user; ValueError without scores."""
+    """Draw uniformly from the items that a CF model scores highest for the user; ValueError without scores.
+
+    If items of one score fit into the pool only in part, those that enter are drawn per user; negatives from among them
+    are counted as tied: the CF model did not choose them.
+    """
     if choice.scores is None:
         raise ValueError("hard candidates need score_histories")
-    masked = choice.scores.astype(np.float64)  # [N]
-    masked[np.array(sorted(choice.own)) - 1] = -np.inf
-    size = min(max(choice.hard_pool, choice.count), len(masked) - len(choice.own))
-    best = np.sort(np.argpartition(-masked, size - 1)[:size]) + 1  # [size], indices of items
-    return rng.choice(best, size=choice.count, replace=False).tolist()
+    free = np.setdiff1d(np.arange(1, len(choice.scores) + 1), list(choice.own))  # [F], indices of items
+    scores = choice.scores[free - 1]  # [F]
+    size = min(max(choice.hard_pool, choice.count), len(free))
+    lowest = np.partition(scores, len(free) - size)[len(free) - size]  # in the pool
+    best, edge = free[scores > lowest], free[scores == lowest]
+    tied = len(best) + len(edge) > size
+    if tied:
+        edge = rng.choice(edge, size=size - len(best), replace=False)
+    pool = np.sort(np.concatenate([best, edge]))  # [size]
+    drawn = rng.choice(pool, size=choice.count, replace=False)
+    choice.tied.update(drawn=len(drawn), tied=int(np.isin(drawn, edge).sum()) if tied else 0)
+    return drawn.tolist()
 
 
 def _draw(rng: np.random.Generator, choice: Choice, cumulative: NDArray[np.float64] | None) -> list[int]:
@@ -117,16 +130,18 @@ def draw_candidates(
     split: Split,
     seed: int,
     score_histories: ScoreHistories | None = None,
+    tied: Counter[str] | None = None,
 ) -> Iterator[CandidateLists]:
     """Draw the lists of every user who has a target in the split, in the order of `sequences`.
 
     For training, only the list that prompts show is drawn. `hard` needs `score_histories`, of a model that is fitted on
-    training parts only.
+    training parts only. `tied` counts hard negatives, see `Choice`.
 
     Raises:
         InputError: if a user leaves fewer negatives than are needed, with the numbers.
     """
     kinds = [config.prompt_list] if split == "train" else config.candidate_lists
+    tied = Counter() if tied is None else tied
     cumulative = np.cumsum(training_counts(sequences, catalog), dtype=np.float64)  # [N]
     with_target = [sequence for sequence in sequences if sequence.target_position(split) is not None]
     for start in range(0, len(with_target), _BATCH):
@@ -135,7 +150,7 @@ def draw_candidates(
         scores = score_histories(histories) if "hard" in kinds and score_histories else [None] * len(part)  # [B, N]
         for sequence, own_scores in zip(part, scores, strict=True):
             own = {catalog.index(entry.item_id) for entry in sequence.interactions}
-            choice = Choice(config.num_candidates - 1, own, cumulative, own_scores, config.hard_pool)
+            choice = Choice(config.num_candidates - 1, own, cumulative, own_scores, config.hard_pool, tied)
             if len(catalog) - len(own) < choice.count:
                 raise InputError(
                     f"user {sequence.user_id} interacted with {len(own)} of {len(catalog)} items, which leaves "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,29 +46,35 @@ def prepare(recipe: PrepareRecipe) -> None:
             logger.warning("%s", line)
         catalog.save(run.path / dataset.CATALOG)
         write_records(run.path / dataset.SEQUENCES, sequences)
-        _write_candidates(recipe, run.path, catalog, sequences)
+        hard = _write_candidates(recipe, run.path, catalog, sequences)
         dataset.save_prompt_format(run.path / dataset.PROMPT, recipe)
         oracle = source.oracle_scores(sequences, catalog)
         if oracle is not None:
             with atomic_path(run.path / dataset.ORACLE) as temporary:
                 np.savez_compressed(temporary, scores=oracle)
         figures = {**statistics(sequences, catalog), "problems": source.problems.counts}
+        if hard["drawn"]:
+            figures["hard_negatives_tied"] = hard["tied"] / hard["drawn"]  # at the edge of the pool, so drawn at random
         write_json(run.path / dataset.STATISTICS, figures)
         for name, value in figures.items():
             logger.info("  %-20s %s", name, f"{value:,.6g}" if isinstance(value, float) else value)
         run.finish(sorted(path for path in run.path.iterdir() if path.name[0] != "."), figures)
 
 
-def _write_candidates(recipe: PrepareRecipe, folder: Path, catalog: ItemCatalog, sequences: list[UserSequence]) -> None:
-    score = None
+def _write_candidates(
+    recipe: PrepareRecipe, folder: Path, catalog: ItemCatalog, sequences: list[UserSequence]
+) -> Counter[str]:
+    """Write the lists of all splits, and return how many hard negatives were drawn, and how many of them tied."""
+    score, tied = None, Counter[str]()
     if "hard" in recipe.candidate_lists:
         training = [catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in sequences]
         knn = ItemSimilarityScorer(knn_similarity(interaction_matrix(training, len(catalog)), shrink=20.0), decay=0.9)
         score = lambda histories: knn.scores(np.arange(len(histories)), histories)
     for split in SPLITS:
-        drawn = draw_candidates(recipe, sequences, catalog, split, recipe.seed, score)
+        drawn = draw_candidates(recipe, sequences, catalog, split, recipe.seed, score, tied)
         bar = progress(drawn, desc=f"candidates ({split})", unit="user", total=len(sequences))
         write_records(folder / dataset.candidates_file(split), bar)
+    return tied
 
 
 main = command("prepare", PrepareRecipe, prepare)
