@@ -170,6 +170,76 @@ def test_killed_and_started_again_it_ends_with_the_same_results(finished, tmp_pa
         assert steps_of(killed) == steps_of(whole)
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo", "sasrec"])
+def test_killed_behind_the_last_step_nothing_is_trained(finished, tmp_path, monkeypatch, stage):
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    for folder in {"data", "rationales", "sft", "sasrec"} - {stage}:
+        shutil.copytree(whole / folder, run_dir / folder)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("twice_rec.run.StageRun.finish", killed)
+        assert run(stage, run_dir, base) == 130
+    assert not (run_dir / stage / MANIFEST).exists()
+    for path in [*(run_dir / stage).glob("model*"), *(run_dir / stage).glob("adapter_model*")]:
+        path.unlink()
+    monkeypatch.setattr("transformers.Trainer.train", killed)
+    monkeypatch.setattr("twice_rec.cf.sasrec_training.SASRecTrainer._epoch", killed)
+    assert run(stage, run_dir, base) == 0
+    name = "model.safetensors" if stage == "sasrec" else "merged/model.safetensors"
+    expected, found = load_file(whole / stage / name), load_file(run_dir / stage / name)
+    assert all((expected[key] == found[key]).all() for key in expected)
+    assert not (run_dir / "sasrec" / "training_state.safetensors").exists()
+
+
+def test_what_rests_on_a_redone_stage_is_neither_evaluated_nor_reported(finished, tmp_path, capfd):
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    shutil.copytree(whole, run_dir)
+    assert run("sft", run_dir, base, "--seed", "7", "--overwrite", "true") == 0
+    before = files_of(run_dir)
+    capfd.readouterr()
+    assert run("evaluate", run_dir, base, "--overwrite", "true") == 2
+    assert "tiny/grpo is stale: it rests on sft/merged, which has changed since" in capfd.readouterr().err
+    assert run("evaluate", run_dir, base, "--variants", "stage2") == 2
+    assert "eval/stage2 holds results: input sft/merged was" in capfd.readouterr().err
+    assert files_of(run_dir) == before
+    assert run("report", run_dir, base) == 0
+    captured = capfd.readouterr()
+    assert "eval/stage3 is stale: it rests on sft/merged" in captured.err
+    assert "stage3 - stage2 left out: stage3 is not evaluated" in captured.err
+    assert "        grpo           stale: it rests on sft/merged" in captured.out
+    assert "| stage2 " not in captured.out
+    results = json.loads((run_dir / "report" / "results.json").read_text())
+    assert not results["variants"].keys() & {"stage2", "stage3"}
+    assert results["comparisons"] == []
+    assert run("evaluate", run_dir, base, "--variants", "stage2", "--overwrite", "true") == 0
+    assert run("report", run_dir, base) == 0
+    assert [row["a"] for row in json.loads((run_dir / "report" / "results.json").read_text())["comparisons"]] == [
+        "stage2"
+    ]
+
+
+def test_data_that_are_read_are_not_replaced(finished, tmp_path):
+    """A second prepare.sh is refused while a stage reads, and that stage finishes as if alone."""
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    shutil.copytree(whole / "data", run_dir / "data")
+    process = start("sasrec", run_dir, base, "--epochs", "30")
+    while not (run_dir / "sasrec" / "training_state.safetensors").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    second = start("prepare", run_dir, base, "--seed", "1", "--overwrite", "true")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"data is being read by process {process.pid} on " in output
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+
+
 def steps_of(run_dir):
     """What each step of stage 3 was: its answers' rewards and lengths, its policy, its loss and gradient."""
     rows = json.loads((run_dir / "grpo" / "trainer_state.json").read_text())["log_history"]

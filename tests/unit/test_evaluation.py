@@ -248,6 +248,17 @@ def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
     assert not (killed / "predictions.partial.jsonl").exists()
 
 
+def test_rows_that_were_not_asked_for_are_no_result(data, tmp_path):
+    """What another process would leave if there were no lock: rows of other users, in whole batches."""
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_language_model(tmp_path, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood")
+    partial = tmp_path / "predictions.partial.jsonl"
+    partial.write_text(partial.read_text().replace('"user_id": "u"', '"user_id": "x"'))
+    with pytest.raises(InputError, match="2 rows that are not the answers to the 2 questions"):
+        evaluate_language_model(tmp_path, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood")
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
 def test_metrics_are_flat_and_count_users():
     rows = [
         Prediction("u", "I1", {"uniform": 1}),
