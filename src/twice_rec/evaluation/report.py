@@ -164,8 +164,8 @@ def shared_users(variants: Mapping[str, Variant]) -> tuple[list[str], dict[str, 
         if name not in together
     ]
     lines += [
-        f"{name}: the table of shared users has {len(chosen):,} of its {len(variant.users):,} users; the other language "
-        "models were asked about no more"
+        f"{name}: the table of shared users has {len(chosen):,} of its {len(variant.users):,} users; the other "
+        "language models were asked about no more"
         for name, variant in together.items()
         if variant.terms[0].asked and len(variant.users) > len(chosen)
     ]
