@@ -140,7 +140,7 @@ def _readers(path: Path) -> list[str]:
                 note.unlink(missing_ok=True)
             else:
                 found.append(_owner(file))
-    return found or ["another process"]
+    return list(dict.fromkeys(found)) or ["another process"]  # one process may read for several purposes
 
 
 def _refusal(results: Path, owner: str, how: str) -> InputError:

@@ -145,6 +145,10 @@ def test_a_small_evaluation_does_not_shrink_the_shared_table(tmp_path):
         "of the others"
     ]
     assert results["variants"]["stage3_quick"]["n"] == 1
+    evaluated(tmp_path, "stage3", {**users, "v": 1}, asked=ASKED)
+    results = report(tmp_path)
+    assert results["common_users"]["n"] == 20
+    assert "stage3: the table of shared users has 20 of its 21 users" in results["left_out"][1]
     assert sections_of(results, "uniform/hr@1")[-1][0] == "Left out"
 
 

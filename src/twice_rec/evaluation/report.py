@@ -154,7 +154,7 @@ def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str
 
 
 def shared_users(variants: Mapping[str, Variant]) -> tuple[list[str], dict[str, Variant], list[str]]:
-    """Return the users of the table of shared users, its variants, and a line about each variant that lacks some."""
+    """Return the users of the table of shared users, its variants, and a line about each that has others."""
     chosen = reference_users({name: (variant.terms[0], variant.users) for name, variant in variants.items()})
     together = {name: variant for name, variant in variants.items() if chosen <= variant.users.keys()}
     lines = [
@@ -162,6 +162,12 @@ def shared_users(variants: Mapping[str, Variant]) -> tuple[list[str], dict[str, 
         f"not all of the {len(chosen):,} of the others"
         for name, variant in variants.items()
         if name not in together
+    ]
+    lines += [
+        f"{name}: the table of shared users has {len(chosen):,} of its {len(variant.users):,} users; the other "
+        "language models were asked about no more"
+        for name, variant in together.items()
+        if variant.terms[0].asked and len(variant.users) > len(chosen)
     ]
     return [user for user in next(iter(together.values())).users if user in chosen] if chosen else [], together, lines
 
