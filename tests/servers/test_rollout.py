@@ -182,9 +182,10 @@ def test_several_answers_of_one_request_differ_and_stop(trained, prompts):
 
 
 def other_base(run_dir):
-    with open(run_dir / "sft" / "merged" / "config.json", "a") as file:
+    other = shutil.copytree(run_dir / "sft" / "merged", run_dir.parent / "other")
+    with open(other / "config.json", "a") as file:
         file.write("\n")
-    return []
+    return ["--model_name_or_path", str(other)]
 
 
 @pytest.mark.parametrize(
