@@ -335,6 +335,7 @@ def test_both_rankings_beside_each_other(finished, tmp_path):
     for folder in ("data", "sft"):
         shutil.copytree(whole / folder, run_dir / folder)
     flags = ["--variants", "stage2", "--rankings", "likelihood", "sampled", "--num_samples", "3", "--top_p", "0.95"]
+    flags += ["--vote_ties", "listed"]
     assert run("evaluate", run_dir, base, *flags) == 0
     sampled = run_dir / "eval" / "stage2_sampled" / "predictions.jsonl"
     rows = [json.loads(line) for line in sampled.read_text().splitlines()]
