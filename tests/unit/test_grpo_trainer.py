@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-def assert_alike(folder, make, settings, fused):
+def assert_alike(folder, make, settings, fused=False):
     """Both trainers take the same steps, ours with less work."""
     expected, plain_updates, plain_tokens = trained(GRPOTrainer, make, folder, **settings)
     found, updates, tokens = trained(SharedPrefixGRPOTrainer, make, folder, fused, **settings)
