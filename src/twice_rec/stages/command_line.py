@@ -101,8 +101,7 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
     path, *flags = given or [""]
     if not path or path.startswith("--"):
         raise InputError(f"{name}: expected RECIPE [--key value ...], found {' '.join(words) or 'nothing'}")
-    StageRun.check_only = "--check" in flags
-    flags = [flag for flag in flags if flag != "--check"]
+    check, flags = "--check" in flags, [flag for flag in flags if flag != "--check"]
     if "--show" in flags:
         flags.remove("--show")
         sys.stdout.write(show_recipe(path, recipe_class, flags) + "\n")
@@ -111,7 +110,11 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
     with _log_to_file(recipe.run_path, name):
         logger.info("%s: %s", name, " ".join([path, *flags]))
         _announce_wandb(recipe, name)
-        return _guarded(name, lambda: body(recipe))
+        StageRun.check_only = check
+        try:
+            return _guarded(name, lambda: body(recipe))
+        finally:
+            StageRun.check_only = False
 
 
 def _guarded(name: str, body: Callable[[], int | None]) -> int:
