@@ -27,25 +27,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM
 
 from reporting import report
+from shapes import SHAPES, bare_model
 from tiny_base.model import train_tokenizer
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown
 from twice_rec.grpo.rollout.vllm_command import server_command, server_environment
 from twice_rec.llm.generation import sample_completions
 
-SHAPES = {
-    "small": {
-        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096,
-    },
-    "gemma-3-1b": {
-        "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
-    },
-}  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, TEMPERATURE = 8, 0.9
 # What one_billion assumes of a machine with a GPU for the server and one for the trainer.
@@ -71,7 +62,7 @@ def one_billion(overhead: float) -> dict:
     a low one: 128 answers of 300 tokens to prompts of some 7,000 take a trainer on one GPU longer.
     """
     size = 4 * lora_parameters(SHAPES["gemma-3-1b"], RANK)
-    layers = SHAPES["gemma-3-1b"]["num_hidden_layers"] / SHAPES["small"]["num_hidden_layers"]
+    layers = SHAPES["gemma-3-1b"]["num_hidden_layers"] / SHAPES["small-wide"]["num_hidden_layers"]
     seconds = 2 * size / DISK_BYTES_PER_SECOND + overhead * layers
     share = round(seconds / (seconds + STEP_SECONDS_1B), 4)
     return {"adapter_mb_1b": round(size / 1e6, 1), "sync_seconds_1b": round(seconds, 3), "sync_share_1b": share}
@@ -80,7 +71,7 @@ def one_billion(overhead: float) -> dict:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=["small-wide", "gemma-3-1b"], default="small-wide")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=1000)
@@ -97,13 +88,11 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Write a model, serve it, and print the last line."""
-    shape, gpu = SHAPES[arguments.shape], torch.cuda.is_available()
-    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     longest = arguments.prompt_tokens + arguments.answer_tokens
-    config = Gemma3TextConfig(**shape, sliding_window=512, max_position_embeddings=longest + 1, pad_token_id=0)
     base, adapters = folder / "model", folder / "adapters"
-    Gemma3ForCausalLM(config).to(dtype).save_pretrained(base)
+    bare_model(arguments.shape, "sdpa", "cpu", dtype).save_pretrained(base)
     train_tokenizer(["a text of words and words"] * 9, 300).save_pretrained(base)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -132,7 +121,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         "train_seconds": round(train, 2),
         "sync_seconds": round(sync, 4),
         "sync_share": round(sync / (sync + request + train), 4),
-        "adapter_mb": round(4 * lora_parameters(shape, RANK) / 1e6, 2),
+        "adapter_mb": round(4 * lora_parameters(SHAPES[arguments.shape], RANK) / 1e6, 2),
         **one_billion(min(row[4] for row in rows)),
         "shape": arguments.shape,
         "prompts": f"{arguments.prompts} x {arguments.prompt_tokens}",

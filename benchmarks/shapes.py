@@ -13,6 +13,10 @@ SHAPES = {
         "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096,
     },
+    "small-wide": {
+        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096,
+    },
     "small-deep": {
         "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3,
         "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 4096,

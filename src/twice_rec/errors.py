@@ -1,4 +1,4 @@
-"""The error of everything that a user gave and can put right."""
+"""How a stage ends early: an input that cannot be used, work that stays open, or only a check."""
 
 from __future__ import annotations
 

@@ -165,11 +165,9 @@ class TrainerRecipe(Recipe):
         ),
     }  # fmt: skip
 
-    KNOWN_VALUES: ClassVar[Mapping[str, Iterable[str]]] = {}  # keys of it that its trainer checks late -> what it takes
+    KNOWN_VALUES: ClassVar[Mapping[str, Iterable[Any]]] = {}  # keys of it that its trainer checks late -> what it takes
     LOWEST: ClassVar[Mapping[str, float]] = {  # keys of it that it does not check -> the least value
-        **dict.fromkeys(
-            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
-        ),
+        **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
         **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), 0),
     }
     ABOVE_ZERO: ClassVar[tuple[str, ...]] = ("num_train_epochs", "logging_steps", "save_steps")
@@ -181,9 +179,21 @@ class TrainerRecipe(Recipe):
         """The keys of TRL's configuration that the recipe gives; the reader fills them in."""
         return self._trainer_keys
 
-    def trainer_faults(self, keys: Mapping[str, Any]) -> list[str]:
-        """Return a message for each key of TRL's that does not go with our keys; `keys` are the given ones."""
-        return []
+    def trainer_faults(self, keys: Mapping[str, Any]) -> dict[str, str]:
+        """Return key of TRL's -> what is wrong with it, if TRL takes it at first and stumbles over it when it trains.
+
+        A recipe adds the keys that do not go with its own. `keys` are the given ones.
+        """
+        faults = {}
+        for name, value in keys.items():
+            is_number = isinstance(value, (int, float))
+            if name in self.KNOWN_VALUES and value not in self.KNOWN_VALUES[name]:
+                faults[name] = f"it must be one of {', '.join(map(str, self.KNOWN_VALUES[name]))}"
+            elif is_number and name in self.LOWEST and value < self.LOWEST[name]:
+                faults[name] = f"it must be at least {self.LOWEST[name]:g}"
+            elif is_number and name in self.ABOVE_ZERO and value <= 0:
+                faults[name] = "it must be above 0"
+        return {name: f"{name} is {keys[name]!r}; {limit}" for name, limit in faults.items()}
 
     @classmethod
     def trainer_config(cls) -> type:
@@ -197,20 +207,6 @@ class TrainerRecipe(Recipe):
     def everything(self) -> dict[str, Any]:
         """Return all keys, TRL's included."""
         return {**super().everything(), **self._trainer_keys}
-
-    def check_trainer_keys(self) -> None:
-        """Raise an InputError for values that TRL takes at first and stumbles over when it trains."""
-        faults = []
-        for name, value in self._trainer_keys.items():
-            is_number = isinstance(value, (int, float))
-            if name in self.KNOWN_VALUES and value not in self.KNOWN_VALUES[name]:
-                faults.append(f"{name} is {value!r}; it must be one of {', '.join(self.KNOWN_VALUES[name])}")
-            elif is_number and name in self.LOWEST and value < self.LOWEST[name]:
-                faults.append(f"{name} is {value}; it must be at least {self.LOWEST[name]:g}")
-            elif is_number and name in self.ABOVE_ZERO and value <= 0:
-                faults.append(f"{name} is {value}; it must be above 0")
-        if faults:
-            raise InputError("; ".join(faults))
 
     def trainer_arguments(self, folder: Path, **others: Any) -> Any:
         """Return TRL's configuration: the recipe's keys, those of `OWNED`, and others."""

@@ -107,7 +107,8 @@ def _load(
     built = _build(ours, recipe, errors)
     keywords = _trainer_keys(theirs, recipe, trainer, errors, here) if trainer else {}
     if trainer and built is not None:
-        errors += built.trainer_faults(keywords)  # type: ignore[attr-defined]
+        faults: Mapping[str, str] = built.trainer_faults(keywords)  # type: ignore[attr-defined]
+        errors += [f"{theirs[name].where}: {says}" for name, says in faults.items()]
     if errors or built is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))

@@ -223,15 +223,21 @@ def test_what_rests_on_a_redone_stage_is_neither_evaluated_nor_reported(finished
     ]
 
 
+def start_sasrec(run_dir, base, epochs):
+    """A process that has trained for an epoch or more, and goes on."""
+    process = start("sasrec", run_dir, base, "--epochs", str(epochs))
+    while not (run_dir / "sasrec" / "training_state.safetensors").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    return process
+
+
 def test_data_that_are_read_are_not_replaced(finished, tmp_path):
     """A second prepare.sh is refused while a stage reads, and that stage finishes as if alone."""
     whole, base = finished
     run_dir = tmp_path / "tiny"
     shutil.copytree(whole / "data", run_dir / "data")
-    process = start("sasrec", run_dir, base, "--epochs", "30")
-    while not (run_dir / "sasrec" / "training_state.safetensors").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    process = start_sasrec(run_dir, base, 30)
     second = start("prepare", run_dir, base, "--seed", "1", "--overwrite", "true")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
@@ -253,10 +259,7 @@ def test_ctrl_c_is_one_line_and_loses_nothing(finished, tmp_path):
     whole, base = finished
     run_dir = tmp_path / "tiny"
     shutil.copytree(whole / "data", run_dir / "data")
-    process = start("sasrec", run_dir, base, "--epochs", "200")
-    while not (run_dir / "sasrec" / "training_state.safetensors").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    process = start_sasrec(run_dir, base, 200)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130

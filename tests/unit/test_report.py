@@ -97,6 +97,7 @@ def test_runs_that_were_asked_something_else_are_not_averaged(tmp_path, other, s
     [
         ({"asked": {**ASKED, "ranking": "sampled"}}, "different ranking (likelihood and sampled)"),
         ({"asked": {**ASKED, "max_prompt_tokens": 900}}, "different max_prompt_tokens (None and 900)"),
+        ({"asked": {**ASKED, "vote_ties": "listed"}}, "different vote_ties (None and listed)"),
         ({"ranks": {"a": 1, "b": 1}}, "different users (3 and 2, of which both have 2)"),
         ({"sft__merged": "other"}, "different sft/merged (hashes one and other)"),
     ],

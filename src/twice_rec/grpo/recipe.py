@@ -41,6 +41,10 @@ OF_TRL_ROLLOUTS = {
 }
 
 
+# Values of loss_type whose step has the same gradient however its completions are split into micro-batches of one size.
+ADDITIVE_LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo")
+
+
 class RolloutConfig(Settings):
     """Who samples the completions."""
 
@@ -102,7 +106,7 @@ class GRPORecipe(
 
     TRAINER_CONFIG: ClassVar = "GRPOConfig"
     KNOWN_VALUES: ClassVar = {
-        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo"),
+        "loss_type": (*ADDITIVE_LOSSES, "bnpo"),
         "importance_sampling_level": ("token", "sequence"),
         "scale_rewards": (True, False, "group", "batch", "none"),
     }
@@ -157,13 +161,13 @@ class GRPORecipe(
     )
     sample_completions: int = run_key(4, "number of sample completions that are shown", ge=1)
 
-    def trainer_faults(self, keys: Mapping[str, Any]) -> list[str]:
-        """Return a message for each key of TRL's that this rollout does not use."""
-        return [
-            f"{name} is for rollout {' or '.join(kinds)}, found rollout {self.rollout}; leave the key out"
+    def trainer_faults(self, keys: Mapping[str, Any]) -> dict[str, str]:
+        """Return also the keys of TRL's that this rollout does not use."""
+        return super().trainer_faults(keys) | {
+            name: f"{name} is for rollout {' or '.join(kinds)}, found rollout {self.rollout}; leave the key out"
             for name, kinds in OF_TRL_ROLLOUTS.items()
             if name in keys and self.rollout not in kinds
-        ]
+        }
 
     @property
     def folder(self) -> str:

@@ -85,7 +85,7 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
 
     Completions of one prompt are brought together within each optimizer step, for the parent's shuffle would leave a
     group little to share. This is done only if the step's gradient stays the same: if the loss is an average over
-    completions, or divides by a number that is fixed per step (`trl_private.ADDITIVE_LOSSES`), and the entropies within
+    completions, or divides by a number that is fixed per step (`recipe.ADDITIVE_LOSSES`), and the entropies within
     a micro-batch decide nothing. bnpo divides by the tokens of a micro-batch, so its micro-batches stay as the parent
     shuffles them; completions of one prompt share it if they meet there.
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Batch = dict[str, Any]
+from twice_rec.grpo.recipe import ADDITIVE_LOSSES
 
-# Values of loss_type whose step has the same gradient however its completions are split into micro-batches of one size.
-ADDITIVE_LOSSES = frozenset({"grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"})
+Batch = dict[str, Any]
 
 
 def metrics(trainer: Any) -> dict[str, list[float]]:

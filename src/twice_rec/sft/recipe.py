@@ -68,15 +68,16 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
             return f"curriculum keeps the tasks apart, {other} together; use only one of them"
         return None
 
-    def trainer_faults(self, keys: Mapping[str, Any]) -> list[str]:
-        """Return a message for each key of TRL's that does not go with packs of ours, or with a curriculum."""
+    def trainer_faults(self, keys: Mapping[str, Any]) -> dict[str, str]:
+        """Return also the keys of TRL's that do not go with packs of ours, or with a curriculum."""
         ours = next((name for name in ("share_prefixes", "pack_tokens", "curriculum") if getattr(self, name)), None)
-        faults = []
+        faults = super().trainer_faults(keys)
         for name in ("packing", "padding_free"):
             if ours and keys.get(name):
                 use = "set it to false" if ours == "curriculum" else "set it to false, and use pack_tokens"
-                faults.append(f"{name} is true, but {ours} decides itself which rows go together; {use}")
-        if self.curriculum and keys.get("train_sampling_strategy", "sequential") != "sequential":
-            found = f"train_sampling_strategy is {keys['train_sampling_strategy']}"
-            faults.append(f"{found}, but a curriculum keeps the rows' order; leave one of the two out")
+                faults[name] = f"{name} is true, but {ours} decides itself which rows go together; {use}"
+        strategy = "train_sampling_strategy"
+        if self.curriculum and keys.get(strategy, "sequential") != "sequential":
+            says = "but a curriculum keeps the rows' order; leave one of the two out"
+            faults[strategy] = f"{strategy} is {keys[strategy]}, {says}"
         return faults

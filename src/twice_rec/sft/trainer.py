@@ -36,7 +36,8 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
     more: dict[str, Any] = {}
     if recipe.share_prefixes or recipe.pack_tokens:
         encoded = encoding.share_prefixes(rows, encoded) if recipe.share_prefixes else encoding.alone(encoded)
-        logger.info("%s groups of rows with a common beginning", f"{len(encoded):,}")
+        if recipe.share_prefixes:
+            logger.info("%s groups of rows with a common beginning", f"{len(encoded):,}")
         if recipe.pack_tokens:
             encoded = encoding.pack(encoded, recipe.pack_tokens, recipe.seed)
             logger.info("%s packs of at most %s tokens", f"{len(encoded):,}", f"{recipe.pack_tokens:,}")

@@ -38,10 +38,9 @@ def sft(recipe: SFTRecipe) -> None:
     with StageRun(recipe, "sft", "sft", inputs) as run:
         if run.is_finished():
             return
-        recipe.check_trainer_keys()
+        recipe = at_commit(recipe, base)
         tokenizer = model_check.checked_tokenizer(recipe.model_name_or_path, recipe)
         run.begin()
-        recipe = at_commit(recipe, base)
         data = PreparedData(recipe.run_path / "data")
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         examples, rationales = list(data.training_examples()), read_records(accepted, Rationale)

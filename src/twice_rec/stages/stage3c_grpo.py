@@ -43,13 +43,12 @@ def grpo(recipe: GRPORecipe) -> None:
     with StageRun(recipe, "grpo", recipe.folder, [*inputs, origin]) as run:
         if run.is_finished():
             return
-        recipe.check_trainer_keys()
+        recipe = at_commit(recipe, origin)
         tokenizer = model_check.checked_tokenizer(start, recipe)
         data = PreparedData(recipe.run_path / "data")
         rewarder = load_rewarder(recipe, recipe.run_path, data, recipe.seed)
         of_trl = trl_arguments(recipe, start)
         run.begin()
-        recipe = at_commit(recipe, origin)
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_for_training(start, recipe, recipe)
         rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))
