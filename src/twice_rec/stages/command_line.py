@@ -7,6 +7,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,13 @@ _NOISY = (
     "urllib3", "filelock", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "fsspec", "asyncio", "matplotlib",
     "datasets", "wandb",
 )  # fmt: skip
-_FULL_OR_LOCKED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_FULL_OR_LOCKED = {*_FULL, errno.EACCES, errno.EPERM}
+# What libraries that write files by themselves (safetensors, tokenizers, torch, SQLite) say of the same.
+_FULL_IN_WORDS = re.compile(
+    r"No space left on device|Disk quota exceeded|Read-only file system|os error (?:28|30|122)\b|disk is full"
+    r"|PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,13 +119,13 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
         _announce_wandb(recipe, name)
         StageRun.check_only = check
         try:
-            return _guarded(name, lambda: body(recipe))
+            return _guarded(name, lambda: body(recipe), recipe.run_path)
         finally:
             StageRun.check_only = False
 
 
-def _guarded(name: str, body: Callable[[], int | None]) -> int:
-    """Return the exit status of `body`; whatever it raises is told in one message."""
+def _guarded(name: str, body: Callable[[], int | None], run_dir: Path | None = None) -> int:
+    """Return the exit status of `body`, which writes below `run_dir`; whatever it raises is told in one message."""
     try:
         return body() or 0
     except KeyboardInterrupt:
@@ -133,20 +140,29 @@ def _guarded(name: str, body: Callable[[], int | None]) -> int:
         logger.error("%s", error)
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL_OR_LOCKED:
+        if failed := _failed_write(error, run_dir):
             logger.debug("%s", traceback.format_exc())
-            logger.error("%s", _cannot_write(error))
+            logger.error(
+                "cannot write %s. Finished files are whole and nothing half-written is left in their place; make room "
+                "or choose another --run_dir, then run the same command again",
+                failed,
+            )
         else:
             logger.exception("%s failed", name)
         return 1
 
 
-def _cannot_write(error: OSError) -> str:
-    where = error.filename or "a file"
-    return (
-        f"cannot write {where}: {error.strerror}. Finished files are whole and nothing half-written is left in their "
-        "place; make room or choose another --run_dir, then run the same command again"
-    )
+def _failed_write(error: BaseException, run_dir: Path | None) -> str | None:
+    """Say what could not be written and why, if an exception, or what it came from, is a write that failed."""
+    somewhere = "a file" if run_dir is None else f"a file below {run_dir}"
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (_FULL_OR_LOCKED if found is error else _FULL):
+            return f"{found.filename or somewhere}: {found.strerror}"
+        if not isinstance(found, InputError) and _FULL_IN_WORDS.search(str(found)):
+            return f"{somewhere}: {str(found).strip().splitlines()[0]}"
+        found = found.__cause__ or found.__context__
+    return None
 
 
 class _TerminalFormat(logging.Formatter):
@@ -175,13 +191,25 @@ class _Terminal(logging.StreamHandler):
         super().__init__(sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that is silent on a full disk; what else cannot be written there is told."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Lose the line."""
+
+    def close(self) -> None:
+        """See `FileHandler`; what is still to be written may be lost."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def _log_to_file(run_dir: Path, name: str) -> Iterator[None]:
     """Append everything to `run_dir/logs/NAME.log`; other processes than the first to a file of their own."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if IS_MAIN else f".rank{os.environ['RANK']}"
-    handler = logging.FileHandler(folder / f"{name}{suffix}.log", encoding="utf-8")
+    handler = _LogFile(folder / f"{name}{suffix}.log", encoding="utf-8")
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

@@ -78,7 +78,7 @@ class LineReader:
             return False
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # `surrogateescape` stands for these bytes
+        except UnicodeEncodeError:  # these bytes were read by `surrogateescape`
             self._foreign.append(line + 1)
             if len(self._foreign) >= 1000:
                 self.finish()
