@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import time
@@ -211,7 +212,8 @@ def test_what_rests_on_a_redone_stage_is_neither_evaluated_nor_reported(finished
     captured = capfd.readouterr()
     assert "eval/stage3 is stale: it rests on sft/merged" in captured.err
     assert "stage3 - stage2 left out: stage3 is not evaluated" in captured.err
-    assert "        grpo           stale: it rests on sft/merged" in captured.out
+    # the column of the words depends on what other results the run has
+    assert re.search(r"^ {8}grpo +stale: it rests on sft/merged", captured.out, re.MULTILINE)
     assert "| stage2 " not in captured.out
     results = json.loads((run_dir / "report" / "results.json").read_text())
     assert not results["variants"].keys() & {"stage2", "stage3"}
