@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from twice_rec.random_streams import random_stream
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -100,7 +102,7 @@ def _bootstrap_means(values: FloatArray, samples: int, seed: int) -> FloatArray:
     n = len(values)
     if values.ndim != 2 or n == 0:
         raise ValueError(f"the bootstrap takes one row per user, got an array of shape {values.shape}")
-    rng = np.random.default_rng(seed)
+    rng = random_stream(seed, "bootstrap")
     means = np.empty((samples, values.shape[1]))  # [samples, M]
     chunk = max(1, 2_000_000 // n)  # bounds the memory of the counts
     for start in range(0, samples, chunk):

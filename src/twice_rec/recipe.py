@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from twice_rec.errors import InputError
+from twice_rec.random_streams import stream_seed
 
 Rule = Callable[[Any], "str | None"]
 
@@ -212,7 +213,7 @@ class TrainerRecipe(Recipe):
         """Return TRL's configuration: the recipe's keys, those of `OWNED`, and others."""
         return self.trainer_config()(
             output_dir=str(folder),
-            seed=self.seed,
+            seed=stream_seed(self.seed, f"first weights, order and dropout of {self.TRAINER_CONFIG}"),
             report_to="none" if self.wandb == "none" else "wandb",
             run_name=os.environ.get("WANDB_NAME"),
             **self._trainer_keys,

@@ -22,6 +22,7 @@ from scipy import linalg, sparse
 
 from twice_rec.cf.confidence import Floats, Histories
 from twice_rec.errors import InputError
+from twice_rec.random_streams import random_stream
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class RandomScorer:
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
         """See `CFScorer`."""
         seed, num_items = self._training.seed, self._training.num_items
-        return np.stack([np.random.default_rng([seed, int(user)]).random(num_items) for user in users])
+        return np.stack([random_stream(seed, "random scores", int(user)).random(num_items) for user in users])
 
 
 @baseline("popularity")

@@ -18,7 +18,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from twice_rec.cf.sasrec import SASRec, SASRecScorer, pad_right
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path, set_aside, write_jsonl
 from twice_rec.progress import progress
+from twice_rec.random_streams import stream_seed
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class SASRecTrainer:
     ):
         self._gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed(seed, "first weights of SASRec"))
             self.model = SASRec(config, num_items).to(device)
         self.config = trainer_config
         self.seed = seed
@@ -178,12 +178,11 @@ class SASRecTrainer:
 
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()
-        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order and negatives of SASRec", number))
         total = 0.0
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(seed + 1)  # dropout
+            torch.manual_seed(stream_seed(self.seed, "dropout of SASRec", number))
             for step, sequences in enumerate(batches(self.table, self.config.batch_size, generator)):
                 self._set_learning_rate((number - 1) * self.steps_per_epoch + step)
                 loss = training_loss(self.model, sequences, self.config, generator)

@@ -1,13 +1,13 @@
 """Candidate lists: the target among negatives the user never interacted with, drawn once and stored.
 
-The draw of a list depends only on the seed, the user, the split and the kind of list: not on other users, nor on the
-order in which they are drawn. The position of the target is uniform. To add a kind of list, add its draw to
+The random numbers of a list depend only on the seed, the user, the split and the kind of list: not on other users, nor
+on the order in which they are drawn. (What popularity and hard lists draw from does depend on the training parts of
+others.) The position of the target is uniform. To add a kind of list, add its draw to
 `CANDIDATE_LISTS`, and what the report says of it to `records.RANKED_LISTS`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
+from twice_rec.random_streams import random_stream
 from twice_rec.recipe import Settings, key, one_of, rule
 from twice_rec.records import CandidateLists, Split, UserSequence
 
@@ -160,8 +161,7 @@ def draw_candidates(
             target = sequence.target(split).item_id
             lists = {}
             for kind in kinds:
-                draw = hashlib.blake2b(f"{seed}\0{sequence.user_id}\0{split}\0{kind}".encode(), digest_size=16)
-                rng = np.random.default_rng(int.from_bytes(draw.digest(), "little"))
+                rng = random_stream(seed, sequence.user_id, split, kind)
                 ids = [target, *(catalog.at(index).item_id for index in CANDIDATE_LISTS[kind](rng, choice))]
                 lists[kind] = tuple(ids[position] for position in rng.permutation(len(ids)))
             yield CandidateLists(sequence.user_id, target, lists)

@@ -29,6 +29,7 @@ from twice_rec.manifest import HubModel
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
 from twice_rec.prompts import item_answer, rationale_answer
+from twice_rec.random_streams import random_stream, stream_seed
 from twice_rec.records import Example, Prediction
 from twice_rec.run import StageRun
 
@@ -42,7 +43,8 @@ def question_batches(recipe: EvaluateRecipe, data: PreparedData) -> Iterator[tup
     """Yield the drawn users' questions in batches, list after list; users in the files' order."""
     for kind in recipe.lists:
         examples = list(data.examples("test", kind))
-        drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(examples))[: recipe.num_users])
+        shuffled = random_stream(recipe.seed, "evaluated users").permutation(len(examples))
+        drawn = np.sort(shuffled[: recipe.num_users])
         for start in range(0, len(drawn), recipe.batch_size):
             yield kind, [examples[position] for position in drawn[start : start + recipe.batch_size]]
 
@@ -66,7 +68,7 @@ def evaluate_language_model(
         logger.info("%s: going on after batch %d of %d", folder, done, len(batches))
     for number in progress(range(done, len(batches)), desc=folder.name, unit="batch", total=len(batches), initial=done):
         kind, examples = batches[number]
-        sampling_seed = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0])
+        sampling_seed = stream_seed(recipe.seed, "completions of evaluation", number)
         append(partial, ask(generator, examples, kind, builder, recipe, ranking, sampling_seed))
     rows = list(read_records(partial, Prediction))
     asked = [(kind, example.user_id, example.target) for kind, examples in batches for example in examples]

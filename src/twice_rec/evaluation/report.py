@@ -129,11 +129,12 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
         if differs := unequal(variants, a, b, metric):
             lines.append(f"{a} - {b} left out: {differs}")
         else:
-            comparisons.append(compare(variants, a, b, metric, samples))
+            comparisons.append(compare(variants, a, b, metric, samples, recipe.seed))
     shared, together, others = shared_users(variants)
+    of_shared = summarise_variants(together, shared, samples, recipe.seed) if shared else {}
     return {
-        "variants": summarise_variants(variants, None, samples),
-        "common_users": {"n": len(shared), "variants": summarise_variants(together, shared, samples) if shared else {}},
+        "variants": summarise_variants(variants, None, samples, recipe.seed),
+        "common_users": {"n": len(shared), "variants": of_shared},
         "comparisons": comparisons,
         "left_out": [*lines, *others],
     }
@@ -172,14 +173,16 @@ def shared_users(variants: Mapping[str, Variant]) -> tuple[list[str], dict[str, 
     return [user for user in next(iter(together.values())).users if user in chosen] if chosen else [], together, lines
 
 
-def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int) -> Summary:
+def summarise_variants(
+    variants: Mapping[str, Variant], users: Sequence[str] | None, bootstrap_samples: int, seed: int = 0
+) -> Summary:
     """Return means, 95 % intervals, users and trainings of each variant, on the given users or else on all its own."""
     summary: dict[str, dict[str, Any]] = {}
     asked = labels({name: variant.terms[0] for name, variant in variants.items()})
     for name, variant in variants.items():
         of = list(variant.users) if users is None else users
         columns = np.stack([variant.column(key, of) for key in variant.values], axis=1)  # [users, metrics]
-        intervals = bootstrap_intervals(columns, bootstrap_samples)  # [metrics, 2]
+        intervals = bootstrap_intervals(columns, bootstrap_samples, seed)  # [metrics, 2]
         summary[name] = {
             "metrics": dict(zip(variant.values, columns.mean(axis=0).tolist(), strict=True)),
             "ci95": dict(zip(variant.values, intervals.tolist(), strict=True)),
@@ -190,11 +193,13 @@ def summarise_variants(variants: Mapping[str, Variant], users: Sequence[str] | N
     return summary
 
 
-def compare(variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int) -> dict[str, Any]:
+def compare(
+    variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int, seed: int = 0
+) -> dict[str, Any]:
     """Compare two variants, which are not `unequal`, on the users both have, user by user."""
     users = [user for user in variants[a].users if user in variants[b].users]
     left, right = (variants[name].column(metric, users) for name in (a, b))
-    found = paired_bootstrap(left, right, bootstrap_samples)
+    found = paired_bootstrap(left, right, bootstrap_samples, seed)
     return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
 
 

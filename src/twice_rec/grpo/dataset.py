@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.random_streams import random_stream
 from twice_rec.records import Example
 
 
@@ -20,7 +19,7 @@ def prompt_rows(
         One row per example: `prompt` (messages), `candidates` and `history` (item ids), and `target` (item id).
     """
     count = max(1, round(fraction * len(examples)))
-    drawn = np.random.default_rng(seed).permutation(len(examples))[:count]
+    drawn = random_stream(seed, "prompts of stage 3").permutation(len(examples))[:count]
     return [
         {
             "prompt": builder.recommend(example, with_rationale=True),

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
 from twice_rec import prompts
 from twice_rec.errors import InputError
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.prompts import Message
+from twice_rec.random_streams import random_stream
 from twice_rec.recipe import Settings, key, rule
 from twice_rec.records import Example, Item, Rationale
 
@@ -74,7 +73,7 @@ def training_rows(
     Raises:
         InputError: if a rationale's user or target is not among the examples, or if a task has no rows.
     """
-    rng = np.random.default_rng(seed)
+    rng = random_stream(seed, "rows of stage 2")
 
     def draw(task: str, population: Sequence[T], first: Callable[[T], bool] = lambda _: True) -> list[T]:
         """Draw without replacement, those that are `first` before all others, and repeat by weight."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from twice_rec.errors import InputError
 from twice_rec.llm.tokens import encode_chat, encode_text, end_of_turn_ids
+from twice_rec.random_streams import random_stream
 from twice_rec.sft.dataset import Row
 
 EncodedRow = dict[str, NDArray[np.int32]]
@@ -82,7 +83,7 @@ def pack(groups: Sequence[Pack], max_tokens: int, seed: int) -> list[Pack]:
     """
     packs: list[Pack] = []
     room: list[tuple[int, int]] = []  # of the open packs: tokens left, index; the least room first
-    for position in np.random.default_rng(seed).permutation(len(groups)):
+    for position in random_stream(seed, "packs of stage 2").permutation(len(groups)):
         group = groups[position]
         length = len(group["labels"])
         place = bisect_left(room, (length, 0))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
@@ -46,7 +45,6 @@ def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTok
     if recipe.sample_every:
         asked = [row for row in rows if row.task != "item_info"][: recipe.sample_prompts]
         more["callbacks"] = [SampleCompletions(asked, recipe.sample_every, folder / "samples.jsonl")]
-    torch.manual_seed(recipe.seed)  # the adapter's first weights
     trainer = SFTTrainer(
         model=model,
         args=arguments,

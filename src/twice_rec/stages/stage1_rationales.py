@@ -20,6 +20,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
+from twice_rec.random_streams import random_stream
 from twice_rec.rationales import annotators, curate, report
 from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.recipe import RationalesRecipe
@@ -67,7 +68,7 @@ def _drawn(recipe: RationalesRecipe, data: PreparedData) -> tuple[list, list, Re
     examples = [example for example in data.training_examples() if released is None or example in released]
     if not examples:
         raise InputError(f"no released rationale in {recipe.source_dir} is about a training target in {data.folder}")
-    drawn = np.random.default_rng(recipe.seed).permutation(len(examples))[: recipe.max_rationales]
+    drawn = random_stream(recipe.seed, "annotated users").permutation(len(examples))[: recipe.max_rationales]
     return [examples[i] for i in drawn], [examples[i] for i in np.sort(drawn)], released
 
 

@@ -27,7 +27,6 @@ logger = logging.getLogger("grpo")
 
 def grpo(recipe: GRPORecipe) -> None:
     """Train, save, merge."""
-    import torch
     from datasets import Dataset
 
     from twice_rec.grpo.completion_log import CompletionLog
@@ -55,7 +54,6 @@ def grpo(recipe: GRPORecipe) -> None:
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
         logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.config.reward_tau)
-        torch.manual_seed(recipe.seed)  # the adapter's first weights
         trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
             rollout_func=rollouts,
             model=model,

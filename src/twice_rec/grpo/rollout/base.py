@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from twice_rec.grpo.trl_private import metrics
 from twice_rec.llm.generation import Completion
 from twice_rec.llm.tokens import encode_chat
+from twice_rec.random_streams import stream_seed
 
 
 class Group(NamedTuple):
@@ -102,7 +102,7 @@ class Rollouts(ABC):
 
     def _seed_of(self, version: int, *place: int) -> int:
         """Return 31 bits from seed, step, and a place within the step, such as call and process."""
-        return int(np.random.SeedSequence([self._seed, version, *place]).generate_state(1)[0]) >> 1
+        return stream_seed(self._seed, "completions of stage 3", version, *place)
 
 
 def batches(groups: Sequence[Group], size: int) -> list[list[Group]]:

@@ -18,6 +18,7 @@ from twice_rec.errors import InputError
 from twice_rec.grpo.recipe import MAX_SERVED_RANK, GRPORecipe
 from twice_rec.grpo.rollout import vllm_process
 from twice_rec.grpo.rollout.vllm_client import base_name
+from twice_rec.random_streams import stream_seed
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def server_command(recipe: GRPORecipe, address: str, model_folder: Path) -> list
         "host": host,
         "port": port,
         "dtype": recipe.dtype,
-        "seed": recipe.seed,
+        "seed": stream_seed(recipe.seed, "rollout server", address),  # draws if requests have no seeds
         "tensor_parallel_size": recipe.rollout_tensor_parallel_size,
         "distributed_executor_backend": recipe.rollout_executor,
         "max_model_len": recipe.rollout_max_model_len,
