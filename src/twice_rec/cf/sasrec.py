@@ -173,13 +173,13 @@ class SASRecScorer(ConfidenceModel):
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         if self.item_mean is not None:
             tensors["item_mean"] = torch.from_numpy(self.item_mean)
-        metadata = {
-            "settings": json.dumps(self.model.settings()),
-            "calibration": json.dumps(dict(self.calibration)),
+        about = {
+            "settings": self.model.settings(),
+            "calibration": dict(self.calibration),
             "catalog": catalog.fingerprint,
         }
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {"sasrec": json.dumps(about)})  # safetensors shuffles keys if there are more
 
     @classmethod
     def load(cls, path: Path, catalog: ItemCatalog, device: str | torch.device = "cpu") -> SASRecScorer:
@@ -192,12 +192,12 @@ class SASRecScorer(ConfidenceModel):
             raise InputError(f"{path}: no such file; train SASRec first (sasrec.sh)")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                about = json.loads((file.metadata() or {})["sasrec"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            settings = dict(json.loads(metadata["settings"]))
+            settings = dict(about["settings"])
             num_items, config = settings.pop("num_items"), SASRecConfig(**settings)
-            calibration = {name: tuple(pair) for name, pair in json.loads(metadata["calibration"]).items()}
-            trained_on = metadata["catalog"]
+            calibration = {name: tuple(pair) for name, pair in about["calibration"].items()}
+            trained_on = about["catalog"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a SASRec of this project ({error}); train it again (sasrec.sh)") from None
         if trained_on != catalog.fingerprint:
