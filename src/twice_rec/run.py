@@ -38,6 +38,9 @@ IS_MAIN = int(os.environ.get("RANK", "0")) == 0  # of several processes, the fir
 # How the files begin that a checkpoint of a trainer has beside those of `save_model`; some are DeepSpeed's.
 _TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "latest", "zero_to_fp32")
 
+# What a trainer sums over the steps of this process and gives as that of all steps; with a resumed one it is wrong.
+_OF_ONE_PROCESS = ("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "num_tokens")
+
 
 def require(path: Path, made_by: str) -> Path:
     """Return the path, which another stage must have made.
@@ -198,7 +201,8 @@ class StageRun:
         If that checkpoint is of the last step, nothing is trained any more: its weights are the result.
 
         Returns:
-            Number of steps, and the last values that the trainer logged.
+            Number of steps, and the last values that the trainer logged; of a resumed training without its mean loss
+            and speeds, since the trainer knows only of the steps since.
 
         Raises:
             InputError: if the training ended before its last step.
@@ -216,6 +220,10 @@ class StageRun:
                 steps = f"{trainer.state.global_step} of {trainer.state.max_steps} steps"
                 raise InputError(f"{self.path}: the training ended after {steps}; the same command goes on")
             trainer.save_model(str(self.path))
+            summary = trainer.state.log_history[-1]
+            for name in _OF_ONE_PROCESS if checkpoint else ():
+                result.metrics.pop(name, None)
+                summary.pop(name, None)
             trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         last = trainer.state.log_history[-1] if trainer.state.log_history else {}

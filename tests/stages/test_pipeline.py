@@ -125,7 +125,7 @@ def test_other_settings_need_a_word(finished, capfd):
 KILLED = {
     "prepare": ("data/sequences.jsonl", ["data/catalog.jsonl", "data/candidates.test.jsonl", "data/oracle.npz"]),
     "base": ("base/training_state.pt", ["base/model.safetensors", "base/exam.json", "base/tokenizer.json"]),
-    "sft": ("sft/checkpoint-4/trainer_state.json", ["sft/merged/model.safetensors"]),
+    "sft": ("sft/samples.jsonl", ["sft/merged/model.safetensors", "sft/samples.jsonl"]),  # sampled behind a checkpoint
     "sasrec": ("sasrec/training_state.safetensors", ["sasrec/model.safetensors", "eval/sasrec/predictions.jsonl"]),
     "grpo": (
         "grpo/checkpoint-2/trainer_state.json",

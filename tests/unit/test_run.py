@@ -199,6 +199,30 @@ def test_at_the_last_step_nothing_is_trained(tmp_path):
     }  # fmt: skip
 
 
+def test_a_resumed_training_has_no_mean_loss_since_the_trainer_knows_only_its_own_steps(tmp_path):
+    def trained(run):
+        trainer = FakeTrainer(run.path)
+        trainer.save_model = lambda folder: None
+        logged = [{"loss": 0.5, "step": 2}, {"train_loss": 0.3, "train_runtime": 1.0, "epoch": 1.0, "step": 4}]
+
+        def train(resume_from_checkpoint):
+            trainer.state = SimpleNamespace(global_step=4, max_steps=4, log_history=logged)
+            return SimpleNamespace(metrics={"train_loss": 0.3, "train_runtime": 1.0, "epoch": 1.0})
+
+        trainer.train = train
+        return run.train(trainer), trainer.metrics
+
+    run = make(tmp_path)
+    run.path.mkdir(parents=True)
+    figures, metrics = trained(run)
+    assert figures == {"steps": 4, "train_loss": 0.3, "train_runtime": 1.0, "epoch": 1.0, "step": 4}
+    assert metrics == {"train_loss": 0.3, "train_runtime": 1.0, "epoch": 1.0}
+    checkpoint_of(run, 2)
+    figures, metrics = trained(run)
+    assert figures == {"steps": 4, "epoch": 1.0, "step": 4}
+    assert metrics == {"epoch": 1.0}
+
+
 def test_a_training_that_ends_early_is_not_finished(tmp_path):
     run = make(tmp_path)
     checkpoint_of(run, 2)
