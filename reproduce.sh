@@ -3,6 +3,11 @@
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case "$*" in
+  "") ;;
+  -h | --help) sed -n '2,/^set /{s/^# //p}' reproduce.sh; exit 0 ;;
+  *) echo "error: reproduce.sh takes no arguments, found $*; for other settings run the launchers it calls" >&2; exit 2 ;;
+esac
 bash install.sh
 bash prepare.sh
 bash rationales.sh

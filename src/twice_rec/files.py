@@ -48,6 +48,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left of their `atomic_path`; for a folder that no other process writes."""
+    for path in folder.rglob(".*.tmp*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def set_aside(path: Path) -> Path:
     """Rename a damaged file or folder to `damaged-NAME`, under which nobody looks for it; return its new path."""
     number, new = 1, path.with_name(f"damaged-{path.name}")

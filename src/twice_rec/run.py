@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twice_rec.errors import CheckedError, InputError
-from twice_rec.files import atomic_path, hash_file, read_json, set_aside, write_json
+from twice_rec.files import atomic_path, hash_file, read_json, remove_temporaries, set_aside, write_json
 from twice_rec.locks import writing
 from twice_rec.manifest import BEGUN, Hashes, HubModel, Manifest, chain, environment, held, names_of
 from twice_rec.recipe import Recipe
@@ -100,6 +100,7 @@ class StageRun:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(writing(self.path))
                 stack.enter_context(held(self._places.values(), self._hashes))
+                remove_temporaries(self.path)
                 self._locks = stack.pop_all()
         return self
 

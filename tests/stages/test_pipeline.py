@@ -161,6 +161,7 @@ def test_killed_and_started_again_it_ends_with_the_same_results(finished, tmp_pa
     finished_before_kill = (killed / own[0] / MANIFEST).exists()
     assert not finished_before_kill or stage == "evaluate"
     assert run(stage, killed, base) == 0
+    assert not [path for folder in own for path in (killed / folder).rglob(".*")]
     for name in results:
         if name.endswith(".safetensors"):
             expected, found = load_file(whole / name), load_file(killed / name)

@@ -268,6 +268,12 @@ def test_atomic_files_of_recbole(tmp_path):
         (["grpo_step2.sh"], {"ACCELERATE_CONFIG": "no.yaml"}, "ACCELERATE_CONFIG is no.yaml: no such file"),
         (["sft.sh", "--seed", "010"], {}, "--seed: seed must be a whole number, found '010'"),
         (["sasrec.sh", "--help"], {"CDPATH": "/"}, ""),
+        (["install.sh", "-h"], {}, ""),
+        (["install.sh", "other.txt"], {}, "other.txt: no such file of requirements; here are requirements-gpu.txt"),
+        (["install.sh"], {"VENV": "/tmp/none", "PYTHON": "false"}, "Python 3.11 or later is needed, false is"),
+        (["reproduce.sh", "--help"], {}, ""),
+        (["reproduce.sh", "--seed", "1"], {}, "reproduce.sh takes no arguments, found --seed 1"),
+        (["base.sh"], {"VENV": "/no/such"}, "/no/such has no Python; make the environment with: bash install.sh"),
     ],
 )
 def test_what_a_launcher_cannot_use_is_told_in_one_line(tmp_path, words, environment, line):

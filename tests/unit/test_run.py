@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twice_rec.errors import InputError
+from twice_rec.files import atomic_path
+from twice_rec.manifest import BEGUN
 from twice_rec.recipe import Recipe, key
 from twice_rec.run import Manifest, StageRun
 
@@ -72,6 +74,16 @@ def test_unfinished_work_is_taken_up(tmp_path):
     assert (tmp_path / "out" / "half.txt").exists()
     with pytest.raises(InputError, match="out holds unfinished results: k was 5, is 6"):
         make(tmp_path, k=6).begin()
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    with make(tmp_path) as run:
+        run.begin()
+        (run.path / "half.txt").write_text("half")
+        writing = atomic_path(run.path / "rows.jsonl")
+        writing.__enter__().write_text("{")  # killed here
+    with make(tmp_path) as run:
+        assert [path.name for path in run.path.iterdir() if path.name != BEGUN] == ["half.txt"]
 
 
 def test_foreign_files_are_not_touched(tmp_path):

@@ -1,7 +1,7 @@
 """Who samples a step's completions; the choice by recipe.
 
 Both functions wait for the recipe's servers if they will reach any. They raise an InputError if a server does not come
-up in time, or has another base model.
+up in time, or has another base model, or if a GPU is missing that TRL's own vLLM needs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ def make_rollouts(recipe: GRPORecipe, tokenizer: PreTrainedTokenizerBase, model_
 def trl_arguments(recipe: GRPORecipe, model_folder: Path) -> dict[str, Any]:
     """Return what TRL's configuration needs if TRL reaches vLLM itself; nothing otherwise."""
     if recipe.rollout == "trl_colocate":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                "rollout is trl_colocate, a vLLM within the trainer's process, and torch sees no GPU; use --rollout "
+                "transformers"
+            )
         return {
             "use_vllm": True,
             "vllm_mode": "colocate",
