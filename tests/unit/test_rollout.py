@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3
 from twice_rec.errors import InputError
+from twice_rec.grpo.rollout import trl_arguments
 from twice_rec.grpo.rollout.base import Group, Rollouts, batches
 from twice_rec.grpo.rollout.local import InProcessRollouts, merged
 from twice_rec.grpo.rollout.vllm import QUIET_STEPS, Patience, ServerRollouts
@@ -197,3 +198,9 @@ def test_a_gap_is_logged_and_warned_of_now_and_then(caplog):
             rollouts.on_step_end(None, trainer.state, None)
         assert metrics["train"]["rollout/logprob_gap"] == [gap]
     assert [text.partition(":")[0] for text in caplog.messages] == ["step 1", f"step {1 + QUIET_STEPS}"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_vllm_within_the_trainer_needs_a_gpu():
+    with pytest.raises(InputError, match="trl_colocate, a vLLM within the trainer's process, and torch sees no GPU"):
+        trl_arguments(SimpleNamespace(rollout="trl_colocate"), None)
