@@ -24,6 +24,8 @@ R = TypeVar("R")
 
 MANIFEST = "manifest.json"  # what a finished stage writes last; see `run.Manifest`
 
+_REMEDY = "restore it, or run the stage that makes it again with --overwrite true"
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -124,14 +126,11 @@ def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {number + 1}: not UTF-8: {error}") from None
     if number == 0:
-        raise InputError(f"{path}: the file is empty; delete it and run the stage that makes it again")
+        raise InputError(f"{path}: the file is empty; {_REMEDY}")
 
 
 def _damaged(path: Path | str, number: int, reason: str) -> InputError:
-    return InputError(
-        f"{path}, line {number}: broken JSON ({reason}); the file is damaged: delete it and run the stage that makes "
-        "it again"
-    )
+    return InputError(f"{path}, line {number}: broken JSON ({reason}); the file is damaged: {_REMEDY}")
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> int:

@@ -82,11 +82,12 @@ class Manifest:
         path = Path(folder) / MANIFEST
         if not path.exists():
             return None
-        row = read_json(path)
         try:
-            return cls(**row)
-        except TypeError as error:
-            raise InputError(f"{path}: not a manifest of this version ({error}); delete it to redo the stage") from None
+            return cls(**read_json(path))
+        except (InputError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a manifest of this version ({error}); run the stage again with --overwrite true"
+            ) from None
 
     def everything(self, folder: Path) -> dict[str, str]:
         """Return `rests_on`; for a result of an earlier version, what can be known of it. `folder` holds the result."""

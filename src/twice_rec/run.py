@@ -119,7 +119,12 @@ class StageRun:
         Raises:
             InputError: if one of their outputs was changed or removed since.
         """
-        manifest = Manifest.load(self.path)
+        try:
+            manifest = Manifest.load(self.path)
+        except InputError:
+            if self._recipe.overwrite:
+                return False
+            raise
         if manifest is None or self._differences(manifest.config, manifest.inputs):
             return False
         for name, expected in manifest.outputs.items():
@@ -146,18 +151,18 @@ class StageRun:
             return
         begun = self.path / BEGUN
         if self.path.exists() and any(self.path.iterdir()):
-            manifest = Manifest.load(self.path)
-            if manifest is not None:
-                kind, was, maker = "results", (manifest.config, manifest.inputs), manifest.stage
-            elif begun.exists():
-                note = read_json(begun)
-                kind, was, maker = "unfinished results", (note["settings"], note["inputs"]), note.get("stage")
-            else:
-                kind, was, maker = "files of another origin", ({}, {}), None
+            kind, was, maker = "files of another origin", ({}, {}), None
+            with contextlib.suppress(InputError, KeyError, TypeError):  # a damaged note is none
+                if begun.exists():
+                    note = read_json(begun)
+                    kind, was, maker = "unfinished results", (note["settings"], note["inputs"]), note["stage"]
+            with contextlib.suppress(InputError):  # `is_finished` says so, unless the results are to be replaced
+                if manifest := Manifest.load(self.path):
+                    kind, was, maker = "results", (manifest.config, manifest.inputs), manifest.stage
             if maker not in (None, self._stage):
                 raise InputError(f"{self.path} holds {kind} of the {maker} stage; choose another name or --run_dir")
             differences = self._differences(*was)
-            goes_on = manifest is None and begun.exists() and not differences
+            goes_on = kind == "unfinished results" and not differences
             if not goes_on and not self._recipe.overwrite:
                 raise InputError(
                     f"{self.path} holds {kind}: {'; '.join(differences) or 'damaged'}. Keep them and choose another "

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twice_rec.errors import InputError
-from twice_rec.files import atomic_path
+from twice_rec.files import MANIFEST, atomic_path
 from twice_rec.manifest import BEGUN
 from twice_rec.recipe import Recipe, key
 from twice_rec.run import Manifest, StageRun
@@ -105,8 +105,25 @@ def test_damaged_output(tmp_path, damage, message):
 def test_manifest_of_another_version(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text(json.dumps({"old": 1}))
-    with pytest.raises(InputError, match="not a manifest of this version"):
+    with pytest.raises(InputError, match="not a manifest of this version.*run the stage again with --overwrite true"):
         make(tmp_path).is_finished()
+    run = make(tmp_path, overwrite=True)
+    assert not run.is_finished()
+    finish(run)
+    assert make(tmp_path).is_finished()
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("name", [BEGUN, MANIFEST])
+def test_a_damaged_note_is_no_trap(tmp_path, name, note):
+    make(tmp_path).begin()
+    (tmp_path / "out" / name).write_text(note)
+    with pytest.raises(InputError, match="with --overwrite true"):
+        make(tmp_path).is_finished() or make(tmp_path).begin()
+    run = make(tmp_path, overwrite=True)
+    assert not run.is_finished()
+    finish(run)
+    assert make(tmp_path).is_finished()
 
 
 def test_results_of_a_version_with_other_names_are_known_again(tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def evaluate_language_model(
     if [(*row.ranks, row.user_id, row.target) for row in rows] != asked:
         raise InputError(
             f"{partial} has {len(rows):,} rows that are not the answers to the {len(asked):,} questions; something "
-            "else wrote to it: delete it and run the same command again"
+            "else wrote to it; run the same command with --overwrite true"
         )
     metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog)}
     write_json(folder / METRICS_FILE, metrics)
