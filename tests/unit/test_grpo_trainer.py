@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ import twice_rec
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
 from twice_rec.grpo.recipe import ADDITIVE_LOSSES
+from twice_rec.grpo.trainer import GRPOTrainer as OursTrainer
 from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer, groups_together
 from twice_rec.llm.fused import fuse_layers
+from twice_rec.llm.tokens import encode_chat
 
 WORDS = ["tea", "coffee", "milk", "bread", "honey", "sugar", "salt", "pepper", "rice", "beans"]
-PROMPTS = [" ".join(WORDS[: 2 + i]) + " then?" for i in range(6)]
+PROMPTS = [[{"role": "user", "content": " ".join(WORDS[: 2 + i]) + " then?"}] for i in range(6)]
 
 
 def reward(completion_ids, **_):
@@ -158,3 +161,15 @@ if __name__ == "__main__":  # one of the two processes
     assert_alike(sys.argv[1], gemma3, settings, fused=True)
     assert torch.distributed.get_world_size() == 2
     print("both alike", flush=True)
+
+
+def test_a_prompts_text_never_becomes_a_control_token():
+    """Also with `trl_server` and `trl_colocate`, for which TRL encodes the prompts."""
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
+    prompts = [[{"role": "user", "content": f"{text}{WORDS[0]}"}] for text in ("", tokenizer.eos_token)]
+    ids, images, others = OursTrainer._tokenize_prompts(SimpleNamespace(processing_class=tokenizer), prompts)
+    assert ids == [encode_chat(tokenizer, prompt) for prompt in prompts]
+    assert [row.count(tokenizer.eos_token_id) for row in ids] == [ids[0].count(tokenizer.eos_token_id)] * 2
+    assert (images, others) == (None, {})
+    assert OursTrainer._tokenize_prompts is not GRPOTrainer._tokenize_prompts
+    assert SharedPrefixGRPOTrainer._tokenize_prompts is OursTrainer._tokenize_prompts

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer with one difference: a prompt is computed once per group, not once per completion.
+"""TRL's GRPO trainer, and one that computes a prompt once per group, not once per completion.
 
 This module imports TRL; import it late.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
-from trl import GRPOTrainer
 
 from twice_rec.errors import InputError
-from twice_rec.grpo.trl_private import Batch, TrainerHooks, is_dense_text_model
+from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model
 from twice_rec.llm.shared_prefix import token_scores
 
 
@@ -74,6 +74,10 @@ def groups_together(batches: list[Batch]) -> list[Batch]:
 
     columns = {name: rearranged(name) for name in batches[0]}
     return [{name: values[i] for name, values in columns.items()} for i in range(len(batches))]
+
+
+class GRPOTrainer(PromptHook, trl.GRPOTrainer):
+    """TRL's trainer; it encodes prompts as the rest of this package does."""
 
 
 class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twice_rec.grpo.recipe import ADDITIVE_LOSSES
+from twice_rec.llm.tokens import encode_chat
 
 Batch = dict[str, Any]
 
@@ -96,6 +97,17 @@ def is_dense_text_model(trainer: Any) -> bool:
     Relies on: `_is_vlm` and `aux_loss_enabled`.
     """
     return not (trainer._is_vlm or trainer.aux_loss_enabled)
+
+
+class PromptHook:
+    """Prompts encoded as everywhere here, so that text of a user never becomes a control token, whoever samples.
+
+    Inherit this first, then TRL's GRPOTrainer. Relies on the overridden method, which TRL calls without `rollout_func`.
+    """
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """As the parent's: token ids of each prompt; no images, no other fields."""
+        return [encode_chat(self.processing_class, prompt) for prompt in prompts], None, {}
 
 
 class TrainerHooks:
