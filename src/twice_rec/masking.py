@@ -31,20 +31,22 @@ _NAME = re.compile(
 )
 _SHORT_NAME = re.compile(r"(?i)^(x[-_])?(auth|key|sig|code|pwd)$")  # too common in texts to mean anything there
 _TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:sk|pk|rk|xai|nvapi|pplx|csk|glpat|xox[abprs])-(?=[\w-]*\d)[\w-]{12,}"
-    r"|(?:sk|pk|rk|hf|gsk|gh[opsu]|r8|npm|github_pat)_[A-Za-z0-9_]*[A-Za-z0-9]{16,}"
+    r"(?<![A-Za-z0-9])(?:(?:sk|pk|rk|xai|nvapi|pplx|csk|glpat|xox[abprs])-(?=[\w-]{0,60}\d)[\w-]{12,}"
+    r"|(?:sk|pk|rk|hf|gsk|gh[opsu]|r8|npm)_(?:live_|test_)?[A-Za-z0-9]{16,}|github_pat_\w{16,}"
     r"|AIza[\w-]{8,}|AKIA[A-Z0-9]{12,}|eyJ[\w-]{8,}[\w.-]*)"
 )
-_SCHEME = re.compile(r"(?i)\b(bearer|basic)(\s+)(?=\S*[\d=])[\w+/=.~-]{8,}")
+_SCHEME = re.compile(r"(?i)\b(bearer|basic)(\s+)(?=\S{0,60}[\d=])[\w+/=.~-]{8,}")
 _WITH_SCHEME = re.compile(r"(?i)^\s*(bearer|basic)\s+\S")
-_LOGIN = re.compile(r"(:/{1,2})(?!:?@)[^\s/@'\"]+@|(?<![^\s'\"/(\[,=])[^\s/:@'\"]*:[^\s/@'\"]+@(?=[\w\[])")
+_LOGIN = re.compile(  # with bounds, so that long texts take no time
+    r"(:/{1,2})(?!:?@)[^\s/@'\"]{1,400}@|(?<![^\s'\"/(\[,=])[^\s/:@'\"]{0,100}:[^\s/@'\"]{1,400}@(?=[\w\[])"
+)
 _QUERY = re.compile(r"([?&;]([\w.-]+)=)[^&\s'\"#]+")
 _FLAG = re.compile(r"(--([\w-]+)(?:=|\s+))(?!--)\S+")
-_QUOTED = re.compile(r"(([\w.-]+)(?:\\?[\"'])?\s*[:=]\s*)(\\?[\"'])[^\"'\n]+?\3")
+_QUOTED = re.compile(r"((?<![\w.-])([\w.-]{1,60})(?:\\?[\"'])?\s*[:=]\s*)(\\?[\"'])[^\"'\n]+?\3")
 _RUN = re.compile(r"[A-Za-z0-9]{20,}")
 _HEX = re.compile(r"[0-9a-f]{32,}|[0-9A-F]{32,}")
 _PASSWORD = re.compile(r"://([^\s/:@]*):([^\s/@]+)@")
-_PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*-----|$)")
+_PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*-----|\Z)")
 
 
 class Secrets:

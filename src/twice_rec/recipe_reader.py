@@ -176,7 +176,7 @@ def _read_yaml(
             if name in given and name != given_name:
                 own.append(f"{where}: {given_name} is called {name} now, which is given too; leave one of them out")
             given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), prefix + where))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # by type of the value
         raise _not_yaml(path, error) from None
     finally:
         loader.dispose()
@@ -267,7 +267,7 @@ def _flag_value(texts: list[str], hint: Any) -> Any:
     for text in texts:
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, AttributeError):
             value = text
         if hint is not None and len(texts) == 1 and not _fits(value, hint) and _fits(text, hint):
             value = text

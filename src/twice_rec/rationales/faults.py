@@ -63,6 +63,7 @@ class Fault(Exception):
 
     def __post_init__(self) -> None:
         self.message = masked(self.message)
+        self.args = (self.message,)
 
     @property
     def refuses(self) -> bool:
