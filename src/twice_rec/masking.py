@@ -131,7 +131,7 @@ def _of_the_environment() -> Secrets:
     """The values of variables that are named like secrets, and the passwords in addresses of proxies and others."""
     secrets = Secrets()
     for name, value in os.environ.items():
-        if (says_secret(name) or name.lower().endswith("_key")) and not value.startswith(("/", "~", ".")):
+        if (_is_named(name) or f"_{name}".lower().endswith("_key")) and not value.startswith(("/", "~", ".")):
             secrets.add(value, name)
             secrets.add(value.strip(), name)
         if "@" in value:
