@@ -11,7 +11,7 @@ shift 2
 fail() { echo "error: $1" >&2; exit 2; }
 case "${1:-}" in
   "") ;;
-  -*) for word in "$@"; do [[ $word != *.y*ml ]] || fail "the recipe comes first: RECIPE [--key value ...], found $*"; done ;;
+  -*) for word in "$@"; do [[ $word != *.y*ml ]] || fail "the recipe comes first: RECIPE [--key value ...], found ${1%%=*}"; done ;;
   *) recipe=$(realpath -m -- "$1"); shift ;;
 esac
 venv=$(realpath -m -- "${VENV:-$root/.venv}") config=${ACCELERATE_CONFIG:-}

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from twice_rec.masking import masked
 
-class InputError(Exception):
+
+class _Told(Exception):
+    """An error whose message is shown to the user, and so holds no secret."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(masked(message))
+
+
+class InputError(_Told):
     """Something the user gave cannot be used. The message says what, where, and what to do about it."""
 
 
@@ -11,5 +20,5 @@ class CheckedError(Exception):
     """Not an error: the end of a run that was asked to look at its inputs only (`--check`)."""
 
 
-class Unfinished(Exception):
+class Unfinished(_Told):
     """The work could not be done to its end, through no fault of the input. The message says what is open."""

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import os
 import platform
-import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +23,12 @@ from typing import Any
 from twice_rec.errors import InputError
 from twice_rec.files import MANIFEST, hash_file, read_json, write_json
 from twice_rec.locks import reading, run_folder
+from twice_rec.masking import masked_words
 
 BEGUN = ".begun.json"  # notes the settings and inputs of an unfinished stage
 HUB = "hub/"  # begins the names of models that come from the hub
 
 _PACKAGES = ("numpy", "scipy", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "openai", "vllm")
-_SECRET = re.compile(r"--\w*(token|secret|password|api_key)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,12 +288,10 @@ def _command(stage: str, command: list[str]) -> str:
 def words_of(stage: str, command: Sequence[str]) -> list[str]:
     """Return recipe and flags of an earlier command line of this package, without `--overwrite` and secrets."""
     kept: list[str] = []
-    words = iter(command[2:] if tuple(command[1:2]) in ((stage,), ("--config",)) else ())
+    words = iter(masked_words(command[2:]) if tuple(command[1:2]) in ((stage,), ("--config",)) else ())
     for word in words:
         if word == "--overwrite":
             next(words, None)
-        elif _SECRET.match(word):
-            kept += [word, "..." if next(words, None) else ""]
         else:
             kept.append(_shown(Path(word)) if os.path.isabs(word) else word)
     return kept

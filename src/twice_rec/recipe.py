@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from twice_rec.errors import InputError
+from twice_rec.masking import BY_VARIABLE, secret_keys
 from twice_rec.random_streams import stream_seed
 
 Rule = Callable[[Any], "str | None"]
@@ -24,7 +25,7 @@ def key(default: Any, says: str, *, changes_result: bool = True, hidden: bool = 
     """Declare a recipe key: its default, its line in `--help`, and whether another value makes another result.
 
     Args:
-        hidden: a wrong value is not repeated in errors, since people put secrets there.
+        hidden: a wrong value is not repeated in errors, since people put secrets there that look like anything.
         bounds: `ge`, `gt`, `le`, `lt` of a number; None is allowed if the type allows it.
     """
     extra = {"changes_result": changes_result, "hidden": hidden}
@@ -51,8 +52,9 @@ class Settings(BaseModel):
     """A group of settings, frozen. The code that needs them takes this class; recipes inherit it."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), validate_default=False
-    )
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), validate_default=False,
+        hide_input_in_errors=True,
+    )  # fmt: skip
 
     def values_of(self, group: type[Settings]) -> dict[str, Any]:
         """Return the settings of one inherited group, to be stored or handed on."""
@@ -63,6 +65,11 @@ class Settings(BaseModel):
         """Return all rules, those of inherited groups first."""
         members = {name: member for owner in reversed(cls.__mro__) for name, member in vars(owner).items()}
         return [member for member in members.values() if getattr(member, "is_rule", False)]
+
+    @rule
+    def no_key_holds_a_secret(self) -> str | None:
+        found = list(secret_keys(self.values_of(type(self))))
+        return f"{', '.join(found)} {BY_VARIABLE}" if found else None
 
     @model_validator(mode="after")
     def _obey_rules(self) -> Settings:
@@ -150,7 +157,8 @@ class TrainerRecipe(Recipe):
                 "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
                 "hub_revision",
             ),
-            "results stay in run_dir, and recipes hold no tokens; upload the finished folder with `hf upload`",
+            "results stay in run_dir, and recipes hold no tokens; upload the finished folder with `hf upload`, "
+            "which takes the token of `hf auth login` or HF_TOKEN",
         ),
         **dict.fromkeys(
             (

@@ -27,6 +27,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twice_rec.errors import InputError
+from twice_rec.masking import BY_VARIABLE, secret_keys
 from twice_rec.recipe import Recipe, Settings, TrainerRecipe, one_of
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,15 @@ def _load(
         faults: Mapping[str, str] = built.trainer_faults(keywords)  # type: ignore[attr-defined]
         errors += [f"{theirs[name].where}: {says}" for name, says in faults.items()]
     if errors or built is None:
-        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))
+        raise _refusal(path, errors)
     if trainer:
         built.trainer_keys.update(keywords)  # type: ignore[attr-defined]
     return built, given
+
+
+def _refusal(path: Path | str, errors: Sequence[str]) -> InputError:
+    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+    return InputError(f"{path}: {count} in the recipe\n" + "\n".join(f"  {error}" for error in errors))
 
 
 def _read(
@@ -133,6 +138,10 @@ def _read(
         if name in given and given[name].value == old_value:
             logger.warning("%s: %s %s is called %s now", given[name].where, name, old_value, new_value)
             given[name] = _Given(new_value, given[name].where)
+    owned = getattr(recipe, "OWNED", {})  # they are refused without their values
+    secrets = {n: list(secret_keys({n: entry.value})) for n, entry in given.items() if n not in owned}
+    if found := [f"{given[n].where}: {', '.join(names)} {BY_VARIABLE}" for n, names in secrets.items() if names]:
+        raise _refusal(path, errors + found)  # before anything else looks at the values
     for name in [name for name in given if name not in hints]:
         near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
@@ -162,13 +171,13 @@ def _read_yaml(
     try:
         _report_duplicates(root, own)
         for key_node, value_node in root.value:
-            where, given_name = f"line {key_node.start_mark.line + 1}", str(key_node.value)
+            where, given_name = f"line {key_node.start_mark.line + 1}", _name_of(key_node)
             name = _present(given_name, prefix + where, recipe)
             if name in given and name != given_name:
                 own.append(f"{where}: {given_name} is called {name} now, which is given too; leave one of them out")
             given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), prefix + where))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # by type of the value
+        raise _not_yaml(path, error) from None
     finally:
         loader.dispose()
     errors += [prefix + message for message in own]
@@ -176,7 +185,7 @@ def _read_yaml(
         return given
     base = given.pop("base")
     if not isinstance(base.value, str):
-        errors.append(f"{base.where}: base must be the path of another recipe, found {base.value!r}")
+        errors.append(f"{base.where}: base must be the path of another recipe, found {_found(base.value)}")
         return given
     try:
         return {**_read_yaml(path.parent / base.value, recipe, errors, (*readers, path.resolve())), **given}
@@ -196,7 +205,7 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
+        raise _not_yaml(path, error) from None
     if root is None:
         raise InputError(f"{path}: the recipe is empty")
     if not isinstance(root, yaml.MappingNode):
@@ -205,12 +214,25 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
     return root, loader
 
 
+def _not_yaml(path: Path, error: Exception) -> InputError:
+    """Tell where a file is not YAML, and why; of its text nothing is repeated, since it may hold a secret."""
+    marked = isinstance(error, yaml.MarkedYAMLError)
+    problem = re.sub(r"(['\"])(?!<)[^'\"]{2,}.*\1", "...", str(error.problem if marked else error))
+    mark = (error.problem_mark or error.context_mark) if marked else None
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return InputError(f"{path}: not YAML: {problem}{where}")
+
+
+def _name_of(key_node: yaml.Node) -> str:
+    return key_node.value if isinstance(key_node, yaml.ScalarNode) else "[...]"
+
+
 def _report_duplicates(node: yaml.Node, errors: list[str]) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            name = str(key_node.value)
+            name = _name_of(key_node)
             if name in seen:
                 errors.append(f"line {line}: {name} is in line {seen[name]} already")
             seen.setdefault(name, line)
@@ -245,7 +267,7 @@ def _flag_value(texts: list[str], hint: Any) -> Any:
     for text in texts:
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, AttributeError):
             value = text
         if hint is not None and len(texts) == 1 and not _fits(value, hint) and _fits(text, hint):
             value = text
@@ -305,8 +327,14 @@ def _complaint(name: str, field: Any, fault: Mapping[str, Any], given: Mapping[s
         is_float = float in _alternatives(field.annotation) and not isinstance(value, float)
         return f"{where}: {name} is {float(value) if is_float else value}; it must be {limit}"
     hidden = (field.json_schema_extra or {}).get("hidden", False)
-    found = f"a {type(value).__name__}, not shown here" if hidden else repr(value)
+    found = f"a {type(value).__name__}, not shown here" if hidden else _found(value)
     return f"{where}: {name} must be {_describe_all(field.annotation)}, found {found}"
+
+
+def _found(value: Any) -> str:
+    """A wrong value in an error: as it is, or if it is a long text, which may be anything, what it is."""
+    is_long = isinstance(value, str) and len(value) > 24
+    return f"a text of {len(value)} characters" if is_long else repr(value)
 
 
 def _bounds_of(constraint: Any) -> dict[str, float]:
@@ -329,7 +357,7 @@ def _trainer_keys(
         try:
             keywords[name] = _adapter(hint).validate_python(value)
         except ValidationError:
-            errors.append(f"{where}: {name} must be {_describe_all(hint)}, found {value!r}")
+            errors.append(f"{where}: {name} must be {_describe_all(hint)}, found {_found(value)}")
     if here and not errors:
         try:
             trainer(output_dir="unused", report_to="none", **keywords)

@@ -28,6 +28,7 @@ from twice_rec.errors import CheckedError, InputError
 from twice_rec.files import atomic_path, hash_file, read_json, remove_temporaries, set_aside, write_json
 from twice_rec.locks import writing
 from twice_rec.manifest import BEGUN, Hashes, HubModel, Manifest, chain, environment, held, names_of
+from twice_rec.masking import masked_words
 from twice_rec.recipe import Recipe
 from twice_rec.weight_files import fault_of_checkpoint
 
@@ -176,7 +177,12 @@ class StageRun:
         if self.check_only:
             raise CheckedError
         self.path.mkdir(parents=True, exist_ok=True)
-        note = {"stage": self._stage, "settings": self._settings, "inputs": self._inputs, "command": sys.argv}
+        note = {
+            "stage": self._stage,
+            "settings": self._settings,
+            "inputs": self._inputs,
+            "command": masked_words(sys.argv),
+        }
         write_json(begun, note)
 
     def finish(self, outputs: Iterable[Path], figures: Mapping[str, Any]) -> None:
@@ -195,7 +201,12 @@ class StageRun:
             inputs=self._inputs,
             outputs={name: hash_file(path) for name, path in written.items()},
             figures=dict(figures),
-            about={"command": sys.argv, "recipe": self._recipe.everything(), "seconds": seconds, **environment()},
+            about={
+                "command": masked_words(sys.argv),
+                "recipe": self._recipe.everything(),
+                "seconds": seconds,
+                **environment(),
+            },
             rests_on=rests_on,
             stamps=stamps,
         ).save(self.path)

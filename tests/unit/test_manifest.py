@@ -199,4 +199,4 @@ def test_commands_show_recipe_and_flags_and_no_secrets(made, monkeypatch):
     (run_dir / "sft" / "out.txt").write_text("by hand")
     with pytest.raises(InputError) as found:
         stage(run_dir, "grpo", [run_dir / "sft" / "out.txt"], "x", overwrite=True)
-    assert str(found.value).endswith("bash sft.sh r.yaml --k 6 --hub_token ... --overwrite true")
+    assert str(found.value).endswith("bash sft.sh r.yaml --k 6 --hub_token [hidden] --overwrite true")

@@ -23,10 +23,10 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 from weakref import WeakValueDictionary
 
+from twice_rec.masking import KNOWN
 from twice_rec.rationales import completions, connection
 from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.completions import Completion, NotACompletion, Request, Usage, server_words
-from twice_rec.rationales.connection import Secrets
 from twice_rec.rationales.faults import Fault, NoCompletion, Stopped, status_fault
 from twice_rec.rationales.recipe import REQUEST_KEYS, ClientConfig
 
@@ -80,7 +80,7 @@ class ChatClient:
     def __init__(self, config: ClientConfig, cache: CompletionCache):
         import openai
 
-        self.secrets = Secrets()
+        self.secrets = KNOWN
         self._api_key = None if config.api_key_env is None else connection.read_api_key(config.api_key_env)
         if self._api_key:
             self.secrets.add(self._api_key, "API key")

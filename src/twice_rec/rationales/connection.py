@@ -7,22 +7,19 @@ values before it goes anywhere.
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import ipaddress
-import json
 import os
 import re
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from twice_rec.errors import InputError
+from twice_rec.masking import PLACEHOLDER, Secrets
 from twice_rec.rationales.recipe import ClientConfig
 
-_PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
-_SHORTEST = 6  # characters; shorter values are parts of everyday words
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 # What people paste with a key -> how it is told.
 _PASTED = (
@@ -35,26 +32,6 @@ _PASTED = (
     ("[\\s\u200b-\u200f\u2060\ufeff]", "holds a blank"),
     (r"[^\x21-\x7e]", "holds characters that are no latin letters, digits or signs"),
 )
-
-
-class Secrets:
-    """Values that appear nowhere."""
-
-    def __init__(self) -> None:
-        self._shown: dict[str, str] = {}  # a value, or another way to write it -> what is shown instead
-
-    def add(self, value: str, shown: str) -> None:
-        """Hide a value from now on, however it is written."""
-        coded = base64.b64encode(value.encode()).decode()
-        for written in (value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1], coded):
-            if len(written) >= _SHORTEST:
-                self._shown.setdefault(written, f"[{shown}]")
-
-    def hide(self, text: str) -> str:
-        """Return the text without the values."""
-        for value in sorted(self._shown, key=len, reverse=True):
-            text = text.replace(value, self._shown[value])
-        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +89,19 @@ def filled(text: str, key: str, secrets: Secrets) -> str:
         secrets.add(found, match[1])
         return found
 
-    return _PLACEHOLDER.sub(value, text)
+    return PLACEHOLDER.sub(value, text)
 
 
 def address(config: ClientConfig, secrets: Secrets) -> tuple[str, dict[str, Any]]:
     """Return the base URL without its query, and the query, which goes with every request."""
-    parts = urlsplit(filled(config.base_url, "base_url", secrets))
-    _hide_password(parts, "base_url", secrets)
+    url = filled(config.base_url, "base_url", secrets)
+    secrets.add_login(url, "base_url")
+    parts = urlsplit(url)
     query: dict[str, Any] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         query[name] = [*query[name], value] if name in query else [value]
     single = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
     return urlunsplit((parts.scheme, parts.netloc, parts.path, "", "")), single
-
-
-def _hide_password(parts: SplitResult, shown: str, secrets: Secrets) -> None:
-    """Hide the password of an address, by itself and as basic authentication writes it."""
-    if parts.password:
-        secrets.add(unquote(parts.password), shown)
-        secrets.add(f"{unquote(parts.username or '')}:{unquote(parts.password)}", shown)
 
 
 def proxy_for(url: str, secrets: Secrets) -> Proxy | None:
@@ -146,13 +117,13 @@ def proxy_for(url: str, secrets: Secrets) -> Proxy | None:
         return None
     variable = next(name for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "the system") if _is_set(name))
     url = found.strip() if "://" in found else f"http://{found.strip()}"
+    secrets.add_login(url, variable)
     way_out = f"correct or unset it, or put {parts.hostname} into NO_PROXY"
     try:
         proxy = urlsplit(url)
         where = f"{proxy.hostname}:{proxy.port}" if proxy.port else proxy.hostname
     except ValueError:
         raise InputError(f"{variable} does not hold the address of a proxy; {way_out}") from None
-    _hide_password(proxy, variable, secrets)
     if proxy.scheme.lower() not in _PROXY_SCHEMES or not proxy.hostname or re.search(r"\s", url):
         allowed = ", ".join(f"{name}://" for name in _PROXY_SCHEMES)
         raise InputError(

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twice_rec.errors import InputError
+from twice_rec.masking import masked
 
 AGAIN = (408, 409, 429)  # besides 5xx, the HTTP statuses after which a request may succeed later
 _STOPPING = {
@@ -59,6 +60,10 @@ class Fault(Exception):
     status: int | None = None  # HTTP status of the response; None if there was none
     unusable: bool = False  # a response with status 200 had no completion in it
     billed: bool = False  # and a model seems to have been paid for it
+
+    def __post_init__(self) -> None:
+        self.message = masked(self.message)
+        self.args = (self.message,)
 
     @property
     def refuses(self) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
+from twice_rec.masking import PLACEHOLDER
 from twice_rec.recipe import Recipe, Settings, key, rule
 from twice_rec.records import Verdict
 
@@ -16,30 +17,6 @@ send_key = partial(key, changes_result=False)  # how a request is sent does not 
 
 REQUEST_KEYS = ("temperature", "max_completion_tokens", "response_format", "stream_options")  # may have other names
 _OURS = {"model", "messages", "stream", "response_format"}
-_SECRET_NAME = re.compile(
-    r"(?i)api[-_]?key|subscription|passw|secret|credential|bearer|authori[sz]ation|cookie|signature"
-    r"|^(x[-_])?(auth|key|sig|code|pwd)$|(^|[-_])token$"
-)
-_SECRET_VALUE = re.compile(
-    r"(?i)^\s*(bearer|basic)\s+\S|^(sk|pk|hf|gsk|ghp|xai|nvapi|pplx|csk|r8)[-_]\w|^AIza\w{8}|^eyJ\w{8}"
-)
-_FROM_THE_ENVIRONMENT = re.compile(r"\$\{\w+\}")
-_BY_VARIABLE = "secrets come from the environment: export one as NAME and write ${NAME} in its place"
-
-
-def _secret_keys(values: Mapping[str, Any], inside: str) -> Iterator[str]:
-    """Yield the names of keys that seem to hold a secret which does not come from the environment."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _secret_keys(value, f"{inside}{name}.")
-        elif isinstance(value, list):
-            yield from _secret_keys({f"{name}[{index}]": entry for index, entry in enumerate(value)}, inside)
-        elif isinstance(value, str) and not _FROM_THE_ENVIRONMENT.search(value) and _looks_secret(str(name), value):
-            yield f"{inside}{name}"
-
-
-def _looks_secret(name: str, value: str) -> bool:
-    return bool(_SECRET_NAME.search(name.partition("[")[0]) or _SECRET_VALUE.search(value))
 
 
 class CurationConfig(Settings):
@@ -100,15 +77,6 @@ class SamplingConfig(Settings):
             return f"request_keys gives the name {', '.join(doubled)} to a second key of the request"
         return None
 
-    @rule
-    def extra_body_holds_no_secrets(self) -> str | None:
-        if found := list(_secret_keys(self.extra_body, "")):
-            return (
-                f"extra_body seems to hold a secret in {', '.join(found)}, which would be stored with every request; "
-                "put it into api_key_env, or into extra_headers as ${NAME}"
-            )
-        return None
-
     @property
     def sends_a_schema(self) -> bool:
         """Whether requests hold a JSON schema under `response_format`."""
@@ -167,30 +135,24 @@ class ClientConfig(Settings):
     def the_address_is_one(self) -> str | None:
         url = self.base_url
         try:
-            parts, _ = urlsplit(url), urlsplit(_FROM_THE_ENVIRONMENT.sub("1", url)).port
+            parts, _ = urlsplit(url), urlsplit(PLACEHOLDER.sub("1", url)).port
         except ValueError:
             return "base_url is no address; expected one like https://HOST:PORT/v1"
-        if re.search(r"[\s\"'\u2018-\u201f]", url) or "://" not in _FROM_THE_ENVIRONMENT.sub("://", url):
+        if re.search(r"[\s\"'\u2018-\u201f]", url) or "://" not in PLACEHOLDER.sub("://", url):
             return (
                 "base_url is no address (it needs http:// or https://, no blanks, no quotes), like https://HOST:PORT/v1"
             )
         if parts.path.rstrip("/").endswith(("/chat/completions", "/responses")):
             return "base_url ends in the path of a request; give what is before it, which usually ends in /v1"
-        literal = _FROM_THE_ENVIRONMENT.sub("", parts.netloc.rpartition("@")[0]).strip(":")
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        if literal or any(_secret_keys(query, "")):
-            return f"base_url seems to hold a password or a key; {_BY_VARIABLE}"
         return None
 
     @rule
-    def headers_can_be_sent_and_hold_no_secrets(self) -> str | None:
+    def headers_can_be_sent(self) -> str | None:
         for name, value in self.extra_headers.items():
             if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
                 return "extra_headers holds a name that no header can have"
             if re.search(r"[^\x20-\x7e]", value):
                 return f"extra_headers: the value of {name} holds a line break or characters that are not latin"
-        if found := list(_secret_keys(self.extra_headers, "")):
-            return f"extra_headers seems to hold a secret in {', '.join(found)}; {_BY_VARIABLE}"
         return None
 
     @rule

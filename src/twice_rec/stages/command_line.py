@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from twice_rec.errors import CheckedError, InputError, Unfinished
+from twice_rec.masking import masked
 from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.run import IS_MAIN, StageRun
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
     ]
     if words and words[0] not in ("--help", "-h"):
-        sys.stderr.write("\n".join([f"no stage {words[0]!r}", *lines]) + "\n")
+        sys.stderr.write("\n".join([masked(f"no stage {words[0]!r}"), *lines]) + "\n")
         return 2
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
@@ -165,7 +166,14 @@ def _failed_write(error: BaseException, run_dir: Path | None) -> str | None:
     return None
 
 
-class _TerminalFormat(logging.Formatter):
+class _MaskedFormat(logging.Formatter):
+    """Leaves secrets out of the whole text, traces of exceptions included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
+class _TerminalFormat(_MaskedFormat):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
@@ -211,7 +219,7 @@ def _log_to_file(run_dir: Path, name: str) -> Iterator[None]:
     suffix = "" if IS_MAIN else f".rank{os.environ['RANK']}"
     handler = _LogFile(folder / f"{name}{suffix}.log", encoding="utf-8")
     handler.setLevel(logging.DEBUG)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_MaskedFormat("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:
