@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Recipe)
 
+_ENDLESS = "nested too deeply, or a value that holds itself (`&name` and `*name`)"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 with the numbers that people mean.
@@ -169,6 +171,8 @@ def _read_yaml(
             given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), prefix + where))
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: {_ENDLESS}") from None
     finally:
         loader.dispose()
     errors += [prefix + message for message in own]
@@ -197,6 +201,8 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
         raise InputError(f"{path}: not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: {_ENDLESS}") from None
     if root is None:
         raise InputError(f"{path}: the recipe is empty")
     if not isinstance(root, yaml.MappingNode):
@@ -245,7 +251,7 @@ def _flag_value(texts: list[str], hint: Any) -> Any:
     for text in texts:
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError):
             value = text
         if hint is not None and len(texts) == 1 and not _fits(value, hint) and _fits(text, hint):
             value = text

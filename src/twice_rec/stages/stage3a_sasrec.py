@@ -66,6 +66,7 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
         seed = {"seed": recipe.seed} if name == "random" else {}
         fitted = lambda name=name: [fit_baseline(name, data, recipe.seed)]
         evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, **seed)
+    StageRun.end_check()
     if recipe.export_scores:
         export_scores(Path(recipe.export_scores), trained()[0], data)
         logger.info("%s: test scores of the first seed", recipe.export_scores)
