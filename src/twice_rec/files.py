@@ -48,6 +48,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """Return what killed processes have left of `atomic_path` below a folder, if nobody writes there now."""
+    return [path for path in folder.rglob(".*.tmp*") if path.is_file()]
+
+
 def set_aside(path: Path) -> Path:
     """Rename a damaged file or folder to `damaged-NAME`, under which nobody looks for it; return its new path."""
     number, new = 1, path.with_name(f"damaged-{path.name}")

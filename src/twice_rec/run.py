@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twice_rec.errors import CheckedError, InputError
-from twice_rec.files import atomic_path, hash_file, read_json, set_aside, write_json
+from twice_rec.files import atomic_path, hash_file, read_json, set_aside, temporaries, write_json
 from twice_rec.locks import writing
 from twice_rec.manifest import BEGUN, Hashes, HubModel, Manifest, chain, environment, held, names_of
 from twice_rec.recipe import Recipe
@@ -137,6 +137,8 @@ class StageRun:
                     f"{path} {what} since the {self._stage} stage finished; restore it, or make it again with "
                     "--overwrite true"
                 )
+        if IS_MAIN and not self.check_only:
+            (self.path / BEGUN).unlink(missing_ok=True)  # left by a process that was killed right behind its manifest
         logger.info("%s is finished already; nothing to do", self.path)
         return True
 
@@ -162,7 +164,7 @@ class StageRun:
         if not IS_MAIN:
             return
         begun = self.path / BEGUN
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and set(self.path.iterdir()) - set(temporaries(self.path)):
             manifest = Manifest.load(self.path)
             if manifest is not None:
                 kind, was, maker = "results", (manifest.config, manifest.inputs), manifest.stage
@@ -197,6 +199,8 @@ class StageRun:
             outputs: files and folders that later stages rely on.
             figures: what the stage measured.
         """
+        for path in temporaries(self.path):
+            path.unlink()
         seconds = round(time.time() - self._started, 1)
         rests_on, stamps = chain(self.run_dir, self._inputs, self._places)
         written = names_of(self.run_dir, outputs)

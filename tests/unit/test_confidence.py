@@ -1,8 +1,12 @@
 """Scores as confidences, and SASRec's checkpoint."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.confidence import CONFIDENCES, fit_calibration
@@ -115,6 +119,24 @@ def test_file_round_trip(scorer, tmp_path):
         for debiased in (False, True):
             before = scorer.confidences(HISTORIES, SHOWN, kind, debiased)
             assert np.array_equal(again.confidences(HISTORIES, SHOWN, kind, debiased), before)
+
+
+def test_one_model_is_one_file_byte_for_byte(scorer, tmp_path):
+    """What rests on it would be stale otherwise, if it is trained again."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in files:
+        scorer.save(path, CATALOG)
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_a_file_of_an_earlier_version_is_read(scorer, tmp_path):
+    path = tmp_path / "model.safetensors"
+    scorer.save(path, CATALOG)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["sasrec"])
+    plain = {name: value if name == "catalog" else json.dumps(value) for name, value in about.items()}
+    save_file(load_file(path), path, plain)
+    assert SASRecScorer.load(path, CATALOG).calibration == scorer.calibration
 
 
 def test_checkpoint_of_another_catalogue_names_both(scorer, tmp_path):

@@ -10,6 +10,7 @@ Shapes: B sequences of at most L items, T real positions in them, D = hidden_siz
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,11 @@ class SASRecScorer(ConfidenceModel):
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         if self.item_mean is not None:
             tensors["item_mean"] = torch.from_numpy(self.item_mean)
-        metadata = {
-            "settings": json.dumps(self.model.settings()),
-            "calibration": json.dumps(dict(self.calibration)),
-            "catalog": catalog.fingerprint,
-        }
+        about = {
+            "settings": self.model.settings(), "calibration": dict(self.calibration), "catalog": catalog.fingerprint,
+        }  # fmt: skip
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {"sasrec": json.dumps(about)})  # several keys come in another order each time
 
     @classmethod
     def load(cls, path: Path, catalog: ItemCatalog, device: str | torch.device = "cpu") -> SASRecScorer:
@@ -194,11 +193,12 @@ class SASRecScorer(ConfidenceModel):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            settings = dict(json.loads(metadata["settings"]))
+            about = json.loads(metadata["sasrec"]) if "sasrec" in metadata else _about_of_earlier_version(metadata)
+            settings = dict(about["settings"])
             num_items, config = settings.pop("num_items"), SASRecConfig(**settings)
-            calibration = {name: tuple(pair) for name, pair in json.loads(metadata["calibration"]).items()}
-            trained_on = metadata["catalog"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            calibration = {name: tuple(pair) for name, pair in about["calibration"].items()}
+            trained_on = about["catalog"]
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a SASRec of this project ({error}); train it again (sasrec.sh)") from None
         if trained_on != catalog.fingerprint:
             raise InputError(
@@ -214,3 +214,8 @@ class SASRecScorer(ConfidenceModel):
         scorer.item_mean = None if item_mean is None else item_mean.numpy()
         scorer.calibration = calibration
         return scorer
+
+
+def _about_of_earlier_version(metadata: Mapping[str, str]) -> dict[str, Any]:
+    settings, calibration = (json.loads(metadata[name]) for name in ("settings", "calibration"))
+    return {"settings": settings, "calibration": calibration, "catalog": metadata["catalog"]}

@@ -55,6 +55,7 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
                 with wandb_run(recipe) as log:
                     figures.append(train_and_save(recipe, data, folder, seed, device, log))
             run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
+        if not run.check_only:
             for folder in folders:
                 (folder / STATE).unlink(missing_ok=True)
 
