@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import json
 import logging
 import re
 import types
@@ -33,6 +34,8 @@ from twice_rec.recipe import Recipe, Settings, TrainerRecipe, one_of
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Recipe)
+
+_ENDLESS = "nested too deeply, or a value that holds itself (`&name` and `*name`)"
 
 
 class _Loader(yaml.SafeLoader):
@@ -178,6 +181,8 @@ def _read_yaml(
             given.setdefault(name, _Given(loader.construct_object(value_node, deep=True), prefix + where))
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # by type of the value
         raise _not_yaml(path, error) from None
+    except RecursionError:
+        raise InputError(f"{path}: {_ENDLESS}") from None
     finally:
         loader.dispose()
     errors += [prefix + message for message in own]
@@ -206,6 +211,8 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, _Loader]:
         raise InputError(f"{path}: not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise _not_yaml(path, error) from None
+    except RecursionError:
+        raise InputError(f"{path}: {_ENDLESS}") from None
     if root is None:
         raise InputError(f"{path}: the recipe is empty")
     if not isinstance(root, yaml.MappingNode):
@@ -267,7 +274,8 @@ def _flag_value(texts: list[str], hint: Any) -> Any:
     for text in texts:
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, ValueError, AttributeError):
+            json.dumps(value, default=str, skipkeys=True)  # no value that holds itself
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
             value = text
         if hint is not None and len(texts) == 1 and not _fits(value, hint) and _fits(text, hint):
             value = text

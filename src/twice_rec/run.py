@@ -95,6 +95,8 @@ class StageRun:
         self._hashes = Hashes()
         self._started = time.time()
         self._locks = contextlib.ExitStack()
+        self._is_new = False  # whether this process has begun the folder
+        self._resumes = True
 
     def __enter__(self) -> StageRun:
         if IS_MAIN:
@@ -105,8 +107,15 @@ class StageRun:
                 self._locks = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._is_new and isinstance(error, InputError):
+            self._leave_nothing()
         self._locks.close()
+
+    def _leave_nothing(self) -> None:
+        """Remove a folder that this process has begun, if it holds no work."""
+        if not self._resumes or [path.name for path in self.path.iterdir()] == [BEGUN]:
+            shutil.rmtree(self.path)
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -138,11 +147,25 @@ class StageRun:
                     f"{path} {what} since the {self._stage} stage finished; restore it, or make it again with "
                     "--overwrite true"
                 )
+        if IS_MAIN and not self.check_only:
+            (self.path / BEGUN).unlink(missing_ok=True)  # left by a process that was killed right behind its manifest
         logger.info("%s is finished already; nothing to do", self.path)
         return True
 
-    def begin(self) -> None:
+    @classmethod
+    def end_check(cls) -> None:
+        """Raise CheckedError with `--check`; a stage calls it before it writes anything."""
+        if cls.check_only:
+            raise CheckedError
+
+    def begin(self, resumes: bool = True) -> None:
         """Prepare the folder, keeping unfinished results of the same settings and inputs; the main process does it.
+
+        What cannot be used is often noticed later only. If the stage then ends by an InputError, a folder that it has
+        begun goes again, unless it holds work already.
+
+        Args:
+            resumes: whether the stage goes on with what it finds there; else nothing there counts as work.
 
         Raises:
             InputError: if the folder holds other results and the recipe does not say `overwrite`; names what differs.
@@ -169,13 +192,12 @@ class StageRun:
                     f"{self.path} holds {kind}: {'; '.join(differences) or 'damaged'}. Keep them and choose another "
                     "--run_dir, or replace them with --overwrite true"
                 )
-            if self.check_only:
-                raise CheckedError
+            self.end_check()
             if goes_on:
                 return
             shutil.rmtree(self.path)
-        if self.check_only:
-            raise CheckedError
+        self.end_check()
+        self._is_new, self._resumes = True, resumes
         self.path.mkdir(parents=True, exist_ok=True)
         note = {
             "stage": self._stage,

@@ -314,3 +314,14 @@ def test_a_check_writes_no_results(prepared):
     assert run("sasrec", prepared, None, "--check") == 0
     assert sorted(prepared.rglob("*.json*")) == before
     assert not (prepared / "sasrec").exists()
+
+
+def test_a_check_of_finished_results_writes_nothing_either(prepared, tmp_path):
+    flags = ("--epochs", "1", "--hidden_size", "16", "--baselines", "[]")
+    assert run("sasrec", prepared, None, *flags) == 0
+    before = sorted(prepared.rglob("*.*"))
+    assert run("sasrec", prepared, None, *flags, "--export_scores", str(tmp_path / "scores.npz"), "--check") == 0
+    assert run("report", prepared, None, "--check") == 0
+    assert run("serve", prepared, None, "--check") == 0
+    assert {path.name for path in set(prepared.rglob("*.*")) - set(before)} <= {"report.log", "serve.log"}
+    assert not (tmp_path / "scores.npz").exists()

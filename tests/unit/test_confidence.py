@@ -117,6 +117,14 @@ def test_file_round_trip(scorer, tmp_path):
             assert np.array_equal(again.confidences(HISTORIES, SHOWN, kind, debiased), before)
 
 
+def test_one_model_is_one_file_byte_for_byte(scorer, tmp_path):
+    """What rests on it would be stale otherwise, if it is trained again."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in files:
+        scorer.save(path, CATALOG)
+    assert len({path.read_bytes() for path in files}) == 1
+
+
 def test_checkpoint_of_another_catalogue_names_both(scorer, tmp_path):
     path = tmp_path / "model.safetensors"
     scorer.save(path, CATALOG)

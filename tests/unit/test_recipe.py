@@ -414,6 +414,9 @@ def test_a_base_gives_what_a_recipe_does_not(tmp_path):
         (MINIMAL + "variant: eval\n", "variant is 'eval', the name of a baseline or of another stage's results"),
         (MINIMAL + "variant: stage2\n", "or of another stage's results"),
         ("base: r.yaml\n", "a recipe cannot be its own base: r.yaml"),
+        ("seed: &a [*a]\n", "nested too deeply, or a value that holds itself"),
+        ("seed: &a {b: *a}\n", "nested too deeply, or a value that holds itself"),
+        ("seed: " + "[" * 3000 + "\n", "nested too deeply"),
         ("base: 3\n" + MINIMAL, "line 1: base must be the path of another recipe, found 3"),
         ("base: wrong.yaml\n", r"wrong.yaml, line 4: unknown key epoch; did you mean epochs\?"),
     ],
@@ -448,3 +451,11 @@ def test_groups_are_checked_without_a_recipe_too():
         SASRecRecipe(run_dir="r", domain="D", seed=0, num_heads=3)
     with pytest.raises(ValueError, match="frozen"):
         SASRecRecipe(run_dir="r", domain="D", seed=0).epochs = 3
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "&a [*a]", "[" * 3000, "!!int x"])
+def test_a_flag_that_yaml_stumbles_over_is_text(tmp_path, value):
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path, SASRecRecipe, ["--wandb_group", value]).wandb_group == value
+    with pytest.raises(InputError, match="--epochs: epochs must be a whole number"):
+        load_recipe(path, SASRecRecipe, ["--epochs", value])

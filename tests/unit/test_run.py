@@ -86,6 +86,35 @@ def test_what_a_killed_process_was_writing_goes(tmp_path):
         assert [path.name for path in run.path.iterdir() if path.name != BEGUN] == ["half.txt"]
 
 
+@pytest.mark.parametrize(("work", "resumes", "left"), [(False, True, False), (True, True, True), (True, False, False)])
+def test_an_input_that_is_refused_late_needs_no_overwrite_once_it_is_mended(tmp_path, work, resumes, left):
+    """Only work that the stage can go on with stays."""
+    with pytest.raises(InputError, match="wrong"), make(tmp_path) as run:
+        run.begin(resumes=resumes)
+        if work:
+            (run.path / "half.txt").write_text("half")
+        raise InputError("wrong")
+    assert (tmp_path / "out").exists() == left
+    if not left:
+        make(tmp_path, k=7).begin()
+
+
+@pytest.mark.parametrize("name", [f".{BEGUN}.x1.tmp.json", ".result.txt.x2.tmp.txt"])
+def test_what_a_killed_process_was_writing_is_no_result(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{")
+    with make(tmp_path) as run:
+        finish(run)
+    assert sorted(path.name for path in run.path.iterdir()) == ["manifest.json", "result.txt"]
+
+
+def test_a_process_killed_right_behind_its_manifest_has_finished(tmp_path):
+    finish(make(tmp_path))
+    (tmp_path / "out" / BEGUN).write_text("{}")
+    assert make(tmp_path).is_finished()
+    assert not (tmp_path / "out" / BEGUN).exists()
+
+
 def test_foreign_files_are_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")

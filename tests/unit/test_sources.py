@@ -312,6 +312,13 @@ class TestRelease:
         with pytest.raises(InputError, match=message):
             ReleaseSource(tmp_path, "D").interactions()
 
+    def test_a_folder_is_no_file(self, tmp_path):
+        self.write(tmp_path)
+        (tmp_path / "amazon_vocab_D.json").unlink()
+        (tmp_path / "amazon_vocab_D.json").mkdir()
+        with pytest.raises(InputError, match=r"no file named amazon_vocab_D\*.json"):
+            ReleaseSource(tmp_path, "D")
+
     @pytest.mark.parametrize(
         ("odd", "kind"),
         [

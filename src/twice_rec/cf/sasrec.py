@@ -198,7 +198,7 @@ class SASRecScorer(ConfidenceModel):
             num_items, config = settings.pop("num_items"), SASRecConfig(**settings)
             calibration = {name: tuple(pair) for name, pair in about["calibration"].items()}
             trained_on = about["catalog"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a SASRec of this project ({error}); train it again (sasrec.sh)") from None
         if trained_on != catalog.fingerprint:
             raise InputError(

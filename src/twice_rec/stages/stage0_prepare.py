@@ -39,7 +39,7 @@ def prepare(recipe: PrepareRecipe) -> None:
     with StageRun(recipe, "prepare", "data", source.files) as run:
         if run.is_finished():
             return
-        run.begin()
+        run.begin(resumes=False)
         source.generate(run.path / "raw")
         catalog, sequences = assemble(source, recipe)
         for line in source.problems.lines():

@@ -55,6 +55,7 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
                 with wandb_run(recipe) as log:
                     figures.append(train_and_save(recipe, data, folder, seed, device, log))
             run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
+        if not run.check_only:
             for folder in folders:
                 (folder / STATE).unlink(missing_ok=True)
 
@@ -66,6 +67,7 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
         seed = {"seed": recipe.seed} if name == "random" else {}
         fitted = lambda name=name: [fit_baseline(name, data, recipe.seed)]
         evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, **seed)
+    StageRun.end_check()
     if recipe.export_scores:
         export_scores(Path(recipe.export_scores), trained()[0], data)
         logger.info("%s: test scores of the first seed", recipe.export_scores)

@@ -16,6 +16,7 @@ import sys
 from twice_rec.errors import InputError
 from twice_rec.grpo.recipe import GRPORecipe, start_model
 from twice_rec.manifest import Hashes, check_fresh
+from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
 
 logger = logging.getLogger("serve")
@@ -33,6 +34,7 @@ def serve(recipe: GRPORecipe) -> None:
     step2 = f"bash grpo_step2.sh {shlex.join(sys.argv[2:])}"
     start = start_model(recipe)
     check_fresh(start, Hashes())
+    StageRun.end_check()
     become_server(recipe, start, f"start the training with: {step2} (it waits for the servers)")
 
 

@@ -26,6 +26,7 @@ def report(recipe: ReportRecipe) -> None:
     variants, left_out = read_variants(runs)
     evaluations = [terms.folder for variant in variants.values() for terms in variant.terms]
     with StageRun(recipe, "report", "report", [folder / PREDICTIONS for folder in evaluations]) as run:
+        run.end_check()
         results = results_of(variants, recipe, left_out)
         run.finish(save_report(run.path, results, recipe, evaluations), {"left_out": results["left_out"]})
     show_status(recipe.run_path)

@@ -52,8 +52,9 @@ class LineReader:
                     yield line, whole
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 self._problems.add("file that is cut off or damaged, read up to there", f"{self.path.name}: {error}")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{self.path}: not {self._encoding}: {error.reason}; {_REMEDY}") from None
+            except UnicodeError as error:  # a file in UTF-16 without its mark raises one without `reason`
+                reason = getattr(error, "reason", error)
+                raise InputError(f"{self.path}: not {self._encoding}: {reason}; {_REMEDY}") from None
 
     def _whole_lines(self, file: io.TextIOWrapper) -> Iterator[str]:
         """Yield the lines without their ends; one that is too long is counted and empty."""

@@ -39,13 +39,16 @@ class ReleaseSource(Source, name="release"):
         self._test = self._find(f"{start}_sasrec_test*.json")
         self._meta = self._find(f"{start}_llm_meta*.json")
         self._vocab = self._find(f"amazon_vocab_{self.domain}*.json")
-        self._prompts = [path for kind in prompts for path in sorted(self.folder.glob(f"{start}_{kind}*.json"))]
+        self._prompts = [path for kind in prompts for path in self._files(f"{start}_{kind}*.json")]
         self.interaction_files, self.item_files = [self._train, self._test], [self._vocab, self._meta, *self._prompts]
         self._items = self._read_items()
         self._reviews: dict[int, tuple[str, str]] = {}
 
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(path for path in self.folder.glob(pattern) if path.is_file())
+
     def _find(self, pattern: str) -> Path:
-        found = sorted(self.folder.glob(pattern))
+        found = self._files(pattern)
         if len(found) == 1:
             return found[0]
         what = f"{len(found)} files ({', '.join(path.name for path in found)})" if found else "no file"
