@@ -216,7 +216,7 @@ def put(place, files):
         (place / name).mkdir() if content is None else (place / name).write_bytes(content)
 
 
-@fuzz(120)
+@fuzz(100)
 @given(
     drawn=odd_inputs.data_sets(),
     keys=st.fixed_dictionaries({}, optional=odd_inputs.PREPARE_KEYS),
@@ -261,7 +261,7 @@ def later(run_dir, base, further):
 # Models
 
 
-@fuzz(30)
+@fuzz(24)
 @given(changes=odd_inputs.model_changes(), how=st.sampled_from(["check", "sft", "evaluate"]))
 def test_models(finished, tmp_path, changes, how):
     whole, base = finished
@@ -357,7 +357,7 @@ API_KEYS = {
 }
 
 
-@fuzz(50)
+@fuzz(36)
 @given(told=st.lists(odd_inputs.responses(GOOD, SECRET), max_size=8), keys=st.fixed_dictionaries({}, optional=API_KEYS))
 def test_apis(finished, tmp_path, monkeypatch, api, told, keys):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

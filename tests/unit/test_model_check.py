@@ -58,6 +58,58 @@ def test_an_adapter_is_no_model(tmp_path):
         check_folder(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "null"])
+def test_a_damaged_adapter_is_no_model_either(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"holds a LoRA adapter, not a model.*the adapter's base$"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 128}, "68 are missing or have another shape, such as model.embed_tokens.weight"),
+        ({"tie_word_embeddings": False}, "1 are missing or have another shape, such as lm_head.weight"),
+        ({"model_type": "bert"}, "config.json and weights belong to different models"),
+        ({"num_hidden_layers": 9}, r"Class validation error .* must be equal to the number of `layer_types` \(6\)"),
+        ({"rope_parameters": {"rope_type": "x"}}, "cannot be loaded: AttributeError: "),
+        ({"hidden_activation": "nope"}, "cannot be loaded: KeyError: 'nope'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "cannot be loaded: TypeError: "),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_the_weights(model, change, message):
+    """Weights that are missing would be random numbers otherwise."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(model, ModelConfig(dtype="float32"))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_whose_header_does_not_fit(model):
+    whole = weights(model).read_bytes()
+    weights(model).write_bytes(whole.replace(b'"F32"', b'"F16"', 1))
+    with pytest.raises(InputError, match="cannot be loaded: SafetensorError: "):
+        load_model(model, ModelConfig(dtype="float32"))
+
+
+def test_a_tokenizer_that_loads_and_does_not_work(model):
+    settings = json.loads((model / "tokenizer.json").read_text())
+    settings["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    (model / "tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
+    with pytest.raises(InputError, match="the tokenizer does not work"):
+        load_tokenizer(model)
+
+
+def test_memory_that_is_used_up_is_not_the_models_fault():
+    class Factory:
+        def from_pretrained(self, name):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        from_pretrained(Factory(), "owner/model")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from twice_rec.errors import InputError
 from twice_rec.files import read_json
 from twice_rec.llm.recipe import ALL_LINEAR, AdapterConfig
-from twice_rec.llm.tokens import from_pretrained, load_tokenizer
+from twice_rec.llm.tokens import first_line, from_pretrained, load_tokenizer
 from twice_rec.prompts import Message
 from twice_rec.weight_files import SHARDS, fault_of_file, fault_of_shards, fault_of_weights
 
@@ -44,10 +44,11 @@ def check_folder(folder: Path) -> None:
     """Raise an InputError if a folder does not hold a whole model: sizes and headers are read, no weights."""
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            adapter = read_json(folder / "adapter_config.json")
+            base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
             raise InputError(
                 f"{folder} holds a LoRA adapter, not a model; name a merged model (the folder merged/ of a stage), or "
-                f"the adapter's base, {base}"
+                f"the adapter's base{f', {base}' if base else ''}"
             )
         raise InputError(f"{folder} has no config.json, so it is not a model folder; name one, or a model of the hub")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
@@ -76,7 +77,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None
     except Exception as error:  # noqa: BLE001 - a template raises what it likes
         raise InputError(
             f"{name}: the chat template does not take our prompts, a system and a user message "
-            f"({_first_line(error)}); use a model whose template has a system role, or change its chat_template"
+            f"({first_line(error)}); use a model whose template has a system role, or change its chat_template"
         ) from None
     if lost := [message["role"] for message in prompt if message["content"] not in text]:
         raise InputError(
@@ -94,8 +95,8 @@ def check_layers(name: str | Path, config: AdapterConfig, revision: str | None =
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings)
-    except ValueError as error:
-        raise InputError(f"{name} is no causal language model of transformers: {_first_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - what odd settings make of transformers
+        raise InputError(f"{name} is no causal language model of transformers: {first_line(error)}") from None
     layers = [
         path for path, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
     ]
@@ -106,7 +107,3 @@ def check_layers(name: str | Path, config: AdapterConfig, revision: str | None =
             f"lora_target_modules names {', '.join(missing) or 'nothing'}, and {name} has the layers {known}; name "
             f"some of these, or {ALL_LINEAR}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

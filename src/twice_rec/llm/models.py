@@ -52,7 +52,13 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
-    model = from_pretrained(AutoModelForCausalLM, name, revision=config.model_revision, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = from_pretrained(AutoModelForCausalLM, name, revision=config.model_revision, **options)
+    if wrong := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+        raise InputError(
+            f"{name}: config.json and weights belong to different models: of the weights, {len(wrong)} are missing or "
+            f"have another shape, such as {wrong[0]}; fetch the model again"
+        )
     if config.attn_implementation == VARLEN:
         check_varlen(model.config, model.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.to(device) if device else model

@@ -20,6 +20,7 @@ from twice_rec.prompts import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_ANY_TEXT = "1. Cr\u00e8me <b> \u8336 \U0001f375\n"
 _LOOKS_LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
 
 
@@ -34,14 +35,13 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """
     import transformers
 
+    tokenizer = from_pretrained(transformers.AutoTokenizer, name, revision=revision, padding_side="left")
     try:
-        tokenizer = from_pretrained(transformers.AutoTokenizer, name, revision=revision, padding_side="left")
-    except InputError:
-        raise
+        tokenizer(_ANY_TEXT)  # a damaged one stumbles here, not in the middle of the work
     except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
         raise InputError(
-            f"{name}: the tokenizer cannot be read ({str(error).splitlines()[0] if str(error) else error!r}); fetch it "
-            "again (tokenizer.json, tokenizer_config.json)"
+            f"{name}: the tokenizer does not work ({first_line(error)}); fetch it again (tokenizer.json, "
+            "tokenizer_config.json)"
         ) from error
     if not tokenizer.chat_template:
         raise InputError(
@@ -60,14 +60,23 @@ def from_pretrained(factory: Any, name: str | Path, **options: Any) -> Any:
         raise InputError(f"{name}: no such model folder; make it first, or name a model of the hub (owner/name)")
     try:
         return factory.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what damaged files, or those of different models, make of transformers
         text = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in text:
+            raise
         if not Path(name).is_dir() and _GATED.search(text.replace(str(name), "")):
             raise InputError(
                 f"{name} is gated: accept its licence on the hub and log in (`hf auth login`, or HF_TOKEN), or use an "
                 "ungated model such as Qwen/Qwen3-0.6B"
             ) from error
-        raise InputError(f"{name}: cannot be loaded: {text.splitlines()[0]}") from error
+        raise InputError(f"{name}: cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, and what it is if that says little."""
+    lines = str(error).strip().splitlines() or [""]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}".strip(": ")
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion: str = "") -> list[int]:
