@@ -26,7 +26,7 @@ from stages.pipeline import STAGES, start  # noqa: E402
 from twice_rec.markdown import markdown_table  # noqa: E402
 
 # What differs from run to run: times, means over the steps since a resume, and the order in which PEFT writes a set.
-_TIMES = re.compile(r"seconds|runtime|per_second|^about$|^stamps$|^outputs$|^command$|^rests_on$|^started$")
+_TIMES = re.compile(r"seconds|step_time|runtime|per_second|^about$|^stamps$|^outputs$|^command$|^rests_on$|^started$")
 _MEANS = re.compile(r"^train_loss$|^entropy$|^mean_token_accuracy$|^num_tokens$")
 _NO_RESULT = re.compile(r"logs|\.locks|checkpoint-|damaged-")  # checkpoints hold the order of sets, and times
 _UNLIKE = ("training_args.bin", "README.md", "index.html")
