@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from twice_rec.files import read_jsonl, write_jsonl
 from twice_rec.llm.generation import TransformersGenerator
 from twice_rec.sft.dataset import Row
 
@@ -24,7 +24,7 @@ class SampleCompletions(TrainerCallback):
 
     Args:
         every: steps between two samples.
-        path: JSON lines with `step`, `task`, `answer`, `expected` are appended to it.
+        path: JSON lines with `step`, `task`, `answer`, `expected`; a resumed run replaces those of repeated steps.
     """
 
     def __init__(self, rows: Sequence[Row], every: int, path: Path, max_new_tokens: int = 300):
@@ -45,8 +45,8 @@ class SampleCompletions(TrainerCallback):
             {"step": state.global_step, "task": row.task, "answer": completion.text, "expected": row.completion}
             for row, (completion,) in zip(self._rows, groups, strict=True)
         ]
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        earlier = [row for _, row in read_jsonl(self._path)] if self._path.exists() else []
+        write_jsonl(self._path, [*(row for row in earlier if row["step"] < state.global_step), *lines])
         for line in lines:
             logger.info("step %d, %s: %s", state.global_step, line["task"], line["answer"])
         if "wandb" in args.report_to:
