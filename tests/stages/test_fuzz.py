@@ -44,6 +44,7 @@ from twice_rec.manifest import BEGUN
 from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.records import SPLITS, CandidateLists
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.stages import command_line
 
 TIMES = int(os.environ.get("TWICE_REC_FUZZ", "0"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * max(1, TIMES))]
@@ -177,6 +178,7 @@ RECIPES = {
     "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
     "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "report": ReportRecipe,
 }  # fmt: skip
+assert set(RECIPES) == set(command_line.STAGES) - {"serve"}, "a new stage is drawn as well"
 
 
 def results_of(run_dir):

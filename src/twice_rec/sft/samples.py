@@ -24,7 +24,7 @@ class SampleCompletions(TrainerCallback):
 
     Args:
         every: steps between two samples.
-        path: JSON lines with `step`, `task`, `answer`, `expected`; those of later samples are appended.
+        path: JSON lines with `step`, `task`, `answer`, `expected`; a resumed run replaces those of repeated steps.
     """
 
     def __init__(self, rows: Sequence[Row], every: int, path: Path, max_new_tokens: int = 300):
@@ -45,9 +45,8 @@ class SampleCompletions(TrainerCallback):
             {"step": state.global_step, "task": row.task, "answer": completion.text, "expected": row.completion}
             for row, (completion,) in zip(self._rows, groups, strict=True)
         ]
-        earlier = [line for _, line in read_jsonl(self._path)] if self._path.exists() else []
-        before = [line for line in earlier if line["step"] < state.global_step]  # a resumed training comes here again
-        write_jsonl(self._path, [*before, *lines])
+        earlier = [row for _, row in read_jsonl(self._path)] if self._path.exists() else []
+        write_jsonl(self._path, [*(row for row in earlier if row["step"] < state.global_step), *lines])
         for line in lines:
             logger.info("step %d, %s: %s", state.global_step, line["task"], line["answer"])
         if "wandb" in args.report_to:
