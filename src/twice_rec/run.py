@@ -110,12 +110,21 @@ class StageRun:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._is_new and isinstance(error, InputError):
             self._leave_nothing()
+        if IS_MAIN and not self.check_only:
+            shutil.rmtree(self._replaced, ignore_errors=True)
         self._locks.close()
 
+    @property
+    def _replaced(self) -> Path:
+        """Where results wait that are being replaced."""
+        return self.run_dir / ".replaced" / self.path.relative_to(self.run_dir)
+
     def _leave_nothing(self) -> None:
-        """Remove a folder that this process has begun, if it holds no work."""
+        """Remove a folder that this process has begun, if it holds no work, and put back what it was to replace."""
         if not self._resumes or [path.name for path in self.path.iterdir()] == [BEGUN]:
             shutil.rmtree(self.path)
+            if self._replaced.exists():
+                self._replaced.rename(self.path)
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -162,7 +171,7 @@ class StageRun:
         """Prepare the folder, keeping unfinished results of the same settings and inputs; the main process does it.
 
         What cannot be used is often noticed later only. If the stage then ends by an InputError, a folder that it has
-        begun goes again, unless it holds work already.
+        begun goes again, unless it holds work already, and the results that it was to replace come back.
 
         Args:
             resumes: whether the stage goes on with what it finds there; else nothing there counts as work.
@@ -195,7 +204,9 @@ class StageRun:
             self.end_check()
             if goes_on:
                 return
-            shutil.rmtree(self.path)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced.parent.mkdir(parents=True, exist_ok=True)
+            self.path.rename(self._replaced)
         self.end_check()
         self._is_new, self._resumes = True, resumes
         self.path.mkdir(parents=True, exist_ok=True)
@@ -246,6 +257,8 @@ class StageRun:
         Raises:
             InputError: if the training ended before its last step.
         """
+        if IS_MAIN:
+            shutil.rmtree(self._replaced, ignore_errors=True)  # disks may be too small for old and new checkpoints
         checkpoint = last_checkpoint(self.path)
         if checkpoint and _is_of_the_last_step(checkpoint):
             logger.info("%s is of the last step; nothing is left to train", checkpoint)

@@ -241,6 +241,14 @@ def test_data_sets(finished, tmp_path, drawn, keys, further):
             )
             status, output = said("prepare", words("prepare", run_dir, None, *common, *odd_inputs.prepare_flags({})))
             assert status == 0, output
+        elif not further:  # a refused replacement leaves what was there
+            put(here / "source", dict.fromkeys(files, b"?\n"))
+            before = results_of(run_dir)
+            status, output = said(
+                "prepare", words("prepare", run_dir, None, *common, "--overwrite", "true", "--domain", "D")
+            )
+            holds(run_dir, status, output, (2,))
+            assert results_of(run_dir) == before
         is_consistent(run_dir)
         later(run_dir, finished[1], further)
 

@@ -99,6 +99,19 @@ def test_an_input_that_is_refused_late_needs_no_overwrite_once_it_is_mended(tmp_
         make(tmp_path, k=7).begin()
 
 
+def test_what_was_to_be_replaced_comes_back_if_the_new_input_is_refused(tmp_path):
+    finish(make(tmp_path))
+    with pytest.raises(InputError, match="wrong"), make(tmp_path, k=7, overwrite=True) as run:
+        run.begin()
+        assert not (run.path / "result.txt").exists()
+        raise InputError("wrong")
+    assert make(tmp_path).is_finished()
+    with make(tmp_path, k=7, overwrite=True) as run:
+        finish(run)
+    assert make(tmp_path, k=7).is_finished()
+    assert not [path for path in (tmp_path / ".replaced").rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("name", [f".{BEGUN}.x1.tmp.json", ".result.txt.x2.tmp.txt"])
 def test_what_a_killed_process_was_writing_is_no_result(tmp_path, name):
     (tmp_path / "out").mkdir()
