@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Stage 4: the same test questions to every model -> eval/    bash evaluate.sh [RECIPE] [--key value ...]
-exec bash "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/launch.sh" evaluate recipes/tiny/evaluate.yaml "$@"
+exec bash "$(dirname "$(realpath "$0")")/launch.sh" evaluate recipes/tiny/evaluate.yaml "$@"

@@ -9,8 +9,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stage=$1 recipe=$root/$2
 shift 2
 fail() { echo "error: $1" >&2; exit 2; }
-case "${1:-}" in
-  "") ;;
+case "${1-none}" in
+  none) ;;
+  "") fail "the recipe is an empty word; name one, or leave it out for ${recipe#"$root"/}" ;;
   -*) for word in "$@"; do [[ $word != *.y*ml ]] || fail "the recipe comes first: RECIPE [--key value ...], found ${1%%=*}"; done ;;
   *) recipe=$(realpath -m -- "$1"); shift ;;
 esac

@@ -82,7 +82,10 @@ class Manifest:
         if not path.exists():
             return None
         try:
-            return cls(**read_json(path))
+            manifest = cls(**read_json(path))
+            if not all(isinstance(part, dict) for part in (manifest.config, manifest.inputs, manifest.outputs)):
+                raise TypeError("a part is empty")
+            return manifest
         except (InputError, TypeError) as error:
             raise InputError(
                 f"{path}: not a manifest of this version ({error}); run the stage again with --overwrite true"
@@ -193,6 +196,10 @@ def stale_because(folder: Path, hashes: Hashes) -> str | None:
     manifest = Manifest.load(folder)
     if manifest is None:
         return None
+    run_dir, place = run_folder(folder), Path(os.path.abspath(folder))
+    made = [Path(os.path.abspath(run_dir / name)) for name in manifest.outputs]
+    if made and not any(path.is_relative_to(place) for path in made):
+        return f"it is a copy of what the {manifest.stage} stage wrote to {_shown(made[0])}"
     for key, recorded in manifest.everything(folder).items():
         if change := _change(run_folder(folder), key, recorded, manifest.stamps.get(key), hashes):
             return f"it rests on {key}, which {change}"
@@ -241,10 +248,10 @@ def check_fresh(path: Path, hashes: Hashes) -> None:
     if changed := changed_output(folder, manifest, hashes, path):
         raise InputError(
             f"{_shown(run_folder(folder) / changed)} was changed since the {manifest.stage} stage finished; restore "
-            f"it, or make it again: {redo_command(manifest)}"
+            f"it, or make it again: {redo_command(folder, manifest)}"
         )
     if reason := stale_because(folder, hashes):
-        raise InputError(f"{where} is stale: {reason}; redo it first: {redo_command(manifest)}")
+        raise InputError(f"{where} is stale: {reason}; redo it first: {redo_command(folder, manifest)}")
 
 
 @contextlib.contextmanager
@@ -269,20 +276,25 @@ def launcher_of(stage: str) -> str:
     return "grpo_step2.sh" if stage == "grpo" else f"{stage}.sh"
 
 
-def redo_command(manifest: Manifest) -> str:
-    """Return the command that makes a finished result anew."""
+def redo_command(folder: Path, manifest: Manifest) -> str:
+    """Return the command that makes a finished result anew, in the run where it lies now."""
     overwrite = "" if manifest.stage == "report" else " --overwrite true"  # a report is always made anew
-    return _command(manifest.stage, manifest.about.get("command", [])) + overwrite
+    return _command(folder, manifest.stage, manifest.about.get("command", [])) + overwrite
 
 
 def unfinished_command(folder: Path) -> str:
     """Return the command that finishes a result that is begun."""
     note = read_json(folder / BEGUN)
-    return _command(note.get("stage") or folder.name, note.get("command", []))
+    return _command(folder, note.get("stage") or folder.name, note.get("command", []))
 
 
-def _command(stage: str, command: list[str]) -> str:
-    return " ".join(["bash", launcher_of(stage), *map(shlex.quote, words_of(stage, command))])
+def _command(folder: Path, stage: str, command: list[str]) -> str:
+    words = words_of(stage, command)
+    if "--run_dir" in words[:-1]:  # the run may have been copied or moved since
+        place = words.index("--run_dir") + 1
+        if Path(words[place]).resolve() != run_folder(folder).resolve():
+            words[place] = _shown(run_folder(folder))
+    return " ".join(["bash", launcher_of(stage), *map(shlex.quote, words)])
 
 
 def words_of(stage: str, command: Sequence[str]) -> list[str]:

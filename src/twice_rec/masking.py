@@ -40,7 +40,10 @@ _WITH_SCHEME = re.compile(r"(?i)^\s*(bearer|basic)\s+\S")
 _LOGIN = re.compile(  # with bounds, so that long texts take no time
     r"(:/{1,2})(?!:?@)[^\s/@'\"]{1,400}@|(?<![^\s'\"/(\[,=])[^\s/:@'\"]{0,100}:[^\s/@'\"]{1,400}@(?=[\w\[])"
 )
-_QUERY = re.compile(r"([?&;]([\w.-]+)=)[^&\s'\"#]+")
+_QUERY = re.compile(r"((?:[?&;#]|(?<![^\s'\"])(?<!,\s))([\w.-]{1,60})=)(?![\s'\"\[{$])[^&\s'\"#,;]+")
+_TOLD = re.compile(
+    r"(?i)\b((?:password|passwd|secret|api[-_ ]?key|access[-_]?token)\s*:\s+)(?![\s'\"\[{$])[^\s'\",;]{6,}"
+)
 _FLAG = re.compile(r"(--([\w-]+)(?:=|\s+))(?!--)\S+")
 _QUOTED = re.compile(r"((?<![\w.-])([\w.-]{1,60})(?:\\?[\"'])?\s*[:=]\s*)(\\?[\"'])[^\"'\n]+?\3")
 _RUN = re.compile(r"[A-Za-z0-9]{20,}")
@@ -144,6 +147,7 @@ def _without_forms(text: str) -> str:
     text = _PEM.sub(HIDDEN, text)
     text = _LOGIN.sub(lambda found: f"{found[1] or ''}{HIDDEN}@", text)
     text = _QUERY.sub(lambda found: found[1] + HIDDEN if says_secret(found[2]) else found[0], text)
+    text = _TOLD.sub(rf"\1{HIDDEN}", text)
     text = _FLAG.sub(lambda found: found[1] + HIDDEN if says_secret(found[2]) else found[0], text)
     text = _QUOTED.sub(
         lambda found: f"{found[1]}{found[3]}{HIDDEN}{found[3]}" if _is_named(found[2]) else found[0], text

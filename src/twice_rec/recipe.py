@@ -123,7 +123,7 @@ class Recipe(Settings):
     @property
     def run_path(self) -> Path:
         """The folder of all results: `run_dir` with the domain filled in."""
-        return Path(self.run_dir.replace("{domain}", self.domain))
+        return Path(self.run_dir.replace("{domain}", self.domain)).expanduser()
 
     def settings(self) -> dict[str, Any]:
         """Return the keys that change the result, for the manifest."""
@@ -179,7 +179,8 @@ class TrainerRecipe(Recipe):
         **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
         **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), 0),
     }
-    ABOVE_ZERO: ClassVar[tuple[str, ...]] = ("num_train_epochs", "logging_steps", "save_steps")
+    ABOVE_ZERO: ClassVar[tuple[str, ...]] = ("num_train_epochs", "logging_steps", "save_steps", "save_total_limit")
+    ONE_OR_ALL: ClassVar[tuple[str, ...]] = ("max_steps",)  # TRL takes 0 as well, and trains one step
 
     _trainer_keys: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -202,6 +203,10 @@ class TrainerRecipe(Recipe):
                 faults[name] = f"it must be at least {self.LOWEST[name]:g}"
             elif is_number and name in self.ABOVE_ZERO and value <= 0:
                 faults[name] = "it must be above 0"
+            elif name in self.ONE_OR_ALL and value != -1 and value < 1:
+                faults[name] = "it must be at least 1, or -1 for as many as num_train_epochs takes"
+            elif name == "use_liger_kernel" and value and importlib.util.find_spec("liger_kernel") is None:
+                faults[name] = "Liger is not installed; bash install.sh requirements.txt requirements-gpu.txt"
         return {name: f"{name} is {keys[name]!r}; {limit}" for name, limit in faults.items()}
 
     @classmethod

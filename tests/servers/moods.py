@@ -38,6 +38,7 @@ def answer(mood, head, asked, good, key):
         "error text": {"error": "the upstream is confused"},
         "error in a choice": {"choices": [{"error": {"message": "the upstream is confused"}, "message": None}]},
         "error 402": {"error": {"message": "out of credit for this key", "code": 402}},
+        "error code": {"error": {"message": "no such key", "code": "invalid_api_key"}},
         "paid for nothing": {"id": "x", "choices": [], "usage": USAGE},
         "no usage": message(text, usage=None),
         "usage as text": message(text, usage={"prompt_tokens": "400", "completion_tokens": "100"}),
@@ -55,6 +56,8 @@ def answer(mood, head, asked, good, key):
         return 422, {"object": "error", "message": {"detail": loc}}
     if mood == "moved" and at_home and "moved=1" not in head:
         return 307, {}, "Location: /v1/chat/completions?moved=1\r\n"
+    if mood == "long wait":
+        return 429, {"error": {"message": "come back later"}}, "Retry-After: 99999999\r\n"
     if mood == "moved away":
         return 308, {}, "Location: http://other.example/v1/chat/completions?api-key=never-shown-at-all\r\n"
     return None

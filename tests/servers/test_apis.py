@@ -65,6 +65,8 @@ def test_what_works(new_run, fault_server, mood):
         ("paid for nothing", 2, "no choice with a message in it"),
         ("page", 2, "Please log in to the hotel's network"),
         ("few keys", 2, "Extra inputs are not permitted temperature; rename or leave out the key by request_keys"),
+        ("long wait", 2, "the server asks to wait 99,999,999 seconds: "),
+        ("error code", 2, "no such key"),
         ("moved away", 2, "redirects to http://other.example/v1/chat/completions; if you trust it, set base_url"),
     ],
 )

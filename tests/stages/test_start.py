@@ -273,6 +273,12 @@ def test_atomic_files_of_recbole(tmp_path):
         (["install.sh"], {"VENV": "/tmp/none", "PYTHON": "false"}, "Python 3.11 or later is needed, false is"),
         (["reproduce.sh", "--help"], {}, ""),
         (["reproduce.sh", "--seed", "1"], {}, "reproduce.sh takes no arguments, found --seed 1"),
+        (["sft.sh", ""], {}, "the recipe is an empty word; name one, or leave it out for recipes/tiny/sft.yaml"),
+        (
+            ["sft.sh", "--run_dir", "README.md"],
+            {},
+            "run_dir is README.md: no folder can be made there (Not a directory)",
+        ),
         (["base.sh"], {"VENV": "/no/such"}, "/no/such has no Python; make the environment with: bash install.sh"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from twice_rec.errors import InputError
 from twice_rec.llm.hub import at_commit, model_input
 from twice_rec.llm.recipe import ModelConfig
-from twice_rec.manifest import Hashes, HubModel, Manifest, names_of, stale_because
+from twice_rec.manifest import Hashes, HubModel, Manifest, check_fresh, names_of, redo_command, stale_because
 from twice_rec.recipe import Recipe, key
 from twice_rec.run import StageRun
 
@@ -134,6 +134,29 @@ def test_a_model_of_another_run_brings_its_chain(made, tmp_path):
     assert str(run_dir / "prepare" / "out.txt") in manifest.rests_on
     (run_dir / "prepare" / "out.txt").write_text("other")
     assert str(run_dir / "prepare" / "out.txt") in reason(other / "grpo")
+
+
+def test_a_copy_under_another_name_is_no_result(made):
+    run_dir, _ = made
+    shutil.copytree(run_dir / "grpo", run_dir / "grpo_best")
+    with pytest.raises(InputError, match="grpo_best is stale: it is a copy of what the grpo stage wrote to"):
+        check_fresh(run_dir / "grpo_best", Hashes())
+    assert reason(run_dir / "grpo") is None
+
+
+def test_commands_name_the_run_where_a_result_lies_now(made, monkeypatch):
+    run_dir, raw = made
+    monkeypatch.setattr(sys, "argv", ["python -m twice_rec", "prepare", "r.yaml", "--run_dir", str(run_dir)])
+    raw.write_text("other reviews")
+    stage(run_dir, "prepare", [raw], "data", overwrite=True)
+    copy = run_dir.with_name("copy")
+    shutil.copytree(run_dir, copy)
+    assert redo_command(run_dir / "prepare", Manifest.load(run_dir / "prepare")).split()[2:5] == [
+        "r.yaml", "--run_dir", str(run_dir),
+    ]  # fmt: skip
+    assert redo_command(copy / "prepare", Manifest.load(copy / "prepare")).split()[2:5] == [
+        "r.yaml", "--run_dir", str(copy),
+    ]  # fmt: skip
 
 
 def test_the_run_may_be_moved(made, tmp_path):

@@ -60,6 +60,10 @@ def test_tokens_are_masked_wherever_they_are(token, around):
         ('{\\"hf_token\\": \\"pass-word\\"}', '{\\"hf_token\\": \\"[hidden]\\"}'),
         ("Client(api_key='pass-word')", "Client(api_key='[hidden]')"),
         ("Authorization: Bearer pass-word-1", "Authorization: Bearer [hidden]"),
+        ("run password=pass-word", "run password=[hidden]"),
+        ("found ['R', 'token=pass-word']", "found ['R', 'token=[hidden]']"),
+        ("password: pass-word", "password: [hidden]"),
+        ("http://h/v1#access_token=pass-word", "http://h/v1#access_token=[hidden]"),
         ("-----BEGIN RSA PRIVATE KEY-----\npass-word", "[hidden]"),
     ],
 )

@@ -94,6 +94,7 @@ def test_contents_of_all_forms(body, text):
         ({"detail": [{"msg": "not allowed", "loc": ["body", "seed"]}]}, "not allowed seed", True, True),
         ({"message": "no credit"}, "no choice with a message in it: no credit", False, True),
         ({}, "no choice with a message in it", False, True),
+        ({"error": {"code": "invalid_api_key", "message": "Incorrect key"}}, "Incorrect key", False, True),
         ({"choices": [], "usage": {"prompt_tokens": 5}}, "no choice", True, True),
         ({"choices": ["x"]}, "no choice with a message", True, True),
         ([1], "no choice", False, True),

@@ -58,6 +58,19 @@ def test_runs_of_other_seeds_are_averaged_user_by_user(tmp_path):
     assert difference == pytest.approx(np.mean([0, 1, 0.5]))
 
 
+def test_a_copied_run_is_no_second_training(tmp_path):
+    runs = [tmp_path / name for name in ("tiny", "copy", "tiny_1")]
+    for run, model in zip(runs, ("one", "one", "other"), strict=True):
+        evaluated(run, "stage2", USERS, asked=ASKED, sft__merged=model)
+        evaluated(run, "popularity", USERS)
+    variants, left_out = read_variants(runs)
+    assert {name: variant.runs for name, variant in variants.items()} == {"popularity": 1, "stage2": 2}
+    assert left_out == [
+        f"{runs[1] / 'eval' / 'stage2'} left out: it is the same evaluation as {runs[0] / 'eval' / 'stage2'}, of the "
+        "same training"
+    ]
+
+
 def test_trainings_within_one_folder_count_too(tmp_path):
     evaluated(tmp_path, "sasrec", {"a": 1, "b": 2})
     folder = tmp_path / "eval" / "sasrec"
@@ -187,6 +200,9 @@ def test_stale_unfinished_and_changed_results_are_in_no_table(tmp_path, capsys, 
 
 def test_a_run_without_evaluations_is_named(tmp_path):
     evaluated(tmp_path / "tiny", "stage2", {"a": 1})
+    with pytest.raises(InputError, match="tiny_1: no such folder of a run"):
+        read_variants([tmp_path / "tiny", tmp_path / "tiny_1"])
+    (tmp_path / "tiny_1").mkdir()
     with pytest.raises(InputError, match="tiny_1/eval: nothing was evaluated yet"):
         read_variants([tmp_path / "tiny", tmp_path / "tiny_1"])
     with pytest.raises(InputError, match="comparison_metric is uniform/hr@9; no variant was evaluated on it"):

@@ -1,6 +1,7 @@
 """Keys of TRL's configurations that cannot work in our stages are refused, with what to use instead."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 
@@ -65,6 +66,21 @@ def test_packs_of_ours_and_of_trl_exclude_each_other(tmp_path, ours, name):
         load(tmp_path, SFTRecipe, f"{ours}\n{name}: true\nmax_length: 512\n")
     assert load(tmp_path, SFTRecipe, f"{ours}\n{name}: false\n").trainer_keys[name] is False
     assert load(tmp_path, SFTRecipe, f"{name}: true\nmax_length: 512\n").trainer_keys[name] is True
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_no_steps_are_refused_since_trl_would_take_one(tmp_path, recipe):
+    for value in (0, -2):
+        with pytest.raises(InputError, match=f"max_steps is {value}; it must be at least 1, or -1 for as many"):
+            load(tmp_path, recipe, f"max_steps: {value}\n")
+    for value in (-1, 1):
+        assert load(tmp_path, recipe, f"max_steps: {value}\n").trainer_keys["max_steps"] == value
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="Liger is installed")
+def test_liger_is_asked_for_where_it_is_not(tmp_path):
+    with pytest.raises(InputError, match="use_liger_kernel is True; Liger is not installed"):
+        load(tmp_path, SFTRecipe, "use_liger_kernel: true\n")
 
 
 def test_a_curriculum_keeps_its_order(tmp_path):

@@ -62,6 +62,8 @@ def fresh_evaluations(run_dir: Path) -> tuple[list[Path], list[str]]:
             fresh.append(folder)
         except InputError as error:
             lines.append(f"{folder.name} left out: {error}")
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no such folder of a run")
     if not fresh and not lines:
         raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
     return fresh, lines

@@ -22,7 +22,6 @@ from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, metrics_of
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.files import read_records, to_row, write_json
-from twice_rec.llm import tokens
 from twice_rec.llm.hub import at_commit
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.manifest import HubModel
@@ -113,6 +112,8 @@ def ask(
             items = [builder.catalog[item_id] for item_id in example.candidates]
             texts = [rationale_answer(rationale_of(written[0].text), i) if written else item_answer(i) for i in items]
             scores = np.array([generator.score(prompt, texts)])  # [1, C]
+            if np.isnan(scores).any():
+                raise InputError("the model's log-probabilities are NaN: its weights are damaged; fetch it again")
             ranked = [example.candidates[position] for position in np.argsort(-scores[0], kind="stable")]
             rank = int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0])
         said = tuple(completion.text for completion in written)
@@ -184,13 +185,13 @@ def evaluate_llm_variant(
     with StageRun(recipe, "evaluate", f"eval/{name}", [*inputs, model], settings) as run:
         if run.is_finished():
             return
-        run.begin()
-        from twice_rec.llm import models  # loads torch
+        from twice_rec.llm import model_check, models  # loads torch
         from twice_rec.llm.generation import TransformersGenerator
 
         recipe = at_commit(recipe, model)
         place = model.name if isinstance(model, HubModel) else model
-        tokenizer = tokens.load_tokenizer(place, recipe.model_revision)
+        tokenizer = model_check.checked_tokenizer(place, recipe)
+        run.begin()
         llm = models.load_model(place, recipe, device=recipe.torch_device())
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)

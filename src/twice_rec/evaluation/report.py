@@ -8,6 +8,7 @@ out, and a line says so.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -77,6 +78,8 @@ def read_variants(run_dirs: Sequence[Path]) -> tuple[dict[str, Variant], list[st
     data: dict[str, str] = {}  # file of stage 0 -> hash, as the first variants have it
     for name, of_name in folders.items():
         try:
+            of_name, twins = _without_twins(of_name)
+            lines += twins
             variant = _read(of_name)
         except InputError as error:
             lines.append(f"{name} left out: {error}")
@@ -90,6 +93,20 @@ def read_variants(run_dirs: Sequence[Path]) -> tuple[dict[str, Variant], list[st
     if not variants:
         raise InputError(f"there is nothing to report: {'; '.join(lines)}")
     return {name: variants[name] for name in in_order(list(variants))}, lines
+
+
+def _without_twins(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return evaluations without those that another run's is a copy of, and a line about each language model's."""
+    first: dict[tuple[str, str], Path] = {}
+    lines = []
+    for folder in folders:
+        terms = Terms.of(folder)
+        known = first.setdefault(
+            (hash_file(folder / PREDICTIONS), json.dumps(dict(terms.rests_on), sort_keys=True)), folder
+        )
+        if known != folder and terms.asked:
+            lines.append(f"{folder} left out: it is the same evaluation as {known}, of the same training")
+    return list(first.values()), lines
 
 
 def _read(folders: Sequence[Path]) -> Variant:

@@ -22,10 +22,10 @@ _CONVERT = "load it once with transformers where you trust it and save it again 
 
 
 def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
-    """Look at a model that will be trained, without loading its weights, and return its tokenizer.
+    """Look at a model that will be loaded, without loading its weights, and return its tokenizer.
 
     Args:
-        recipe: a `ModelConfig` and an `AdapterConfig`.
+        recipe: a `ModelConfig`, and an `AdapterConfig` if the model is to be trained.
 
     Raises:
         InputError: if its files are not whole, if its chat template does not take our prompts, or if the adapter names
@@ -35,7 +35,7 @@ def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
         check_folder(Path(name))
     tokenizer = load_tokenizer(name, recipe.model_revision)
     check_template(tokenizer, name)
-    if recipe.use_peft:
+    if isinstance(recipe, AdapterConfig) and recipe.use_peft:
         check_layers(name, recipe, recipe.model_revision)
     return tokenizer
 
@@ -98,7 +98,9 @@ def check_layers(name: str | Path, config: AdapterConfig, revision: str | None =
     except Exception as error:  # noqa: BLE001 - what odd settings make of transformers
         raise InputError(f"{name} is no causal language model of transformers: {first_line(error)}") from None
     layers = [
-        path for path, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not path.endswith("lm_head")  # TRL refuses it
     ]
     missing = [each for each in wanted if not any(f".{path}".endswith(f".{each}") for path in layers)]
     if missing or not wanted:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _USUAL_ADDRESS = "the address of an OpenAI-compatible API usually ends in /v1"
 _NO_LIST = (403, 404, 405, 501)  # servers, and keys, that have no list of models say so by these
+_LONGEST_WAIT = 3600  # seconds that a server may ask for; a run that is to wait longer stops instead
 _MOST_BILLED = 2  # times that one request is paid for without a completion
 _MOST_UNUSABLE = 10  # responses with status 200 and no completion in a row, after which the run stops
 
@@ -241,6 +242,8 @@ class ChatClient:
         jittered = min(doubled, self.config.backoff_max_seconds) * self._random.uniform(0.5, 1.0)
         if fault.wait is None:
             return jittered
+        if fault.wait > _LONGEST_WAIT:
+            raise self.stop(f"the server asks to wait {fault.wait:,.0f} seconds: {fault.message}")
         if fault.status == 429:
             self._resume_at = max(self._resume_at, time.monotonic() + fault.wait)
         if fault.wait > 60:

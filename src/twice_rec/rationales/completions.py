@@ -13,6 +13,8 @@ from twice_rec.prompts import Message
 from twice_rec.rationales.recipe import SamplingConfig
 
 _MOST_TOKENS = 10**9  # of one response; what is above is no count
+# Codes of error objects -> the HTTP status that goes with them.
+_CODES = {"invalid_api_key": 401, "insufficient_quota": 402, "permission_denied": 403, "model_not_found": 404}
 _SHOWN = 300  # characters of a server's words
 
 
@@ -22,7 +24,7 @@ class NotACompletion(Exception):
 
     Args:
         why: what is wrong with it, in the server's own words if it has some.
-        code: HTTP status in an error object.
+        code: HTTP status that an error object names or means.
         billed: it looks as if a model wrote something, or as if the server has decided.
         again: the same request may get another response.
     """
@@ -166,7 +168,7 @@ def read_completion(body: Any, text: str = "") -> Completion:
     for error in (choice.get("error"), body.get("error"), None if choices else body.get("detail")):
         if error:
             code = _dict(error).get("code")
-            code = int(code) if str(code).isdigit() and 400 <= int(code) < 600 else None
+            code = int(code) if str(code).isdigit() and 400 <= int(code) < 600 else _CODES.get(str(code))
             why = server_words(error) if code else f"an error with status 200: {server_words(error)}"
             raise NotACompletion(why, code, counted or not code)
     if "message" not in choice or not isinstance(choice["message"], dict):

@@ -215,7 +215,12 @@ class _LogFile(logging.FileHandler):
 def _log_to_file(run_dir: Path, name: str) -> Iterator[None]:
     """Append everything to `run_dir/logs/NAME.log`; other processes than the first to a file of their own."""
     folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _FULL_OR_LOCKED:
+            raise
+        raise InputError(f"run_dir is {run_dir}: no folder can be made there ({error.strerror})") from None
     suffix = "" if IS_MAIN else f".rank{os.environ['RANK']}"
     handler = _LogFile(folder / f"{name}{suffix}.log", encoding="utf-8")
     handler.setLevel(logging.DEBUG)

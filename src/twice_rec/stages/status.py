@@ -125,9 +125,9 @@ def says_of(folder: Path, hashes: Hashes) -> str:
     if (manifest := Manifest.load(folder)) is None:
         return f"unfinished; finish it: {unfinished_command(folder)}"
     if changed := changed_output(folder, manifest, hashes):
-        return f"stale: {changed} was changed since it was made; redo it: {redo_command(manifest)}"
+        return f"stale: {changed} was changed since it was made; redo it: {redo_command(folder, manifest)}"
     if reason := stale_because(folder, hashes):
-        return f"stale: {reason}; redo it: {redo_command(manifest)}"
+        return f"stale: {reason}; redo it: {redo_command(folder, manifest)}"
     gone = [name for name in manifest.outputs if not (run_folder(folder) / name).exists()]
     return f"fresh, but {', '.join(gone)} is gone" if gone else "fresh"
 
@@ -143,7 +143,7 @@ def _report(run_dir: Path, evaluated: Sequence[str], hashes: Hashes) -> str:
     ]  # fmt: skip
     says = says_of(folder, hashes)
     if newer and says == "fresh":
-        return f"stale: eval/{newer[0]} is newer; redo it: {redo_command(manifest)}"
+        return f"stale: eval/{newer[0]} is newer; redo it: {redo_command(folder, manifest)}"
     return says
 
 
