@@ -108,7 +108,7 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
     given = words[1:] if words[:1] == ["--config"] else words
     path, *flags = given or [""]
     if not path or path.startswith("--"):
-        raise InputError(f"{name}: expected RECIPE [--key value ...], found {' '.join(words) or 'nothing'}")
+        raise InputError(f"{name}: expected RECIPE, then flags such as --seed 1, found {' '.join(words) or 'nothing'}")
     check, flags = "--check" in flags, [flag for flag in flags if flag != "--check"]
     if "--show" in flags:
         flags.remove("--show")
