@@ -117,6 +117,15 @@ def masked(text: str) -> str:
     return _without_forms(KNOWN.hide(_of_the_environment().hide(text)))
 
 
+def masked_values(value: Any) -> Any:
+    """Return a value of a recipe, however deep, that is to be stored: its texts without secrets."""
+    if isinstance(value, Mapping):
+        return {key: masked_values(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_values(entry) for entry in value]
+    return masked(value) if isinstance(value, str) else value
+
+
 def masked_words(words: Sequence[str]) -> list[str]:
     """Return the words of a command line without secrets."""
     kept, after_secret = [], False

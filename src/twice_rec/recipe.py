@@ -120,6 +120,12 @@ class Recipe(Settings):
     RENAMED: ClassVar[Mapping[str, str]] = {}  # old name of a key -> its name now; the old one works in this version
     RENAMED_VALUES: ClassVar[Mapping[tuple[str, str], str]] = {}  # (key, old value) -> the value now
 
+    @rule
+    def the_results_have_a_folder(self) -> str | None:
+        if not self.run_dir.strip():
+            return "run_dir is empty; name a folder for all results, such as runs/mine"
+        return None
+
     @property
     def run_path(self) -> Path:
         """The folder of all results: `run_dir` with the domain filled in."""
@@ -205,8 +211,6 @@ class TrainerRecipe(Recipe):
                 faults[name] = "it must be above 0"
             elif name in self.ONE_OR_ALL and value != -1 and value < 1:
                 faults[name] = "it must be at least 1, or -1 for as many as num_train_epochs takes"
-            elif name == "use_liger_kernel" and value and importlib.util.find_spec("liger_kernel") is None:
-                faults[name] = "Liger is not installed; bash install.sh requirements.txt requirements-gpu.txt"
         return {name: f"{name} is {keys[name]!r}; {limit}" for name, limit in faults.items()}
 
     @classmethod

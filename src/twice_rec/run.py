@@ -28,7 +28,7 @@ from twice_rec.errors import CheckedError, InputError
 from twice_rec.files import atomic_path, hash_file, read_json, remove_temporaries, set_aside, write_json
 from twice_rec.locks import writing
 from twice_rec.manifest import BEGUN, Hashes, HubModel, Manifest, chain, environment, held, names_of
-from twice_rec.masking import masked_words
+from twice_rec.masking import masked_values, masked_words
 from twice_rec.recipe import Recipe
 from twice_rec.weight_files import fault_of_checkpoint
 
@@ -236,7 +236,7 @@ class StageRun:
             figures=dict(figures),
             about={
                 "command": masked_words(sys.argv),
-                "recipe": self._recipe.everything(),
+                "recipe": masked_values(self._recipe.everything()),
                 "seconds": seconds,
                 **environment(),
             },
@@ -329,7 +329,9 @@ def _take_weights(trainer: Any, checkpoint: Path, folder: Path) -> None:
             if path.is_file() and not path.name.startswith(_TRAINING_STATE):
                 with atomic_path(folder / path.name) as temporary:
                     shutil.copyfile(path, temporary)
-    trainer.save_metrics("train", {"train_steps": trainer.state.global_step})
+    summary = {"total_flos": trainer.state.total_flos, "epoch": trainer.state.epoch}  # as a training ends its log
+    trainer.state.log_history.append({**summary, "step": trainer.state.global_step})
+    trainer.save_metrics("train", summary)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -351,5 +353,5 @@ def wandb_run(recipe: Recipe) -> Iterator[Callable[[dict[str, Any]], None]]:
         return
     import wandb
 
-    with wandb.init(config=recipe.everything()) as run:
+    with wandb.init(config=masked_values(recipe.everything())) as run:
         yield run.log

@@ -14,7 +14,7 @@ from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.errors import InputError, Unfinished
 from twice_rec.evaluation.recipe import EvaluateRecipe, ReportRecipe
 from twice_rec.grpo.recipe import GRPORecipe
-from twice_rec.masking import Secrets, looks_secret, masked, masked_words, secret_keys
+from twice_rec.masking import Secrets, looks_secret, masked, masked_values, masked_words, secret_keys
 from twice_rec.rationales.faults import Fault
 from twice_rec.rationales.recipe import ClientConfig, RationalesRecipe
 from twice_rec.recipe_reader import load_recipe
@@ -88,6 +88,12 @@ def test_forms_are_masked(text, shown):
 )
 def test_what_is_no_secret_stays(text):
     assert masked(text) == text
+
+
+def test_values_of_the_environment_are_stored_nowhere(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "correcthorse")
+    stored = masked_values({"wandb_run_name": "correcthorse", "deep": [{"a": ("correcthorse", 1, None, 2.5)}]})
+    assert stored == {"wandb_run_name": "[MY_TOKEN]", "deep": [{"a": ["[MY_TOKEN]", 1, None, 2.5]}]}
 
 
 def test_long_texts_take_no_time():

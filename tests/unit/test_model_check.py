@@ -1,5 +1,6 @@
 """A model that cannot be trained is refused in one line, before anything is loaded or begun."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -177,3 +178,11 @@ def test_values_that_trl_stumbles_over_later(recipe, stage, key, value):
     path = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
     with pytest.raises(InputError, match=f"--{key}: {key} is .*{value}.*; it must be"):
         load_recipe(path, recipe, [f"--{key}", str(value)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="Liger is installed")
+def test_liger_is_missed_before_the_work():
+    recipe = SFTRecipe(run_dir="r", domain="D", seed=1, model_name_or_path="m")
+    recipe.trainer_keys["use_liger_kernel"] = True
+    with pytest.raises(InputError, match="use_liger_kernel is true, and Liger is not installed"):
+        checked_tokenizer("m", recipe)

@@ -145,6 +145,9 @@ class TestTexts:
             ("<script>var x = 1 < 2;</script>Tea<style>.a{b:c}</style>", "Tea"),
             ("a<!-- no -->b", "a b"),
             ("a<think>b</item_id>c &lt;item_nm&gt;", "a b c"),
+            ("\u200b\u200b", ""),
+            ("\u200f \ufeff", ""),
+            ("te\u200da \U0001f468\u200d\U0001f373", "te\u200da \U0001f468\u200d\U0001f373"),
             ("a\x00b\x07c\n\td \ud83d", "a b c d ?"),
         ],
     )

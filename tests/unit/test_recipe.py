@@ -446,6 +446,13 @@ def test_renamed_keys_and_values_work_with_a_warning(tmp_path, caplog):
     assert load_recipe(write(tmp_path, MINIMAL), EvaluateRecipe, flags).precomputed_scores == {"mine": "x.npz"}
 
 
+def test_results_need_a_folder(tmp_path):
+    with pytest.raises(InputError, match="run_dir is empty"):
+        load_recipe(write(tmp_path, MINIMAL), SASRecRecipe, ["--run_dir", "''"])
+    recipe = load_recipe(write(tmp_path, MINIMAL), SASRecRecipe, ["--run_dir", "~/{domain}"])
+    assert recipe.run_path.is_relative_to(Path.home())
+
+
 def test_groups_are_checked_without_a_recipe_too():
     with pytest.raises(ValueError, match="hidden_size 64 does not divide by num_heads 3"):
         SASRecRecipe(run_dir="r", domain="D", seed=0, num_heads=3)

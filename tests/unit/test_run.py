@@ -250,7 +250,13 @@ class FakeTrainer:
 def checkpoint_of(run, step):
     folder = run.path / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    state = {"global_step": step, "max_steps": 4, "log_history": [{"loss": 0.5, "step": step}]}
+    state = {
+        "global_step": step,
+        "max_steps": 4,
+        "total_flos": 7.0,
+        "epoch": 2.0,
+        "log_history": [{"loss": 0.5, "step": step}],
+    }
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (folder / "adapter_config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
@@ -263,7 +269,7 @@ def test_at_the_last_step_nothing_is_trained(tmp_path):
     run = make(tmp_path)
     checkpoint_of(run, 2)
     checkpoint_of(run, 4)
-    assert run.train(FakeTrainer(run.path)) == {"steps": 4, "loss": 0.5, "step": 4}
+    assert run.train(FakeTrainer(run.path)) == {"steps": 4, "total_flos": 7.0, "epoch": 2.0, "step": 4}
     assert load_file(run.path / "adapter_model.safetensors")["step"].item() == 4
     assert {path.name for path in run.path.iterdir() if path.is_file()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "trainer_state.json",

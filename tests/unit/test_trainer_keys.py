@@ -1,7 +1,6 @@
 """Keys of TRL's configurations that cannot work in our stages are refused, with what to use instead."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 
@@ -75,12 +74,6 @@ def test_no_steps_are_refused_since_trl_would_take_one(tmp_path, recipe):
             load(tmp_path, recipe, f"max_steps: {value}\n")
     for value in (-1, 1):
         assert load(tmp_path, recipe, f"max_steps: {value}\n").trainer_keys["max_steps"] == value
-
-
-@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="Liger is installed")
-def test_liger_is_asked_for_where_it_is_not(tmp_path):
-    with pytest.raises(InputError, match="use_liger_kernel is True; Liger is not installed"):
-        load(tmp_path, SFTRecipe, "use_liger_kernel: true\n")
 
 
 def test_a_curriculum_keeps_its_order(tmp_path):

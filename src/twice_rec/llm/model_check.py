@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from twice_rec.files import read_json
 from twice_rec.llm.recipe import ALL_LINEAR, AdapterConfig
 from twice_rec.llm.tokens import first_line, from_pretrained, load_tokenizer
 from twice_rec.prompts import Message
+from twice_rec.recipe import TrainerRecipe
 from twice_rec.weight_files import SHARDS, fault_of_file, fault_of_shards, fault_of_weights
 
 if TYPE_CHECKING:
@@ -28,9 +30,15 @@ def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
         recipe: a `ModelConfig`, and an `AdapterConfig` if the model is to be trained.
 
     Raises:
-        InputError: if its files are not whole, if its chat template does not take our prompts, or if the adapter names
+        InputError: if Liger is asked for and missing, if its files are not whole, if its chat template does not take our prompts, or if the adapter names
             layers that it does not have.
     """
+    keys = recipe.trainer_keys if isinstance(recipe, TrainerRecipe) else {}
+    if keys.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise InputError(
+            "use_liger_kernel is true, and Liger is not installed: bash install.sh requirements.txt "
+            "requirements-gpu.txt, or --use_liger_kernel false"
+        )
     if Path(name).is_dir():
         check_folder(Path(name))
     tokenizer = load_tokenizer(name, recipe.model_revision)

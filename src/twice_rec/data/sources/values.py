@@ -43,13 +43,15 @@ LATEST_TIME = 32_503_680_000_000  # milliseconds, the year 3000
 def clean_text(text: str) -> str:
     """Unescape HTML, drop its elements (Amazon texts hold `<br />`) and answer tags, fold white space; keep the rest.
 
-    What is left holds no answer tag, so no title or review can break the answer format.
+    What is left is empty or holds a visible character, and it holds no answer tag, so no title or review can break the answer format.
     """
     plain = html.unescape(text).encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
     if "<" in plain:
         while (without := _MARKUP.sub(" ", _HIDDEN.sub(" ", plain))) != plain:
             plain = without
-    return " ".join(_CONTROL.sub(" ", plain).split())
+    folded = " ".join(_CONTROL.sub(" ", plain).split())
+    is_visible = folded.isascii() or any(c != " " and unicodedata.category(c) != "Cf" for c in folded)
+    return folded if is_visible else ""  # zero-width characters alone are no text
 
 
 def has_text(value: object) -> bool:
