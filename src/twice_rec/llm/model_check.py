@@ -30,8 +30,8 @@ def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
         recipe: a `ModelConfig`, and an `AdapterConfig` if the model is to be trained.
 
     Raises:
-        InputError: if Liger is asked for and missing, if its files are not whole, if its chat template does not take our prompts, or if the adapter names
-            layers that it does not have.
+        InputError: if Liger is asked for and missing, if its files are not whole, if its chat template does not take
+            our prompts, or if the adapter names layers that it does not have.
     """
     keys = recipe.trainer_keys if isinstance(recipe, TrainerRecipe) else {}
     if keys.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:

@@ -43,7 +43,8 @@ LATEST_TIME = 32_503_680_000_000  # milliseconds, the year 3000
 def clean_text(text: str) -> str:
     """Unescape HTML, drop its elements (Amazon texts hold `<br />`) and answer tags, fold white space; keep the rest.
 
-    What is left is empty or holds a visible character, and it holds no answer tag, so no title or review can break the answer format.
+    What is left is empty or holds a visible character. It holds no answer tag, so no title or review can break the
+    answer format.
     """
     plain = html.unescape(text).encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
     if "<" in plain:
