@@ -89,12 +89,6 @@ def test_gradient_checkpointing_is_on_again_after_sampling(tokenizer, tmp_path):
     assert seen == train(tokenizer, tmp_path)[0]
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("repetition_penalty", 1.1)])
-def test_other_samplings_are_refused(tokenizer, tmp_path, name, value):
-    with pytest.raises(InputError, match=f"{name} is {value}; with rollout: transformers only .* is possible"):
-        train(tokenizer, tmp_path, **{name: value})
-
-
 def trainer_of(process, training=True):
     return SimpleNamespace(
         num_generations=4,

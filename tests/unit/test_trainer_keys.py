@@ -76,6 +76,13 @@ def test_no_steps_are_refused_since_trl_would_take_one(tmp_path, recipe):
         assert load(tmp_path, recipe, f"max_steps: {value}\n").trainer_keys["max_steps"] == value
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("repetition_penalty", 1.1)])
+def test_samplings_that_the_trainer_cannot_do_itself_are_refused(tmp_path, name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}; with rollout: transformers only .* is possible"):
+        load(tmp_path, GRPORecipe, f"{name}: {value}\n")
+    assert load(tmp_path, GRPORecipe, f"{name}: {value}\nrollout: vllm_server\n").trainer_keys[name] == value
+
+
 def test_a_curriculum_keeps_its_order(tmp_path):
     with pytest.raises(InputError, match="train_sampling_strategy is random, but a curriculum keeps"):
         load(tmp_path, SFTRecipe, "curriculum: true\ntrain_sampling_strategy: random\n")

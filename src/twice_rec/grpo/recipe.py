@@ -32,6 +32,12 @@ MAX_SERVED_RANK = 512  # of an adapter, in vLLM
 
 
 # Keys of TRL's configuration for a vLLM that TRL reaches itself -> the values of rollout that use them.
+# Sampling keys of TRL -> their values that change nothing, the only ones that rollout transformers has.
+OFF_IN_PROCESS: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,), "top_k": (0, None), "min_p": (0.0, None), "repetition_penalty": (1.0,),
+    "generation_kwargs": (None, {}),
+}  # fmt: skip
+
 OF_TRL_ROLLOUTS = {
     "vllm_server_timeout": ("trl_server",),
     "vllm_group_port": ("trl_server",),
@@ -162,12 +168,19 @@ class GRPORecipe(
     sample_completions: int = run_key(4, "number of sample completions that are shown", ge=1)
 
     def trainer_faults(self, keys: Mapping[str, Any]) -> dict[str, str]:
-        """Return also the keys of TRL's that this rollout does not use."""
-        return super().trainer_faults(keys) | {
+        """Return also the keys of TRL's that this rollout does not use, or not with these values."""
+        unused = {
             name: f"{name} is for rollout {' or '.join(kinds)}, found rollout {self.rollout}; leave the key out"
             for name, kinds in OF_TRL_ROLLOUTS.items()
             if name in keys and self.rollout not in kinds
         }
+        impossible = {
+            name: f"{name} is {keys[name]}; with rollout: transformers only {off[0]} is possible; drop the key, or use "
+            "--rollout vllm_server"
+            for name, off in OFF_IN_PROCESS.items()
+            if self.rollout == "transformers" and name in keys and keys[name] not in off
+        }
+        return super().trainer_faults(keys) | unused | impossible
 
     @property
     def folder(self) -> str:

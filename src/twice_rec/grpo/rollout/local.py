@@ -11,31 +11,17 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from twice_rec.errors import InputError
 from twice_rec.grpo.rollout.base import Group, Rollouts, batches
 from twice_rec.grpo.trl_private import model_for_generation
 from twice_rec.llm.generation import Completion, sample_completions
 from twice_rec.llm.tokens import stop_token_ids
-
-# Sampling arguments of TRL -> their values that change nothing, the only ones that are possible here.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,), "top_k": (0, None), "min_p": (0.0, None), "repetition_penalty": (1.0,),
-    "generation_kwargs": (None, {}),
-}  # fmt: skip
 
 
 class InProcessRollouts(Rollouts):
     """The trainer's model samples, by `sample_completions`: a prompt is computed once per group."""
 
     def attach(self, trainer: Any) -> None:
-        """Refuse, with an InputError, a recipe whose sampling asks for more than a temperature."""
-        for name, off in _OFF.items():
-            value = getattr(trainer.args, name)
-            if value not in off:
-                raise InputError(
-                    f"{name} is {value}; with rollout: transformers only {off[0]} is possible; drop the key, or "
-                    "use --rollout vllm_server"
-                )
+        """Nothing is to be joined: the trainer's own model samples."""
 
     def _sample(self, groups: Sequence[Group], trainer: Any, version: int, call: int) -> list[list[Completion]]:
         seed = self._seed_of(version, call, trainer.accelerator.process_index)
