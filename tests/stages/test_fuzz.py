@@ -76,8 +76,17 @@ def planted(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Forked children have one thread of torch or hang; sums with another number of threads differ in the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_thread):
     """A whole run; (run folder, base model)."""
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     base = run_dir / "base"
