@@ -314,19 +314,20 @@ def test_sft_of_an_adapter_leaves_adapter_and_merged_model(finished, tmp_path):
 def test_variants_of_stage_3_stand_beside_each_other(finished, tmp_path):
     """Like Rec-R1, and from the base model: rewards, start, folder and name in the evaluation are recipe values."""
     whole, base = finished
+    start_model = ROOT / "assets" / "tiny_base"  # its completions earn different rewards
     run_dir = tmp_path / "tiny"
     for folder in ("data", "sasrec", "grpo", "eval"):
         shutil.copytree(whole / folder, run_dir / folder)
     before = files_of(run_dir)
     rewards = ["--reward_funcs", "rank", "structure", "tags", "only_expected_tags"]
-    start_from = ["--model_name_or_path", str(base)]
+    start_from = ["--model_name_or_path", str(start_model), "--max_completion_length", "100"]
     assert run("grpo", run_dir, base, "--variant", "stage3_C.rank", *start_from, *rewards) == 0
     assert run("evaluate", run_dir, base, "--variants", "stage3_C.rank") == 0
     assert json.loads((run_dir / "eval" / "stage3_C.rank" / "metrics.json").read_text())["n"] == 6
     logged = json.loads((run_dir / "grpo_C.rank" / "trainer_state.json").read_text())["log_history"][0]
     assert {name.split("/")[1] for name in logged if name.startswith("rewards/")} == set(rewards[1:])
     merged = load_file(run_dir / "grpo_C.rank" / "merged" / "model.safetensors")
-    plain = load_file(base / "model.safetensors")
+    plain = load_file(start_model / "model.safetensors")
     changed = {name for name in plain if (plain[name] != merged[name]).any()}
     assert changed
     assert all("_proj" in name for name in changed)
