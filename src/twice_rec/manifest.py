@@ -277,7 +277,7 @@ def launcher_of(stage: str) -> str:
 
 
 def redo_command(folder: Path, manifest: Manifest) -> str:
-    """Return the command that makes a finished result anew, in the run where it lies now."""
+    """Return the command that makes a finished result again, in the run that holds it now."""
     overwrite = "" if manifest.stage == "report" else " --overwrite true"  # a report is always made anew
     return _command(folder, manifest.stage, manifest.about.get("command", [])) + overwrite
 

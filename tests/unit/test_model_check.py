@@ -180,8 +180,8 @@ def test_values_that_trl_stumbles_over_later(recipe, stage, key, value):
         load_recipe(path, recipe, [f"--{key}", str(value)])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="Liger is installed")
-def test_liger_is_missed_before_the_work():
+def test_liger_is_missed_before_the_work(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     recipe = SFTRecipe(run_dir="r", domain="D", seed=1, model_name_or_path="m")
     recipe.trainer_keys["use_liger_kernel"] = True
     with pytest.raises(InputError, match="use_liger_kernel is true, and Liger is not installed"):

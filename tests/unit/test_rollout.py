@@ -194,7 +194,7 @@ def test_a_gap_is_logged_and_warned_of_now_and_then(caplog):
     assert [text.partition(":")[0] for text in caplog.messages] == ["step 1", f"step {1 + QUIET_STEPS}"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_vllm_within_the_trainer_needs_a_gpu():
+def test_a_vllm_within_the_trainer_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="trl_colocate, a vLLM within the trainer's process, and torch sees no GPU"):
         trl_arguments(SimpleNamespace(rollout="trl_colocate"), None)

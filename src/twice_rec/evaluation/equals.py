@@ -48,8 +48,10 @@ def fresh_evaluations(run_dir: Path) -> tuple[list[Path], list[str]]:
     """Return the folders of a run's evaluations that are finished, whole and fresh, and a line about each other one.
 
     Raises:
-        InputError: if nothing was evaluated yet.
+        InputError: if there is no such run, or if nothing was evaluated yet.
     """
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no such folder of a run")
     fresh, lines, hashes = list[Path](), list[str](), Hashes()
     for folder in sorted((run_dir / "eval").glob("*")):
         if not (folder / MANIFEST).exists() and not (folder / BEGUN).exists():
@@ -62,8 +64,6 @@ def fresh_evaluations(run_dir: Path) -> tuple[list[Path], list[str]]:
             fresh.append(folder)
         except InputError as error:
             lines.append(f"{folder.name} left out: {error}")
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such folder of a run")
     if not fresh and not lines:
         raise InputError(f"{run_dir / 'eval'}: nothing was evaluated yet; run sasrec.sh or evaluate.sh first")
     return fresh, lines

@@ -100,7 +100,7 @@ def is_dense_text_model(trainer: Any) -> bool:
 
 
 class PromptHook:
-    """Prompts encoded as everywhere here, so that text of a user never becomes a control token, whoever samples.
+    """Prompts encoded as everywhere here, so that text of a user never becomes a control token, with every rollout.
 
     Inherit this first, then TRL's GRPOTrainer. Relies on the overridden method, which TRL calls without `rollout_func`.
     """
