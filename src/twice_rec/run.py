@@ -112,6 +112,8 @@ class StageRun:
             self._leave_nothing()
         if IS_MAIN and not self.check_only:
             shutil.rmtree(self._replaced, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others may wait there, or nothing did
+                self._replaced.parent.rmdir()
         self._locks.close()
 
     @property
