@@ -41,9 +41,10 @@ def writing(results: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         if not _lock(file, fcntl.LOCK_EX):
-            if _lock(file, fcntl.LOCK_SH):
+            if not _lock(file, fcntl.LOCK_SH):
+                raise _refusal(results, _owner(file), "in use")
+            if not _lock(file, fcntl.LOCK_EX):  # else the owner ended just now
                 raise _refusal(results, " and ".join(_readers(path)), "being read")
-            raise _refusal(results, _owner(file), "in use")
         _write_owner(file)
         with _until_end(file):
             yield

@@ -1,5 +1,6 @@
 """Who may write and read a results folder at the same time."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from twice_rec import locks
 from twice_rec.errors import InputError
 from twice_rec.locks import owner_of, reading, writing
 
@@ -68,6 +70,18 @@ def test_what_is_written_is_not_read(tmp_path, holder):
     assert not list((tmp_path / ".locks").glob("*.reader.*"))
     with reading(tmp_path / "eval" / "stage3"), reading(tmp_path / "eval" / "stage3"):
         pass
+
+
+def test_an_owner_that_ends_just_now_is_no_reader(tmp_path, monkeypatch):
+    real, asked = locks._lock, []
+
+    def lock(file, kind, *tries):
+        asked.append(kind)
+        return len(asked) > 1 and real(file, kind, *tries)
+
+    monkeypatch.setattr(locks, "_lock", lock)
+    with locks.writing(tmp_path / "run" / "sft"):
+        assert asked == [fcntl.LOCK_EX, fcntl.LOCK_SH, fcntl.LOCK_EX]
 
 
 def test_a_folder_that_two_runs_share_by_a_link_has_one_lock(tmp_path, holder):
