@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from reporting import paired, report
+from twice_rec.cf.losses import sample_negatives
 from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
-from twice_rec.cf.sasrec_training import SASRecTrainer, sample_negatives
+from twice_rec.cf.sasrec_training import SASRecTrainer
 from twice_rec.data.dataset import PreparedData
 
 ROOT = Path(__file__).parents[1]

@@ -189,7 +189,7 @@ def test_killed_behind_the_last_step_nothing_is_trained(finished, tmp_path, monk
     for path in [*(run_dir / stage).glob("model*"), *(run_dir / stage).glob("adapter_model*")]:
         path.unlink()
     monkeypatch.setattr("transformers.Trainer.train", killed)
-    monkeypatch.setattr("twice_rec.cf.sasrec_training.SASRecTrainer._epoch", killed)
+    monkeypatch.setattr("twice_rec.cf.sasrec_training.SASRecTrainer._until_validation", killed)
     assert run(stage, run_dir, base) == 0
     name = "model.safetensors" if stage == "sasrec" else "merged/model.safetensors"
     expected, found = load_file(whole / stage / name), load_file(run_dir / stage / name)

@@ -1,5 +1,7 @@
 """The CF baselines by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -12,10 +14,13 @@ from twice_rec.cf.baselines import (
     RandomScorer,
     TrainingData,
     ease_weights,
+    fits,
     interaction_matrix,
     knn_similarity,
+    require_memory,
 )
 from twice_rec.errors import InputError
+from twice_rec.item_sequences import ItemSequences
 
 TRAINING = [[1, 2], [1, 2, 3], [2, 3], [4]]
 
@@ -69,9 +74,16 @@ def test_ease_solves_the_ridge_regression_with_a_zero_diagonal():
         assert weights[others, j] == pytest.approx(expected)
 
 
-def test_ease_says_what_memory_it_needs():
-    with pytest.raises(InputError, match=r"1,000 x 1,000 items, .* leave ease out of baselines"):
-        ease_weights(interaction_matrix([[1, 1000]], 1000), 100.0, max_bytes=1e6)
+def test_what_does_not_fit_into_memory_is_refused_before_the_work(monkeypatch):
+    histories = ItemSequences.of([[1, 2, 3]] * 100)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    require_memory(["random", "popularity"], histories, 1000)
+    with pytest.raises(
+        InputError, match=r"ease would take 0\.0 GB for 1,000 items and 100 users, .* leave ease out of"
+    ):
+        require_memory(["popularity", "ease"], histories, 1000)
+    assert not fits("itemknn", histories, 1000)  # 900 pairs of 56 bytes
+    assert fits("itemknn", histories[:10], 1000)
 
 
 @pytest.mark.parametrize(("kind", "setting"), [("itemknn", "shrink 0"), ("ease", "regularisation 100")])

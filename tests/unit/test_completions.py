@@ -20,6 +20,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.grpo.completion_log import PATIENCE, CompletionLog, step_figures
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.scoring import StepRewards
+from twice_rec.item_sequences import ItemSequences
 from twice_rec.llm.generation import PolicyScorer
 from twice_rec.records import Item
 
@@ -231,7 +232,7 @@ def train(tokenizer, folder, steps, resume=None, names=("match", "tags", "rank")
     model = build_model(tokenizer, base_shape(), seed=1)
     chosen = {"reward_funcs": list(names), "reward_weights": [1.0] * len(names), "reward_rank": "ndcg"}
     config = GRPORecipe(run_dir="r", domain="D", seed=1, **chosen)
-    data = SimpleNamespace(catalog=CATALOG, training_histories=lambda: [[1, 2], [2]])
+    data = SimpleNamespace(catalog=CATALOG, training_histories=lambda: ItemSequences.of([[1, 2], [2]]))
     step = StepRewards(config, data, Confidences(), PolicyScorer(model, tokenizer))
     row = {"candidates": ["I1", "I2"], "target": "I1", "history": ["I0"]}
     rows = [{"prompt": [{"role": "user", "content": f"which item {i}?"}], **row} for i in range(8)]

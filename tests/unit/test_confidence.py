@@ -77,7 +77,7 @@ def test_item_means_by_brute_force(scorer):
 
 
 def test_popularity_share_by_brute_force(scorer):
-    z = scorer.scores(np.arange(4), HISTORIES).astype(np.float64)
+    z = scorer.scores(np.arange(4), HISTORIES).numpy().astype(np.float64)
     assert scorer.popularity_share(HISTORIES) == pytest.approx(z.mean(axis=0).var() / z.var(), rel=1e-4)
 
 

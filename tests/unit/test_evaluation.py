@@ -70,10 +70,10 @@ def test_ranks_of_lists_and_of_the_whole_catalogue(data):
 
 
 def test_missing_lists_say_where_to_add_them(data):
-    with pytest.raises(InputError, match=r"have the lists uniform, not hard; add it to candidate_lists"):
+    with pytest.raises(InputError, match=r"has the lists uniform, not hard; add it to candidate_lists"):
         CFQuestions(data, "test", ["hard"])
     with pytest.raises(InputError, match="no such file"):
-        CFQuestions(data, "valid", ["full"])
+        CFQuestions(data, "valid", ["uniform"])
     write_records(data.folder / dataset.candidates_file("test"), TEST_LISTS[1:])
     with pytest.raises(InputError, match="user u has no stored candidates"):
         CFQuestions(data, "test", ["uniform"])
@@ -123,7 +123,8 @@ def test_a_finished_variant_is_left_alone(data, tmp_path, caplog):
 
 
 def test_exported_scores_stand_in_the_files_order(data, tmp_path):
-    export_scores(tmp_path / "s.npz", TableScorer(SCORES), data)
+    recipe = SASRecRecipe(run_dir=str(tmp_path), domain="D", seed=7, export_scores=str(tmp_path / "s.npz"))
+    export_scores(recipe, TableScorer(SCORES), data)
     scores = np.load(tmp_path / "s.npz")["scores"]
     assert scores.dtype == np.float32
     assert scores.tolist() == [SCORES[0], [0.0] * 6, SCORES[2]]

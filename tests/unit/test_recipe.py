@@ -161,7 +161,7 @@ def test_all_errors_at_once(tmp_path):
         "line 6: dropout must be a number, found True",
         "line 7: num_layers must be a whole number, found 1.5",
         "line 9: lists must be a list, each entry one of uniform, popularity, hard, full, found ['uniform', 'all']",
-        "--batch_size: batch_size must be a whole number, found 'many'",
+        "--batch_size: batch_size must be a whole number or null, found 'many'",
         "hidden_size 64 does not divide by num_heads 3",
         "learning_rate is 0.0; it must be above 0",
     ):

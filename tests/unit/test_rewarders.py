@@ -8,40 +8,41 @@ import torch
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import BASELINES, baseline
+from twice_rec.cf.held_out import NOTHING
 from twice_rec.cf.recipe import ConfidenceConfig, SASRecConfig
 from twice_rec.cf.rewarders import load_rewarder, rewarder_inputs
 from twice_rec.cf.sasrec import SASRec, SASRecScorer
+from twice_rec.data import dataset
+from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
+from twice_rec.files import write_records
 from twice_rec.records import CandidateLists, Interaction, Item, UserSequence
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 5)])
 
 
-class Data:
-    """Users as (training part, validation target or None); every list shows the same items."""
-
-    def __init__(self, users, shown, kind="uniform"):
-        self.catalog, self.kind, self.shown = CATALOG, kind, tuple(f"I{i}" for i in shown)
-        self.sequences = [
-            UserSequence(
-                f"u{row}",
-                tuple(Interaction(f"I{i}") for i in [*training, *([target] if target else [])]),
-                num_train=len(training),
-                valid=len(training) if target else None,
-                test=None,
-            )
-            for row, (training, target) in enumerate(users)
-        ]
-
-    def candidates(self, split):
-        return [
-            CandidateLists(s.user_id, s.target(split).item_id, {self.kind: self.shown})
-            for s in self.sequences
+def prepared(folder, users, shown, kind="uniform"):
+    """Prepared data of users given as (training part, validation target or None); every list shows the same items."""
+    CATALOG.save(folder / dataset.CATALOG)
+    sequences = [
+        UserSequence(
+            f"u{row}",
+            tuple(Interaction(f"I{i}") for i in [*training, *([target] if target else [])]),
+            num_train=len(training),
+            valid=len(training) if target else None,
+            test=None,
+        )
+        for row, (training, target) in enumerate(users)
+    ]
+    write_records(folder / dataset.SEQUENCES, sequences)
+    for split in ("train", "valid"):
+        lists = [
+            CandidateLists(s.user_id, s.target(split).item_id, {kind: tuple(f"I{i}" for i in shown)})
+            for s in sequences
             if s.target_position(split) is not None
         ]
-
-    def training_histories(self):
-        return [self.catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in self.sequences]
+        write_records(folder / dataset.candidates_file(split), lists)
+    return PreparedData(folder)
 
 
 # Items 1, 2, 3, 4 occur 4, 2, 1, 3 times. Together occur 1 and 4 twice; 1 and 3, 1 and 2, 2 and 4 once.
@@ -49,7 +50,7 @@ USERS = [([1, 4], 2), ([4, 1], 2), ([3, 1], 2), ([1, 2], 3), ([2, 4], None)]
 
 
 def loaded(tmp_path, users=USERS, shown=(2, 3), kind="uniform", **config):
-    return load_rewarder(ConfidenceConfig(**config), tmp_path, Data(users, shown, kind))
+    return load_rewarder(ConfidenceConfig(**config), tmp_path, prepared(tmp_path / "data", users, shown, kind), NOTHING)
 
 
 def sigmoid(z):
@@ -110,7 +111,7 @@ def test_sasrec_must_be_there(tmp_path):
     with pytest.raises(InputError, match=r"sasrec/model\.safetensors: no such .* made by sasrec\.sh, which must run"):
         rewarder_inputs(config, tmp_path)
     with pytest.raises(InputError, match="popularity, itemknn, ease need no file"):
-        load_rewarder(config, tmp_path, Data(USERS, (2, 3)))
+        load_rewarder(config, tmp_path, prepared(tmp_path / "data", USERS, (2, 3)), NOTHING)
     path = tmp_path / "sasrec" / "model.safetensors"
     path.parent.mkdir()
     path.touch()

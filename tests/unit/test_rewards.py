@@ -27,6 +27,7 @@ from twice_rec.grpo import rewards
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS, RewardConfig, ScoredCompletion
 from twice_rec.grpo.scoring import StepRewards, score_completions
+from twice_rec.item_sequences import ItemSequences
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
 from twice_rec.prompts import rationale_answer
@@ -125,7 +126,8 @@ def answer(item_id, title):
 
 def data_of(catalog):
     """Item 1 has one training interaction, item 2 has two, and so on."""
-    return SimpleNamespace(catalog=catalog, training_histories=lambda: [[i] * i for i in range(1, len(catalog) + 1)])
+    histories = ItemSequences.of([[i] * i for i in range(1, len(catalog) + 1)])
+    return SimpleNamespace(catalog=catalog, training_histories=lambda: histories)
 
 
 def recipe_of(names, **keys):

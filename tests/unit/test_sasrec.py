@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
-from twice_rec.cf.sasrec import SASRec, pad_right
-from twice_rec.cf.sasrec_training import (
-    SASRecTrainer,
-    batches,
+from twice_rec.cf.losses import (
+    NegativeSampler,
     gbce_beta,
     sample_negatives,
     sampled_loss,
+    sampled_softmax_loss,
     softmax_loss,
-    training_loss,
-    training_table,
 )
+from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
+from twice_rec.cf.sasrec import SASRec
+from twice_rec.cf.sasrec_training import SASRecTrainer
 from twice_rec.errors import InputError
+from twice_rec.item_sequences import ItemSequences
 
 NUM_ITEMS = 30
 
@@ -37,7 +37,9 @@ def model_of(**others):
 
 
 def settings(**others):
-    return SASRecTrainerConfig(**{"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "patience": None, **others})
+    """Plain ones: no average of weights, and a validation after each of three steps."""
+    plain = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "patience": None, "ema_decay": 0.0}
+    return SASRecTrainerConfig(**{**plain, "validation_steps": 3, **others})
 
 
 def trainer(config, trainer_config, sequences, validate=lambda model: 0.0, state_file=None):
@@ -69,10 +71,6 @@ def test_only_the_most_recent_items_count():
 def test_empty_history_is_refused():
     with pytest.raises(ValueError, match="at least one item"):
         model_of().user_states([[1], []])
-
-
-def test_pad_right():
-    assert pad_right([[1], [2, 3, 4]]).tolist() == [[1, 0, 0], [2, 3, 4]]
 
 
 def test_softmax_loss_is_cross_entropy_over_the_items():
@@ -121,34 +119,100 @@ def test_no_negative_left_is_an_error():
         sample_negatives(torch.tensor([[1, 2, 3, 4, 5]]), 1, 5, torch.Generator())
 
 
-def test_batches_hold_everybody_once_and_are_as_long_as_their_longest():
-    sequences = [[1] * length for length in (2, 3, 9, 4, 2, 2, 5)]
-    found = list(batches(training_table(sequences, max_length=6), 3, torch.Generator().manual_seed(0)))
-    assert sorted((row > 0).sum().item() for batch in found for row in batch) == [2, 2, 2, 3, 4, 5, 7]
-    assert [len(batch) for batch in found] == [3, 3, 1]
-    assert all(batch.shape[1] == int((batch > 0).sum(1).max()) for batch in found)
+def test_sampled_softmax_by_hand():
+    states, embedding = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [2.0], [0.5], [1.0]])
+    targets, negatives, probability = torch.tensor([1, 3]), torch.tensor([2, 3, 3]), torch.tensor([0.5, 0.25, 0.25])
+    loss = sampled_softmax_loss(states, targets, negatives, probability.log(), embedding)
+    # Of three draws item 2 is expected 1.5 times, item 3 .75 times. For the second position 3 is the target.
+    first = -2 + math.log(math.exp(2) + math.exp(0.5) / 1.5 + 2 * math.exp(1) / 0.75)
+    second = -2 + math.log(math.exp(2) + math.exp(1) / 1.5)
+    assert loss.item() == pytest.approx((first + second) / 2)
+
+
+def test_sampled_softmax_estimates_the_whole_one():
+    """With many draws the sum over the sample is the sum over the catalogue, whatever the draws prefer."""
+    torch.manual_seed(0)
+    states, embedding, targets = torch.randn(5, 4), torch.randn(31, 4), torch.tensor([1, 7, 7, 30, 12])
+    sampler = NegativeSampler(ItemSequences.of([[1] * 50, [7, 12, 30]]), 30)
+    drawn = sampler.draw(400_000, torch.Generator().manual_seed(1))
+    loss = sampled_softmax_loss(states, targets, drawn, sampler.log_probability[drawn - 1], embedding)
+    assert loss.item() == pytest.approx(softmax_loss(states, targets, embedding).item(), rel=5e-3)
+
+
+def test_negatives_are_drawn_with_the_probability_that_is_said():
+    sampler = NegativeSampler(ItemSequences.of([[1, 1, 1], [2]]), 4)
+    drawn = sampler.draw(100_000, torch.Generator().manual_seed(0))
+    expected = [1 / 8 + 3 / 8, 1 / 8 + 1 / 8, 1 / 8, 1 / 8]
+    assert sampler.log_probability.exp().tolist() == pytest.approx(expected)
+    assert (torch.bincount(drawn, minlength=5)[1:] / 100_000).tolist() == pytest.approx(expected, abs=5e-3)
+
+
+def test_batches_hold_everybody_once_an_epoch_and_are_as_long_as_their_longest():
+    sequences = [[1] * length for length in (2, 3, 9, 1, 4, 2, 2, 5)]
+    training = trainer(shape(max_length=8), settings(batch_size=3), sequences)
+    found = list(itertools.islice(training.batches(0), 6))
+    for epoch in (found[:3], found[3:]):
+        assert sorted((row > 0).sum().item() for batch in epoch for row in batch) == [2, 2, 2, 3, 4, 5, 9]
+        assert [len(batch) for batch in epoch] == [3, 3, 1]
+        assert all(batch.shape[1] == int((batch > 0).sum(1).max()) for batch in epoch)
+    resumed = list(itertools.islice(training.batches(4), 2))
+    assert all(torch.equal(*pair) for pair in zip(resumed, found[4:], strict=True))
+
+
+def test_long_sequences_are_trained_on_in_pieces():
+    """Every item but the first of a sequence is predicted exactly once an epoch."""
+    training = trainer(shape(max_length=3), settings(), [list(range(1, 12)), [20, 21]])
+    rows = sorted(row.tolist() for row in training.sequences)
+    assert rows == [[1, 2], [2, 3, 4, 5], [5, 6, 7, 8], [8, 9, 10, 11], [20, 21]]
+    assert sorted(item for row in rows for item in row[1:]) == [*range(2, 12), 21]
 
 
 def test_nothing_to_learn_from():
     with pytest.raises(InputError, match="no user has two training interactions"):
-        training_table([[1], [2]], 5)
+        trainer(shape(), settings(), [[1], [2]])
 
 
-@pytest.mark.parametrize("loss", ["softmax", "bce", "gbce"])
+def test_a_step_has_about_a_thousand_positions_if_the_recipe_does_not_say():
+    assert trainer(shape(), settings(batch_size=None), [[1, 2, 3, 4, 5]] * 1000).batch_size == 256
+    assert trainer(shape(max_length=3), settings(batch_size=None), [[1, 2, 3, 4, 5, 6, 7]] * 1000).batch_size == 341
+
+
+def test_the_loss_is_chosen_by_the_size_of_the_catalogue():
+    sequences, auto = [[1, 2], [2, 3]], settings(loss="auto")
+    few = SASRecTrainer(shape(), auto, 20_000, sequences, lambda model: 0.0, 0)
+    many = SASRecTrainer(shape(), auto, 20_001, sequences, lambda model: 0.0, 0)
+    assert (few.loss, many.loss) == ("softmax", "sampled_softmax")
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bce", "gbce"])
 def test_training_loss_counts_every_next_item_once(loss):
     """The loss of a padded batch is the mean over its real positions, whatever rows they share."""
-    model = model_of()
+    training = trainer(shape(), settings(loss=loss, num_negatives=3), [[1, 2, 3, 4], [5, 6]])
     sequences = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     if loss == "softmax":
-        whole = training_loss(model, sequences, settings(loss=loss), torch.Generator())
-        first = training_loss(model, sequences[:1], settings(loss=loss), torch.Generator())
-        second = training_loss(model, sequences[1:, :2], settings(loss=loss), torch.Generator())
+        whole = training.training_loss(sequences, torch.Generator())
+        first = training.training_loss(sequences[:1], torch.Generator())
+        second = training.training_loss(sequences[1:, :2], torch.Generator())
         assert whole.item() == pytest.approx((3 * first.item() + second.item()) / 4, rel=1e-5)
     else:
-        value = training_loss(model, sequences, settings(loss=loss, num_negatives=3), torch.Generator().manual_seed(1))
-        value.backward()
-        assert float(model.item_embedding.weight.grad[0].abs().sum()) == 0.0
-        assert float(model.item_embedding.weight.grad[4].abs().sum()) > 0.0
+        training.training_loss(sequences, torch.Generator().manual_seed(1)).backward()
+        gradient = training.model.item_embedding.weight.grad
+        assert float(gradient[0].abs().sum()) == 0.0
+        assert float(gradient[4].abs().sum()) > 0.0
+
+
+def test_item_dropout_shortens_sequences_but_keeps_order_last_and_one_before():
+    training = trainer(shape(), settings(item_dropout=0.5), [[1, 2]])
+    whole = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0], [9, 10, 11, 0, 0, 0]]).repeat(200, 1)
+    short = training._without_some_items(whole, torch.Generator().manual_seed(0))
+    lengths = []
+    for before, after in zip(whole.tolist(), short.tolist(), strict=True):
+        before, after = [item for item in before if item], [item for item in after if item]
+        assert after == sorted(set(after) & set(before))
+        assert after[-1] == before[-1]
+        assert len(after) >= 2
+        lengths.append(len(after) if len(before) == 6 else 0)
+    assert sum(lengths) / 200 == pytest.approx(1 + 5 / 2 + 1 / 2**5, abs=0.2)  # one is kept if all five are out
 
 
 def chains(count, seed=0):
@@ -158,8 +222,8 @@ def chains(count, seed=0):
 
 
 def test_training_learns_what_follows():
-    epochs = itertools.count()  # every epoch is better than the one before
-    training = trainer(shape(dropout=0.1), settings(epochs=15), chains(300), lambda model: next(epochs))
+    better = itertools.count()  # every validation is better than the one before
+    training = trainer(shape(dropout=0.1), settings(epochs=15, ema_decay=0.9), chains(300), lambda model: next(better))
     model = training.run()
     states = model.user_states([[1, 2, 3], [28, 29, 30]])
     best = (states @ model.item_embedding.weight[1:].T).argmax(1) + 1
@@ -167,7 +231,7 @@ def test_training_learns_what_follows():
     assert training.log[-1].loss < training.log[0].loss / 3
 
 
-def test_the_best_epoch_is_kept_and_patience_ends():
+def test_the_best_validation_is_kept_and_patience_ends():
     values = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.9])
     weights = []
 
@@ -177,20 +241,44 @@ def test_the_best_epoch_is_kept_and_patience_ends():
 
     training = trainer(shape(), settings(epochs=10, patience=3), chains(50), validate)
     model = training.run()
-    assert [epoch.number for epoch in training.log] == [1, 2, 3, 4, 5]
-    assert training.best_epoch.number == 2
+    assert [one.step for one in training.log] == [3, 6, 9, 12, 15]
+    assert [one.epochs for one in training.log] == [0.75, 1.5, 2.25, 3.0, 3.75]
+    assert training.best_validation.step == 6
     assert torch.equal(model.item_embedding.weight, weights[1])
 
 
-@pytest.mark.parametrize("loss", ["softmax", "gbce"])
+def test_validations_are_an_epoch_apart_but_200_steps_at_least():
+    chosen = settings(validation_steps=None, batch_size=1)
+    assert trainer(shape(), chosen, chains(50)).validation_steps == 200
+    assert trainer(shape(), chosen, chains(450)).validation_steps == 450
+
+
+def test_what_is_validated_is_the_average_of_the_weights():
+    """Step t moves the average by 1 - min(decay, (1 + t) / (10 + t)) towards the weights."""
+    seen = []
+    decays = [min(0.2, (1 + step) / (10 + step)) for step in range(3)]
+    plain = trainer(shape(), settings(epochs=1, validation_steps=1), chains(40), lambda model: 0.0)
+    start = plain.model.item_embedding.weight.detach().clone()
+    plain.run(lambda one: seen.append(plain.model.item_embedding.weight.detach().clone()))
+    expected = start
+    for weights, decay in zip(seen, decays, strict=True):
+        expected = decay * expected + (1 - decay) * weights
+    averaged = trainer(shape(), settings(epochs=1, validation_steps=1, ema_decay=0.2), chains(40))
+    averaged.run()
+    assert torch.allclose(averaged.average.item_embedding.weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
 def test_resumed_training_ends_with_the_same_weights(tmp_path, loss):
     def training(state_file=None):
-        chosen = settings(loss=loss, epochs=5, num_negatives=2, lr_scheduler_type="cosine")
+        chosen = settings(
+            loss=loss, epochs=5, num_negatives=2, lr_scheduler_type="cosine", ema_decay=0.9, item_dropout=0.2
+        )
         validate = lambda model: float(model.item_embedding.weight.detach().sum())
         return trainer(shape(dropout=0.3), chosen, chains(80), validate, state_file)
 
-    def kill_after_three(epoch):
-        if epoch.number == 3:
+    def kill_after_three(one):
+        if one.step == 9:
             raise KeyboardInterrupt
 
     whole = training()
@@ -200,8 +288,8 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, loss):
         training(state).run(kill_after_three)
     resumed = training(state)
     found = resumed.run().state_dict()
-    assert [(e.number, e.loss, e.validation) for e in resumed.log] == [
-        (e.number, e.loss, e.validation) for e in whole.log
+    assert [(one.step, one.loss, one.validation) for one in resumed.log] == [
+        (one.step, one.loss, one.validation) for one in whole.log
     ]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -223,13 +311,13 @@ def test_a_damaged_state_is_set_aside_and_training_starts_anew(tmp_path, caplog,
     state.write_bytes(whole[:kept])
     again = trainer(shape(), settings(epochs=2), chains(40), state_file=state)
     again.run()
-    assert [epoch.number for epoch in again.log] == [1, 2]
+    assert [one.step for one in again.log] == [3, 6]
     assert f"{state} is damaged" in caplog.text
     assert (tmp_path / "damaged-state.safetensors").read_bytes() == whole[:kept]
 
 
 def test_a_loss_that_explodes_is_an_error():
-    with pytest.raises(InputError, match=r"loss is (nan|inf) in epoch \d+; lower learning_rate"):
+    with pytest.raises(InputError, match=r"loss is (nan|inf) before step \d+; lower learning_rate"):
         trainer(shape(), settings(learning_rate=1e25, epochs=20), chains(100)).run()
 
 

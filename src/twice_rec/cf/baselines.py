@@ -5,24 +5,31 @@ metrics, as every other model. They are fitted on training parts; the few settin
 validation.
 
 To add one, write a class here that takes `TrainingData` and has `scores`, and register it with `@baseline`: recipes,
-tables and stage 3's `cf_model` take its name from `BASELINES`.
+tables and stage 3's `cf_model` take its name from `BASELINES`. If its memory grows faster than the data, register with
+`memory` too: then it is refused before any work where it does not fit.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from twice_rec.cf.confidence import Floats, Histories
 from twice_rec.errors import InputError
+from twice_rec.item_sequences import ItemSequences
 from twice_rec.random_streams import random_stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +37,8 @@ logger = logging.getLogger(__name__)
 class CFScorer(Protocol):
     """Anything that scores the catalogue for users."""
 
-    def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
-        """Return the scores of all items: float [B, N], column j for item index j + 1.
+    def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats | Tensor:
+        """Return the scores of all items: float [B, N], column j for item index j + 1; SASRec's stay on its device.
 
         `users` is int64 [B], a number per user: in evaluation the position in `sequences.jsonl`.
         """
@@ -47,18 +54,38 @@ class TrainingData:
     validate: Callable[[CFScorer], float]  # measures a model on validation; larger is better
 
 
+Memory = Callable[[ItemSequences, int], float]  # training parts, number of items -> bytes
 BASELINES: dict[str, Callable[[TrainingData], CFScorer]] = {}  # name in recipes -> class, in the order of tables
+MEMORY: dict[str, Memory] = {}  # what fitting some of them takes
 Fit = TypeVar("Fit", bound=Callable[[TrainingData], CFScorer])
 
 
-def baseline(name: str) -> Callable[[Fit], Fit]:
-    """Register a class, or a function that makes one, in `BASELINES`."""
+def baseline(name: str, memory: Memory | None = None) -> Callable[[Fit], Fit]:
+    """Register a class, or a function that makes one, in `BASELINES`, and what fitting it takes in `MEMORY`."""
 
     def register(fit: Fit) -> Fit:
         BASELINES[name] = fit
+        if memory is not None:
+            MEMORY[name] = memory
         return fit
 
     return register
+
+
+def fits(name: str, histories: ItemSequences, num_items: int) -> bool:
+    """Return whether the memory that is free now suffices to fit a baseline."""
+    return name not in MEMORY or MEMORY[name](histories, num_items) <= psutil.virtual_memory().available
+
+
+def require_memory(names: Iterable[str], histories: ItemSequences, num_items: int) -> None:
+    """Raise an InputError if a baseline does not fit into the memory that is free now."""
+    for name in names:
+        if not fits(name, histories, num_items):
+            needed, free = MEMORY[name](histories, num_items), psutil.virtual_memory().available
+            raise InputError(
+                f"{name} would take {needed / 1e9:,.1f} GB for {num_items:,} items and {len(histories):,} users, and "
+                f"{free / 1e9:,.1f} GB are free; leave {name} out of baselines, or choose another cf_model"
+            )
 
 
 @baseline("random")
@@ -79,21 +106,20 @@ class PopularityScorer:
     """Number of training interactions of each item."""
 
     def __init__(self, training: TrainingData):
-        indices = [index for history in training.histories for index in history]
-        self._counts = np.bincount(indices, minlength=training.num_items + 1)[1:].astype(np.float64)  # [N]
+        _, items = ItemSequences.of(training.histories).flat()
+        self._counts = np.bincount(items, minlength=training.num_items + 1)[1:].astype(np.float64)  # [N]
 
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
         """See `CFScorer`."""
-        return np.broadcast_to(self._counts, (len(histories), len(self._counts)))
+        return np.tile(self._counts, (len(histories), 1))
 
 
 def interaction_matrix(histories: Histories, num_items: int, decay: float = 1.0) -> sparse.csr_matrix:
     """Return a sparse [B, N], column j for item index j + 1, with decay ** (number of later items) at each item."""
-    lengths = [len(history) for history in histories]
-    rows = np.repeat(np.arange(len(histories)), lengths)
-    columns = np.fromiter((index - 1 for history in histories for index in history), dtype=np.int64, count=sum(lengths))
-    age = np.concatenate([np.arange(length)[::-1] for length in lengths])
-    return sparse.csr_matrix((decay**age, (rows, columns)), shape=(len(histories), num_items))
+    sequences = ItemSequences.of(histories)
+    rows, items = sequences.flat()  # [T], [T]
+    age = sequences.lengths.cumsum()[rows] - 1 - np.arange(len(rows))  # [T]
+    return sparse.csr_matrix((decay**age, (rows, items - 1)), shape=(len(sequences), num_items))
 
 
 class ItemSimilarityScorer:
@@ -143,46 +169,50 @@ def knn_similarity(interactions: sparse.csr_matrix, shrink: float) -> sparse.csr
     return sparse.csr_matrix((np.where(row == column, 0.0, cosine), (row, column)), shape=together.shape)
 
 
-@baseline("itemknn")
+def knn_memory(histories: ItemSequences, num_items: int) -> float:
+    """Return about how many bytes item-kNN takes: 56 per pair of items that a user has both of."""
+    pairs = float((histories.lengths.astype(np.float64) ** 2).sum())
+    return 56 * min(pairs, float(num_items) ** 2)
+
+
+@baseline("itemknn", knn_memory)
 def item_knn(training: TrainingData) -> ItemSimilarityScorer:
     """Fit item-kNN with the shrinkage and decay that are best on validation."""
     return choose_similarity(training, knn_similarity, "itemknn with shrink", (0.0, 20.0, 60.0))
 
 
-def ease_weights(interactions: sparse.csr_matrix, regularisation: float, max_bytes: float = 16e9) -> Floats:
+def ease_weights(interactions: sparse.csr_matrix, regularisation: float) -> Floats:
     """Return EASE (Steck, 2019), the item-item regression with a zero diagonal in closed form.
 
     Sparse 0/1 [users, N] -> dense float64 [N, N].
-
-    Raises:
-        InputError: if its dense matrix and the inverse would not fit into `max_bytes`.
     """
-    num_items = interactions.shape[1]
-    size = 2 * 8 * num_items**2
-    if size > max_bytes:
-        raise InputError(
-            f"EASE inverts a dense matrix of {num_items:,} x {num_items:,} items, {size / 1e9:.0f} GB with its copy; "
-            "leave ease out of baselines, or choose another cf_model"
-        )
     gram = (interactions.T @ interactions).toarray().astype(np.float64)  # [N, N]
-    gram[np.diag_indices(num_items)] += regularisation
+    gram[np.diag_indices(len(gram))] += regularisation
     inverse = linalg.inv(gram, overwrite_a=True, check_finite=False)  # [N, N]
     weights = inverse / -np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
     return weights
 
 
-@baseline("ease")
+def ease_memory(histories: ItemSequences, num_items: int) -> float:
+    """Return about how many bytes EASE takes: a dense matrix, its inverse, and the weights kept so far."""
+    return 3 * 8 * float(num_items) ** 2
+
+
+@baseline("ease", ease_memory)
 def ease(training: TrainingData) -> ItemSimilarityScorer:
     """Fit EASE with the regularisation and decay that are best on validation."""
     return choose_similarity(training, ease_weights, "ease with regularisation", (100.0, 300.0, 1000.0))
 
 
 class PrecomputedScorer:
-    """Test scores of any other model, from an `.npz` with `scores` float [users, N] in the files' order.
+    """Test scores of any other model, from an `.npz` in the files' order of users.
+
+    It holds `scores`, float [users, items], or of each user's best items only: `items`, int [users, top], indices from
+    1, and `scores`, float [users, top]. Items that are not among them score below all others.
 
     Raises:
-        InputError: for a missing file, a missing array, another shape, or NaN.
+        InputError: for a missing file, a missing array, another shape, an unknown item, or NaN.
     """
 
     def __init__(self, path: Path, num_users: int, num_items: int):
@@ -193,16 +223,26 @@ class PrecomputedScorer:
                 if "scores" not in file:
                     raise InputError(f"{path}: no array `scores`; it holds {', '.join(file.files) or 'nothing'}")
                 self._scores = file["scores"]
-        except (ValueError, OSError) as error:
+                self._items = file.get("items")  # [users, top]
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not an .npz file: {error}") from None
-        if self._scores.shape != (num_users, num_items):
+        self._num_items = num_items
+        expected = (num_users, num_items) if self._items is None else (num_users, *self._items.shape[1:])
+        if self._scores.shape != expected or (self._items is not None and self._items.shape != expected):
             raise InputError(
                 f"{path}: scores have the shape {self._scores.shape}, expected [users, items] = "
-                f"({num_users}, {num_items}), in the order of sequences.jsonl and catalog.jsonl"
+                f"({num_users}, {num_items}), in the order of sequences.jsonl and catalog.jsonl; or [users, top] and "
+                "an array `items` of that shape"
             )
+        if self._items is not None and not (self._items.min() >= 0 and self._items.max() <= num_items):
+            raise InputError(f"{path}: items are {self._items.min()} to {self._items.max()} of {num_items}")
         if np.isnan(self._scores).any():
             raise InputError(f"{path}: {int(np.isnan(self._scores).sum())} scores are NaN")
 
     def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
         """See `CFScorer`."""
-        return self._scores[users]
+        if self._items is None:
+            return self._scores[users]
+        scores = np.full((len(users), self._num_items + 1), -np.inf)  # [B, N + 1]
+        np.put_along_axis(scores, self._items[users].astype(np.int64), self._scores[users], axis=1)
+        return scores[:, 1:]

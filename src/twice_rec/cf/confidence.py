@@ -14,8 +14,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from twice_rec.cf.held_out import NOTHING, HeldOut
+from twice_rec.item_sequences import ItemSequences
+
 Floats = NDArray[np.floating]
-Histories = Sequence[Sequence[int]]  # item indices 1..N, oldest first
+Histories = Sequence[Sequence[int]] | ItemSequences  # item indices 1..N, oldest first
 Calibration = tuple[float, float]
 
 
@@ -41,13 +44,15 @@ class ConfidenceModel(ABC):
     Attributes:
         item_mean: float32 [N + 1], the mean z of each item over users; None before `calibrate`.
         calibration: `raw` and `debiased` -> the (a, b) with which such scores are `calibrated`.
+        held_out: which targets of stage 3's prompts it was not trained on.
     """
 
     item_mean: NDArray[np.float32] | None = None
     calibration: Mapping[str, Calibration] = MappingProxyType({})
+    held_out: HeldOut = NOTHING
 
     @abstractmethod
-    def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(self, histories: Histories, items: NDArray[np.integer]) -> NDArray[np.float32]:
         """Return z of some items per history: B histories and item indices [B, C] -> float32 [B, C]."""
 
     @abstractmethod
@@ -55,7 +60,7 @@ class ConfidenceModel(ABC):
         """Return the mean z of each item over the histories: float32 [N + 1], the first one for padding."""
 
     def confidences(
-        self, histories: Histories, candidates: NDArray[np.int64], kind: str = "sigmoid", debiased: bool = False
+        self, histories: Histories, candidates: NDArray[np.integer], kind: str = "sigmoid", debiased: bool = False
     ) -> NDArray[np.float32]:
         """Return the confidence in each candidate: B histories and item indices [B, C] -> float32 [B, C] in [0, 1].
 
@@ -79,11 +84,11 @@ class ConfidenceModel(ABC):
             z = a * z + b
         return CONFIDENCES[kind](z).astype(np.float32)
 
-    def calibrate(self, histories: Histories, shown: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+    def calibrate(self, histories: Histories, shown: NDArray[np.integer], targets: NDArray[np.integer]) -> None:
         """Fit item means over B validation users, and calibrations of raw and debiased scores on their candidates.
 
         A model that scores an item alike for all users gets no calibration of debiased scores: all of them are 0.
-        `shown` is int64 [B, C], `targets` int64 [B].
+        `shown` is int [B, C], `targets` int [B].
         """
         self.item_mean = self.item_means(histories)
         z = self.logits(histories, shown)  # [B, C]

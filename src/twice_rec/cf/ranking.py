@@ -1,4 +1,7 @@
-"""Ranks of the targets from scores of the catalogue. Ties count against the target."""
+"""Ranks of the targets from scores of the catalogue. Ties count against the target.
+
+Users are ranked in blocks, so that memory is bounded however large the catalogue is; on a GPU, if the scores are there.
+"""
 
 from __future__ import annotations
 
@@ -6,75 +9,76 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.cf.baselines import BASELINES, CFScorer, TrainingData
-from twice_rec.cf.confidence import Histories
-from twice_rec.errors import InputError
-from twice_rec.metrics import per_user, ranks_from_scores
+from twice_rec.cf.baselines import BASELINES, CFScorer, TrainingData, require_memory
+from twice_rec.cf.held_out import NOTHING, HeldOut, without_prompted
+from twice_rec.item_sequences import ItemSequences, Questions
+from twice_rec.metrics import per_user
 from twice_rec.progress import progress
-from twice_rec.records import CandidateLists, Prediction, Split, UserSequence
+from twice_rec.random_streams import random_stream
+from twice_rec.records import Prediction, Split
 
-CHOSEN_ON = "full/ndcg@10"  # validation metric by which epochs and the settings of baselines are chosen
+CHOSEN_ON = "full/ndcg@10"  # validation metric by which the settings of baselines are chosen
+_BLOCK = 32_000_000  # scores that are held at once
+_USERS = 512  # the most users of a block
 
 
 class Data(Protocol):
     """What CF models need of the prepared data; `data.dataset.PreparedData` has it."""
 
     catalog: ItemCatalog
-    sequences: Sequence[UserSequence]
 
-    def candidates(self, split: Split) -> Sequence[CandidateLists]: ...  # noqa: D102
-    def training_histories(self) -> Histories: ...  # noqa: D102
+    def questions(self, split: Split, kinds: Sequence[str] = ()) -> Questions: ...  # noqa: D102
+    def list_kinds(self, split: Split) -> Sequence[str]: ...  # noqa: D102
+    def training_histories(self) -> ItemSequences: ...  # noqa: D102
 
 
 class CFQuestions:
-    """The questions of one split as a CF model sees them: histories, targets and candidates as indices.
+    """The questions of one split, which a CF model is asked.
 
     Args:
         split: `valid` or `test`.
         lists: names of `RANKED_LISTS`; `full` is the catalogue without the seen items.
+        max_users: only so many users are asked, drawn by seed; None for all.
 
     Raises:
         InputError: if no user has a target in the split, or if a list is not stored.
     """
 
-    def __init__(self, data: Data, split: Split, lists: Sequence[str]):
-        catalog, by_user = data.catalog, {entry.user_id: entry for entry in data.candidates(split)}
-        rows = [(i, s) for i, s in enumerate(data.sequences) if s.target_position(split) is not None]
-        if not rows:
-            raise InputError(f"no user has a {split} target")
-        self.users = np.array([position for position, _ in rows])  # [U], positions in the files
-        self.user_ids = [sequence.user_id for _, sequence in rows]
-        self.target_ids = [sequence.target(split).item_id for _, sequence in rows]
-        self.targets = np.array(catalog.indices(self.target_ids))  # [U]
-        self.histories = [catalog.indices(entry.item_id for entry in s.history(split)) for _, s in rows]
+    def __init__(self, data: Data, split: Split, lists: Sequence[str], max_users: int | None = None, seed: int = 0):
+        asked = data.questions(split, [kind for kind in lists if kind != "full"])
+        if max_users is not None and max_users < len(asked.users):
+            drawn = random_stream(seed, f"{split} users of CF models").permutation(len(asked.users))[:max_users]
+            asked = asked.take(np.sort(drawn))
+        self.asked = asked
         self.lists = tuple(lists)
-        self.candidates: dict[str, NDArray[np.int64]] = {
-            kind: np.array([catalog.indices(_list_of(by_user, user_id, kind)) for user_id in self.user_ids])  # [U, C]
-            for kind in self.lists
-            if kind != "full"
-        }
+        self._ids = data.catalog.ids
 
-    def ranks(self, scorer: CFScorer, batch_size: int = 512) -> dict[str, NDArray[np.int64]]:
+    def ranks(self, scorer: CFScorer) -> dict[str, NDArray[np.int64]]:
         """Return the rank of every user's target per list: int64 [U]. Ties count against the target."""
         parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in self.lists}
-        for start in progress(range(0, len(self.users), batch_size), desc="ranking", unit="batch"):
-            rows = slice(start, start + batch_size)
-            scores = np.asarray(scorer.scores(self.users[rows], self.histories[rows]))  # [B, N]
-            targets = self.targets[rows]  # [B]
+        for rows in blocks(len(self.asked.users), len(self._ids)):
+            scores = torch.as_tensor(scorer.scores(self.asked.users[rows], self.asked.histories[rows]))  # [B, N]
+            targets = torch.from_numpy(self.asked.targets[rows].astype(np.int64)).to(scores.device)  # [B]
+            of_target = scores.gather(1, targets[:, None] - 1)  # [B, 1]
             for kind in self.lists:
                 if kind == "full":
-                    ranked, column = np.array(scores, dtype=np.float32), targets - 1  # [B, N], [B]
-                    for row, history in enumerate(self.histories[rows]):
-                        ranked[row, np.array(history) - 1] = -np.inf  # seen items are not recommended again
+                    ranks = self._among_unseen(scores, of_target, rows)
                 else:
-                    shown = self.candidates[kind][rows]  # [B, C]
-                    ranked = np.take_along_axis(scores, shown - 1, axis=1)  # [B, C]
-                    column = (shown == targets[:, None]).argmax(axis=1)  # [B]
-                parts[kind].append(ranks_from_scores(ranked, column))
+                    shown = torch.from_numpy(self.asked.candidates[kind][rows].astype(np.int64)).to(scores.device)
+                    ranks = _not_below(scores.gather(1, shown - 1), of_target).sum(1)  # [B]
+                parts[kind].append(ranks.cpu().numpy())
         return {kind: np.concatenate(ranks) for kind, ranks in parts.items()}
+
+    def _among_unseen(self, scores: torch.Tensor, of_target: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return the targets' ranks in the catalogue without what the users have seen: int64 [B]."""
+        pairs = _pairs(self.asked.histories[rows], self.asked.targets[rows])
+        users, seen = torch.from_numpy(pairs).to(scores.device)  # [P], [P]
+        ahead = _not_below(scores[users, seen - 1], of_target[users, 0])  # [P]
+        return _not_below(scores, of_target).sum(1) - torch.bincount(users[ahead], minlength=len(scores))
 
     def mean(self, scorer: CFScorer, metric: str = CHOSEN_ON) -> float:
         """Return one metric such as `full/ndcg@10`, averaged over users."""
@@ -84,22 +88,50 @@ class CFQuestions:
     def predictions(self, scorer: CFScorer, seed: int) -> Iterator[Prediction]:
         """Yield the ranks as records, in the files' order of users."""
         ranks = self.ranks(scorer)
-        for row, (user_id, target) in enumerate(zip(self.user_ids, self.target_ids, strict=True)):
-            yield Prediction(user_id, target, {kind: int(ranks[kind][row]) for kind in self.lists}, seed)
+        for row, (user_id, target) in enumerate(zip(self.asked.user_ids, self.asked.targets.tolist(), strict=True)):
+            yield Prediction(user_id, self._ids[target - 1], {kind: int(ranks[kind][row]) for kind in self.lists}, seed)
 
 
-def fit_baseline(name: str, data: Data, seed: int) -> CFScorer:
-    """Fit one of `BASELINES` on the training parts, with its settings chosen on validation."""
-    valid = CFQuestions(data, "valid", ["full"])
-    return BASELINES[name](TrainingData(data.training_histories(), len(data.catalog), seed, valid.mean))
+def mean_metrics(ranks: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:
+    """Return NDCG@10 in the whole catalogue and NDCG@5 in lists of candidates, averaged over users."""
+    names = {kind: "ndcg@10" if kind == "full" else "ndcg@5" for kind in ranks}
+    return {f"{kind}/{names[kind]}": float(per_user(names[kind], of).mean()) for kind, of in ranks.items()}
 
 
-def _list_of(by_user: Mapping[str, CandidateLists], user_id: str, kind: str) -> tuple[str, ...]:
-    if user_id not in by_user:
-        raise InputError(f"user {user_id} has no stored candidates; run prepare.sh again")
-    if kind not in by_user[user_id].lists:
-        raise InputError(
-            f"the stored candidates have the lists {', '.join(by_user[user_id].lists)}, not {kind}; add it to "
-            "candidate_lists in prepare.yaml and run prepare.sh again, or leave it out of lists"
-        )
-    return by_user[user_id].lists[kind]
+def blocks(num_users: int, num_items: int) -> Iterator[slice]:
+    """Yield the rows of blocks of users whose scores of the catalogue fit into memory together."""
+    size = max(1, min(_USERS, _BLOCK // num_items))
+    for start in progress(range(0, num_users, size), desc="ranking", unit="block"):
+        yield slice(start, min(start + size, num_users))
+
+
+def _not_below(scores: torch.Tensor, of_target: torch.Tensor) -> torch.Tensor:
+    """Return where a score is at least the target's; ValueError for NaN, which would compare as if it were low."""
+    if bool(torch.isnan(scores).any()):
+        raise ValueError(f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN")
+    return scores >= of_target
+
+
+def _pairs(histories: ItemSequences, targets: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the different items that each user has seen, but for the target: rows and items, int64 [2, P]."""
+    rows, items = histories.flat()
+    other = items != targets[rows]  # a target that was bought before is still to be found
+    return np.unique(np.stack([rows[other], items[other].astype(np.int64)]), axis=1)
+
+
+def fit_baseline(
+    name: str, data: Data, seed: int, max_users: int | None = None, held_out: HeldOut = NOTHING
+) -> CFScorer:
+    """Fit one of `BASELINES` on the training parts, with its settings chosen on validation.
+
+    Args:
+        max_users: see `CFQuestions`.
+        held_out: prompts' targets that it must not be fitted on.
+
+    Raises:
+        InputError: if it does not fit into the memory that is free.
+    """
+    valid = CFQuestions(data, "valid", ["full"], max_users, seed)
+    histories = without_prompted(data.training_histories(), held_out)
+    require_memory([name], histories, len(data.catalog))
+    return BASELINES[name](TrainingData(histories, len(data.catalog), seed, valid.mean))

@@ -15,16 +15,23 @@ ConfidenceKind = one_of(CONFIDENCES)
 RankedList = one_of(RANKED_LISTS)
 
 
+SOFTMAX_ITEMS = 20_000  # loss auto: with more items than these the softmax is over a sample
+POSITIONS = 1024  # that a step predicts if batch_size is null
+VALIDATION_STEPS = 200  # the fewest between two validations if validation_steps is null
+
+
 class SASRecConfig(Settings):
     """The shape of SASRec."""
 
     hidden_size: int = key(64, "width of the embeddings", ge=1)
-    inner_size: int = key(256, "width of the feed-forward layers", ge=1)
+    inner_size: int = key(64, "width of the feed-forward layers", ge=1)
     num_layers: int = key(2, "number of self-attention blocks", ge=1)
     num_heads: int = key(2, "number of attention heads", ge=1)
     dropout: float = key(0.3, "dropout on embeddings, attention weights and block outputs", ge=0, le=0.99)
-    norm: Literal["post", "pre"] = key("post", "LayerNorm after or before each block")
-    max_length: int = key(50, "number of most recent items of a history that the model sees", ge=1)
+    norm: Literal["post", "pre"] = key("pre", "LayerNorm after or before each block")
+    max_length: int = key(
+        50, "number of most recent items of a history that the model sees; it is trained on longer ones in pieces", ge=1
+    )
 
     @rule
     def heads_divide_the_width(self) -> str | None:
@@ -33,24 +40,50 @@ class SASRecConfig(Settings):
 
 
 class SASRecTrainerConfig(Settings):
-    """How SASRec is trained."""
+    """How SASRec is trained. Steps and validations count, not epochs, so that one recipe serves data of any size."""
 
-    loss: Literal["bce", "gbce", "softmax"] = key(
-        "softmax", "bce: over sampled negatives; gbce: the same, calibrated; softmax: over all items"
+    loss: Literal["auto", "softmax", "sampled_softmax", "gbce", "bce"] = key(
+        "auto",
+        "softmax: over all items; sampled_softmax: over a sample that a step shares; bce: over sampled negatives of "
+        f"each position; gbce: the same, calibrated; auto: softmax to {SOFTMAX_ITEMS:,} items, sampled_softmax beyond",
     )
     num_negatives: int = key(
-        1, "bce and gbce: uniform negatives per position, never the user's own training items", ge=1
+        2048, "sampled_softmax: items per step; bce and gbce: items per position, never the user's own", ge=1
     )
     gbce_t: float = key(0.75, "gbce: 0 is bce, 1 removes the overconfidence of sampling", ge=0, le=1)
-    epochs: int = key(100, "largest number of epochs", ge=1)
-    batch_size: int = key(128, "users per step", ge=1)
+    epochs: int = key(200, "largest number of epochs", ge=1)
+    batch_size: int | None = key(
+        None, f"sequences per step; null for as many as have about {POSITIONS:,} interactions to predict", ge=1
+    )
     learning_rate: float = key(1e-3, "learning rate of Adam", gt=0)
     weight_decay: float = key(0.0, "weight decay of Adam", ge=0)
     lr_scheduler_type: Literal["constant", "cosine"] = key(
         "constant", "schedule of the learning rate; cosine ends at 0 after the last epoch"
     )
+    ema_decay: float = key(
+        0.995,
+        "what is validated and kept is the average of the weights that decays so per step; 0 for the last",
+        ge=0,
+        lt=1,
+    )
+    validation_steps: int | None = key(
+        None, f"steps between validations; null for those of an epoch, but at least {VALIDATION_STEPS}", ge=1
+    )
+    validation_users: int | None = key(
+        10_000, "most users who are asked in a validation, drawn by seed; null for all", ge=1
+    )
     patience: int | None = key(
-        5, "epochs without a better validation NDCG@10 (full) before training stops; null for never", ge=1
+        3, "validations in a row that do not raise the best by a hundredth before training stops; null for never", ge=1
+    )
+    item_dropout: float = key(
+        0.0, "share of the items that each step leaves out of a sequence, as if they had not been bought", ge=0, le=0.9
+    )
+    held_out_prompts: float = key(
+        0.0,
+        "share of the training users whose last training interaction is kept from SASRec: those whom stage 3 prompts "
+        "with the same seed and train_fraction, so that the confidence in it is no memory",
+        ge=0,
+        le=1,
     )
 
 
@@ -96,12 +129,23 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
 
     variant: str = key("sasrec", "name of the results: folder under run_dir and under eval/")
     num_seeds: int = key(1, "trainings, with seed, seed + 1, ...; the first one's model gives the rewards", ge=1)
+    tune: bool = key(
+        False,
+        "choose width and dropout on validation first, among a handful of settings (`SEARCH` in sasrec_variant.py)",
+    )
+    tune_minutes: float = key(60.0, "tune: minutes after which no further setting is begun", gt=0)
     baselines: list[BaselineName] = key(list(BASELINES), "CF models that are evaluated beside SASRec")
     lists: list[RankedList] = key(
         ["uniform", "full"], "lists that are ranked; full is the whole catalogue without the seen items"
     )
     export_scores: str | None = key(
         None, "write the first seed's test scores to this .npz: float32 [users, items]", changes_result=False
+    )
+    export_top: int | None = key(
+        None,
+        "export only so many of each user's best items, with their scores; null for all",
+        ge=1,
+        changes_result=False,
     )
 
     @rule

@@ -6,6 +6,7 @@ written for the tables is thereby a rewarder too.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,14 @@ from numpy.typing import NDArray
 
 from twice_rec.cf.baselines import BASELINES, CFScorer
 from twice_rec.cf.confidence import ConfidenceModel, Floats, Histories
-from twice_rec.cf.ranking import CFQuestions, Data, fit_baseline
+from twice_rec.cf.held_out import NOTHING, HeldOut
+from twice_rec.cf.ranking import Data, fit_baseline
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.errors import InputError
 from twice_rec.recipe import DeviceConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ScorerRewarder(ConfidenceModel):
@@ -32,7 +36,7 @@ class ScorerRewarder(ConfidenceModel):
         self._scorer = scorer
         self._batch_size = batch_size
 
-    def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(self, histories: Histories, items: NDArray[np.integer]) -> NDArray[np.float32]:
         """See `ConfidenceModel`."""
         parts = [np.take_along_axis(z, items[rows] - 1, axis=1) for rows, z in self._scores(histories)]  # [B, C]
         return np.concatenate(parts).astype(np.float32)
@@ -67,18 +71,30 @@ def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
     return [path]
 
 
-def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, seed: int = 0) -> ConfidenceModel:
+def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, prompts: HeldOut = NOTHING) -> ConfidenceModel:
     """Load the SASRec that `cf_model` names, onto a GPU if there is one, or fit the baseline on the run's data.
+
+    A baseline is fitted without the prompts' targets. A SASRec that was trained on them is named in the log.
 
     Raises:
         InputError: if there is no such model, or it cannot give the confidences that the recipe asks for.
     """
     if config.cf_model not in BASELINES:
-        return SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, DeviceConfig().torch_device())
-    model = ScorerRewarder(fit_baseline(config.cf_model, data, seed))
-    stored = data.candidates("valid")[0].lists
-    kind = "uniform" if "uniform" in stored else next(iter(data.candidates("train")[0].lists))  # else the prompt's
-    valid = CFQuestions(data, "valid", [kind])
+        scorer = SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, DeviceConfig().torch_device())
+        for sign in scorer.signs:
+            logger.warning("cf_model %s: %s", config.cf_model, sign)
+        if not scorer.held_out.covers(prompts):
+            logger.warning(
+                "cf_model %s was trained on targets of these prompts (it held out those of a share of %g, seed %d; "
+                "train_fraction is %g, seed %d), so its confidence in them is partly memory; set held_out_prompts in "
+                "sasrec.yaml to train_fraction, with the same seed",
+                config.cf_model, scorer.held_out.fraction, scorer.held_out.seed, prompts.fraction, prompts.seed,
+            )  # fmt: skip
+        return scorer
+    model = ScorerRewarder(fit_baseline(config.cf_model, data, prompts.seed, held_out=prompts))
+    model.held_out = prompts
+    (kind,) = data.list_kinds("train")
+    valid = data.questions("valid", [kind])
     model.calibrate(valid.histories, valid.candidates[kind], valid.targets)
     if config.confidence_debiased and "debiased" not in model.calibration:
         raise InputError(

@@ -10,6 +10,8 @@ Shapes: B sequences of at most L items, T real positions in them, D = hidden_siz
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from torch.nn import functional as F
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.confidence import ConfidenceModel, Histories
+from twice_rec.cf.held_out import HeldOut
 from twice_rec.cf.recipe import SASRecConfig
 from twice_rec.errors import InputError
 from twice_rec.files import atomic_path
+from twice_rec.item_sequences import ItemSequences
 
 
 class Block(nn.Module):
@@ -105,13 +109,14 @@ class SASRec(nn.Module):
         Raises:
             ValueError: for an empty history.
         """
-        if not all(map(len, histories)):
+        recent = ItemSequences.of(histories).latest(self.config.max_length)
+        if not recent.lengths.all():
             raise ValueError("SASRec needs at least one item of history")
         states, device = [], self.item_embedding.weight.device
-        for start in range(0, len(histories), batch_size):
-            recent = [history[-self.config.max_length :] for history in histories[start : start + batch_size]]
-            last = torch.tensor(list(map(len, recent)), device=device).cumsum(0) - 1  # [batch], laid end to end
-            states.append(self(pad_right(recent).to(device))[last])  # [batch, D]
+        for start in range(0, len(recent), batch_size):
+            batch = recent[start : start + batch_size]
+            last = torch.from_numpy(batch.lengths.cumsum() - 1).to(device)  # [batch], laid end to end
+            states.append(self(torch.from_numpy(batch.padded()).to(device))[last])  # [batch, D]
         return torch.cat(states)
 
 
@@ -125,29 +130,31 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.weight[module.padding_idx])
 
 
-def pad_right(sequences: Histories) -> Tensor:
-    """Return int64 [B, L], with 0 behind the shorter sequences; L is the longest one's length."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-
-
 class SASRecScorer(ConfidenceModel):
-    """A trained SASRec: rankings for evaluation, confidences for the reward of stage 3."""
+    """A trained SASRec: rankings for evaluation, confidences for the reward of stage 3.
+
+    Attributes:
+        signs: what stage 3a said of its training, see `checks`.
+    """
 
     def __init__(self, model: SASRec):
         self.model = model.eval()
+        self.signs: Sequence[str] = ()
 
     @torch.inference_mode()
-    def scores(self, users: NDArray[np.int64], histories: Histories) -> NDArray[np.float32]:
+    def scores(self, users: NDArray[np.int64], histories: Histories) -> Tensor:
         """Return z of the whole catalogue: float32 [B, N], column j for index j + 1. See `CFScorer`."""
-        return (self.model.user_states(histories) @ self.model.item_embedding.weight[1:].T).cpu().numpy()
+        return self.model.user_states(histories) @ self.model.item_embedding.weight[1:].T
 
     @torch.inference_mode()
-    def logits(self, histories: Histories, items: NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(self, histories: Histories, items: NDArray[np.integer]) -> NDArray[np.float32]:
         """See `ConfidenceModel`. Equal histories are computed once, all in one forward pass."""
         rows: dict[tuple[int, ...], int] = {}
         row_of = [rows.setdefault(tuple(history), len(rows)) for history in histories]
         states = self.model.user_states(list(rows))[torch.tensor(row_of)]  # [B, D]
-        embeddings = self.model.item_embedding.weight[torch.from_numpy(items).to(states.device)]  # [B, C, D]
+        embeddings = self.model.item_embedding.weight[
+            torch.from_numpy(items.astype(np.int64)).to(states.device)
+        ]  # [B, C, D]
         return torch.einsum("bd,bcd->bc", states, embeddings).cpu().numpy()
 
     @torch.inference_mode()
@@ -177,6 +184,8 @@ class SASRecScorer(ConfidenceModel):
             "settings": self.model.settings(),
             "calibration": dict(self.calibration),
             "catalog": catalog.fingerprint,
+            "held_out": asdict(self.held_out),
+            "signs": list(self.signs),
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {"sasrec": json.dumps(about)})  # safetensors shuffles keys if there are more
@@ -198,6 +207,7 @@ class SASRecScorer(ConfidenceModel):
             num_items, config = settings.pop("num_items"), SASRecConfig(**settings)
             calibration = {name: tuple(pair) for name, pair in about["calibration"].items()}
             trained_on = about["catalog"]
+            held_out, signs = HeldOut(**about.get("held_out", {})), about.get("signs", [])
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a SASRec of this project ({error}); train it again (sasrec.sh)") from None
         if trained_on != catalog.fingerprint:
@@ -213,4 +223,5 @@ class SASRecScorer(ConfidenceModel):
         scorer = cls(model.to(device))
         scorer.item_mean = None if item_mean is None else item_mean.numpy()
         scorer.calibration = calibration
+        scorer.held_out, scorer.signs = held_out, signs
         return scorer

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.data import arrays
 from twice_rec.errors import InputError
 from twice_rec.files import read_json, read_records, write_json
+from twice_rec.item_sequences import ItemSequences, Questions
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import CandidateLists, Example, Split, UserSequence
 from twice_rec.run import require
@@ -41,7 +44,11 @@ def training_files(run_path: Path) -> list[Path]:
 
 
 class PreparedData:
-    """Reads the folder `data/` of a run, each file once and when it is needed."""
+    """Reads the folder `data/` of a run, each file once and when it is needed.
+
+    Language models need the records, with their texts. CF models need indices only: those are read as arrays, without
+    the texts, so that millions of users fit in memory.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -95,12 +102,39 @@ class PreparedData:
 
     def training_examples(self) -> Iterator[Example]:
         """Yield the training questions, with the only kind of list that is stored for them: `prompt_list`."""
-        (kind,) = self.candidates("train")[0].lists
+        (kind,) = self.list_kinds("train")
         return self.examples("train", kind)
 
-    def training_histories(self) -> list[list[int]]:
+    def list_kinds(self, split: Split) -> list[str]:
+        """Return the names of the lists that are stored for a split."""
+        return arrays.stored_kinds(self.folder / candidates_file(split), lambda: self.candidates(split))
+
+    @cached_property
+    def _interactions(self) -> arrays.InteractionArrays:
+        return arrays.read_interactions(self.folder / SEQUENCES, self.catalog, lambda: self.sequences)
+
+    def training_histories(self) -> ItemSequences:
         """Return every user's training part as item indices, in the order of the file."""
-        return [self.catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in self.sequences]
+        sequences = self._interactions.sequences
+        return ItemSequences(sequences.items, sequences.starts, sequences.starts + self._interactions.num_train)
+
+    def questions(self, split: Split, kinds: Sequence[str] = ()) -> Questions:
+        """Return the questions of a split with some kinds of lists as indices; see `examples` for those with texts.
+
+        Raises:
+            InputError: if no user has a target in the split, if a kind is not stored, or a user has no lists.
+        """
+        known = self._interactions
+        position = known.target_position(split)  # [users]
+        users = np.flatnonzero(position >= 0)  # [U]
+        if not len(users):
+            raise InputError(f"no user has a {split} target")
+        user_ids = [known.user_ids[user] for user in users.tolist()]
+        path, records = self.folder / candidates_file(split), lambda: self.candidates(split)
+        lists = arrays.read_lists(path, user_ids, kinds, self.catalog, records) if kinds else {}
+        starts = known.sequences.starts[users]
+        histories = ItemSequences(known.sequences.items, starts, starts + position[users])
+        return Questions(users, user_ids, histories, known.sequences.items[histories.ends], lists)
 
 
 def save_prompt_format(path: Path, shown: PromptFormat) -> None:

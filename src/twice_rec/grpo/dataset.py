@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from twice_rec.cf.held_out import prompted
 from twice_rec.llm.prompt_builder import PromptBuilder
-from twice_rec.random_streams import random_stream
 from twice_rec.records import Example
 
 
@@ -18,8 +18,6 @@ def prompt_rows(
     Returns:
         One row per example: `prompt` (messages), `candidates` and `history` (item ids), and `target` (item id).
     """
-    count = max(1, round(fraction * len(examples)))
-    drawn = random_stream(seed, "prompts of stage 3").permutation(len(examples))[:count]
     return [
         {
             "prompt": builder.recommend(example, with_rationale=True),
@@ -27,5 +25,5 @@ def prompt_rows(
             "target": example.target,
             "history": [interaction.item_id for interaction in example.history],
         }
-        for example in (examples[position] for position in drawn)
+        for example in (examples[position] for position in prompted(len(examples), fraction, seed))
     ]

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from twice_rec.answer_format import parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.cf.confidence import ConfidenceModel
+from twice_rec.cf.held_out import prompted
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS, ScoredCompletion
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.prompts import rationale_answer
+from twice_rec.records import SPLITS
 
 if TYPE_CHECKING:
     from twice_rec.llm.generation import PolicyScorer  # imports torch
@@ -103,7 +105,7 @@ class StepRewards:
         self.config = recipe.model_copy(update={"reward_tau": tau_of(recipe, data, model)})
         self._catalog, self._model = data.catalog, model
         self._policy = policy if asking else None
-        items = [index for history in data.training_histories() for index in history]
+        _, items = data.training_histories().flat()
         self._log_popularity = np.log1p(np.bincount(items, minlength=len(data.catalog) + 1))  # [N + 1]
         self._last: tuple[Any, list[ScoredCompletion]] = (None, [])  # a step's completions as they came, and scored
         self.functions = [self._named(name) for name in recipe.reward_funcs]
@@ -147,8 +149,34 @@ def tau_of(recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel) -> fl
     """Return tau as the recipe gives it, or the recipe's quantile of the confidences in all validation candidates."""
     if recipe.reward_tau is not None:  # by a rule of RewardConfig one of the two is given, not both
         return recipe.reward_tau
-    (kind,) = data.candidates("train")[0].lists
-    examples = data.examples("valid", kind)
-    asked = (([interaction.item_id for interaction in one.history], one.candidates) for one in examples)
-    confidences = _confidences(asked, data.catalog, model, recipe)  # [users, C]
+    (kind,) = data.list_kinds("train")
+    asked = data.questions("valid", [kind])
+    confidences = model.confidences(
+        asked.histories, asked.candidates[kind], recipe.confidence, recipe.confidence_debiased
+    )  # [users, C]
     return float(np.quantile(confidences, recipe.reward_tau_quantile))
+
+
+def targets_first(
+    recipe: GRPORecipe, data: PreparedData, model: ConfidenceModel, users: int = 5000
+) -> dict[str, float]:
+    """Return in which share of the lists the CF model puts the target first: of the prompts, of validation, of test.
+
+    What the prompts have above the others is memory: the model was trained on their targets. Per split at most `users`
+    are looked at; ties count against the target.
+    """
+    (kind,) = data.list_kinds("train")
+    shares = {}
+    for split in SPLITS:
+        if kind not in data.list_kinds(split):
+            continue
+        asked = data.questions(split, [kind])
+        rows = np.arange(len(asked.users))
+        if split == "train":
+            rows = prompted(len(rows), recipe.train_fraction, recipe.seed)
+        asked = asked.take(rows[:users])
+        shown = asked.candidates[kind].astype(np.int64)  # [U, C]
+        column = (shown == asked.targets[:, None]).argmax(axis=1)  # [U]
+        ranks = ranks_from_scores(model.logits(asked.histories, shown), column)  # [U]
+        shares[f"target_first/{split}"] = float((ranks == 1).mean())
+    return shares

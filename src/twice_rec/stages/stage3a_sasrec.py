@@ -1,13 +1,13 @@
 """Stage 3a: train SASRec, evaluate it and the CF baselines -> sasrec/ and eval/<variant>/.
 
-SASRec is fitted on the training parts and chosen on validation (NDCG@10 over the whole catalogue); validation and test
-targets never train anything. Item-kNN and EASE choose their settings the same way. Writes `<variant>/model.safetensors`
-(the first seed's: what stage 3 asks for confidences), `<variant>/seed-N/` for further seeds, `log.jsonl`, and
+SASRec is fitted on the training parts and chosen on validation; validation and test targets never train anything.
+Item-kNN and EASE choose their settings on validation too. Writes `<variant>/model.safetensors` (the first seed's: what
+stage 3 asks for confidences), `<variant>/seed-N/` for further seeds, `log.jsonl`, `tuning.jsonl` with `tune: true`, and
 `eval/<name>/` for SASRec and every baseline.
 
 Deviations from the release: padding is index 0, so items 1 and 2 train; negatives are never the user's own training
-items; the epoch is chosen on validation. The release's own settings are `recipes/grocery/sasrec_release.yaml`.
-Limits: one device. `loss: softmax` needs memory for [tokens of a batch, items] floats.
+items; the weights are chosen on validation. The release's own settings are `recipes/grocery/sasrec_release.yaml`.
+Limits: one device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import logging
 import sys
 from pathlib import Path
 
+from twice_rec.cf.baselines import require_memory
 from twice_rec.cf.ranking import fit_baseline
 from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.cf.sasrec import SASRecScorer
-from twice_rec.cf.sasrec_training import STATE, train_and_save
+from twice_rec.cf.sasrec_variant import STATE, SASRecVariant
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
-from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
+from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores, require_space
 from twice_rec.evaluation.tables import show_metrics
 from twice_rec.manifest import held
 from twice_rec.run import StageRun, wandb_run
@@ -49,11 +50,11 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
         folders = [run.path if seed == recipe.seed else run.path / f"seed-{seed}" for seed in seeds]
         models = [folder / "model.safetensors" for folder in folders]
         if not run.is_finished():
+            require_memory(recipe.baselines, data.training_histories(), len(data.catalog))
+            require_space(recipe, data)
             run.begin()
-            figures = []
-            for seed, folder in zip(seeds, folders, strict=True):
-                with wandb_run(recipe) as log:
-                    figures.append(train_and_save(recipe, data, folder, seed, device, log))
+            with wandb_run(recipe) as log:
+                figures = SASRecVariant(recipe, data, device, log).train(dict(zip(seeds, folders, strict=True)))
             run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
         if not run.check_only:
             for folder in folders:
@@ -69,8 +70,7 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
         evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, **seed)
     StageRun.end_check()
     if recipe.export_scores:
-        export_scores(Path(recipe.export_scores), trained()[0], data)
-        logger.info("%s: test scores of the first seed", recipe.export_scores)
+        export_scores(recipe, trained()[0], data)
 
 
 main = command("sasrec", SASRecRecipe, sasrec)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 import sys
 
+from twice_rec.cf.held_out import HeldOut
 from twice_rec.cf.rewarders import load_rewarder, rewarder_inputs
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.recipe import GRPORecipe, start_model
-from twice_rec.grpo.scoring import StepRewards
+from twice_rec.grpo.scoring import StepRewards, targets_first
 from twice_rec.llm.hub import at_commit, model_input
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
@@ -45,7 +46,7 @@ def grpo(recipe: GRPORecipe) -> None:
         recipe = at_commit(recipe, origin)
         tokenizer = model_check.checked_tokenizer(start, recipe)
         data = PreparedData(recipe.run_path / "data")
-        rewarder = load_rewarder(recipe, recipe.run_path, data, recipe.seed)
+        rewarder = load_rewarder(recipe, recipe.run_path, data, HeldOut(recipe.train_fraction, recipe.seed))
         of_trl = trl_arguments(recipe, start)
         run.begin()
         rollouts = make_rollouts(recipe, tokenizer, start)
@@ -53,7 +54,8 @@ def grpo(recipe: GRPORecipe) -> None:
         rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
-        logger.info("%s prompts, tau %.4g", f"{len(rows):,}", rewards.config.reward_tau)
+        first = targets_first(recipe, data, rewarder)
+        logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, first)
         trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
             rollout_func=rollouts,
             model=model,
@@ -67,7 +69,7 @@ def grpo(recipe: GRPORecipe) -> None:
         if rollouts is not None:
             rollouts.attach(trainer)
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
-        figures = run.train(trainer) | {"tau": rewards.config.reward_tau}
+        figures = run.train(trainer) | {"tau": rewards.config.reward_tau, **first}
         if trainer.is_world_process_zero():
             run.finish(models.save_merged(start, run.path, recipe), figures)
 
