@@ -21,7 +21,7 @@ from twice_rec.progress import progress
 from twice_rec.random_streams import random_stream
 from twice_rec.records import Prediction, Split
 
-CHOSEN_ON = "full/ndcg@10"  # validation metric by which the settings of baselines are chosen
+CHOSEN_ON = "full/ndcg@10"  # validation metric by which weights and the settings of baselines are chosen
 _BLOCK = 32_000_000  # scores that are held at once
 _USERS = 512  # the most users of a block
 
@@ -57,14 +57,14 @@ class CFQuestions:
         self.lists = tuple(lists)
         self._ids = data.catalog.ids
 
-    def ranks(self, scorer: CFScorer) -> dict[str, NDArray[np.int64]]:
-        """Return the rank of every user's target per list: int64 [U]. Ties count against the target."""
-        parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in self.lists}
+    def ranks(self, scorer: CFScorer, lists: Sequence[str] | None = None) -> dict[str, NDArray[np.int64]]:
+        """Return the rank of every user's target per list, all or some: int64 [U]. Ties count against the target."""
+        parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in lists or self.lists}
         for rows in blocks(len(self.asked.users), len(self._ids)):
             scores = torch.as_tensor(scorer.scores(self.asked.users[rows], self.asked.histories[rows]))  # [B, N]
             targets = torch.from_numpy(self.asked.targets[rows].astype(np.int64)).to(scores.device)  # [B]
             of_target = scores.gather(1, targets[:, None] - 1)  # [B, 1]
-            for kind in self.lists:
+            for kind in parts:
                 if kind == "full":
                     ranks = self._among_unseen(scores, of_target, rows)
                 else:
@@ -83,7 +83,7 @@ class CFQuestions:
     def mean(self, scorer: CFScorer, metric: str = CHOSEN_ON) -> float:
         """Return one metric such as `full/ndcg@10`, averaged over users."""
         kind, _, name = metric.partition("/")
-        return float(per_user(name, self.ranks(scorer)[kind]).mean())
+        return float(per_user(name, self.ranks(scorer, [kind])[kind]).mean())
 
     def predictions(self, scorer: CFScorer, seed: int) -> Iterator[Prediction]:
         """Yield the ranks as records, in the files' order of users."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -33,9 +32,6 @@ SEARCH: tuple[dict[str, Any], ...] = (
 
 class SASRecVariant:
     """The trainings of one recipe, on the same histories and validated by the same questions.
-
-    What is measured on validation is the geometric mean of NDCG@10 in the whole catalogue and NDCG@5 in the lists that
-    prompts show: the one alone is best when the model has long begun to lose on the other.
 
     Args:
         log: is told loss and validation after each validation of a training.
@@ -112,7 +108,7 @@ class SASRecVariant:
         return self._recipe.model_copy(update=best["settings"])
 
     def _trainer(self, recipe: SASRecRecipe, seed: int, state: Path) -> SASRecTrainer:
-        validate = lambda model: math.sqrt(math.prod(mean_metrics(self._valid.ranks(SASRecScorer(model))).values()))
+        validate = lambda model: self._valid.mean(SASRecScorer(model))
         return SASRecTrainer(
             recipe, recipe, len(self._data.catalog), self._histories, validate, seed, state, self._device
         )
