@@ -69,7 +69,7 @@ class CFQuestions:
                     ranks = self._among_unseen(scores, of_target, rows)
                 else:
                     shown = torch.from_numpy(self.asked.candidates[kind][rows].astype(np.int64)).to(scores.device)
-                    ranks = _not_below(scores.gather(1, shown - 1), of_target).sum(1)  # [B]
+                    ranks = _count(_not_below(scores.gather(1, shown - 1), of_target))  # [B]
                 parts[kind].append(ranks.cpu().numpy())
         return {kind: np.concatenate(ranks) for kind, ranks in parts.items()}
 
@@ -78,7 +78,7 @@ class CFQuestions:
         pairs = _pairs(self.asked.histories[rows], self.asked.targets[rows])
         users, seen = torch.from_numpy(pairs).to(scores.device)  # [P], [P]
         ahead = _not_below(scores[users, seen - 1], of_target[users, 0])  # [P]
-        return _not_below(scores, of_target).sum(1) - torch.bincount(users[ahead], minlength=len(scores))
+        return _count(_not_below(scores, of_target)) - torch.bincount(users[ahead], minlength=len(scores))
 
     def mean(self, scorer: CFScorer, metric: str = CHOSEN_ON) -> float:
         """Return one metric such as `full/ndcg@10`, averaged over users."""
@@ -107,9 +107,14 @@ def blocks(num_users: int, num_items: int) -> Iterator[slice]:
 
 def _not_below(scores: torch.Tensor, of_target: torch.Tensor) -> torch.Tensor:
     """Return where a score is at least the target's; ValueError for NaN, which would compare as if it were low."""
-    if bool(torch.isnan(scores).any()):
+    if scores.numel() and bool(torch.isnan(scores.max())):
         raise ValueError(f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN")
     return scores >= of_target
+
+
+def _count(marks: torch.Tensor) -> torch.Tensor:
+    """Return how many of each row are true: bool [B, C] -> int64 [B]."""
+    return marks.sum(1, dtype=torch.int32).long()  # a CPU sums to int64 many times slower
 
 
 def _pairs(histories: ItemSequences, targets: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ class SASRecConfig(Settings):
     inner_size: int = key(64, "width of the feed-forward layers", ge=1)
     num_layers: int = key(2, "number of self-attention blocks", ge=1)
     num_heads: int = key(2, "number of attention heads", ge=1)
-    dropout: float = key(0.3, "dropout on embeddings, attention weights and block outputs", ge=0, le=0.99)
+    dropout: float = key(0.4, "dropout on embeddings, attention weights and block outputs", ge=0, le=0.99)
     norm: Literal["post", "pre"] = key("pre", "LayerNorm after or before each block")
     max_length: int = key(
         50, "number of most recent items of a history that the model sees; it is trained on longer ones in pieces", ge=1
@@ -76,7 +76,7 @@ class SASRecTrainerConfig(Settings):
         3, "validations in a row that do not raise the best by a hundredth before training stops; null for never", ge=1
     )
     item_dropout: float = key(
-        0.0, "share of the items that each step leaves out of a sequence, as if they had not been bought", ge=0, le=0.9
+        0.2, "share of the items that each step leaves out of a sequence, as if they had not been bought", ge=0, le=0.9
     )
     held_out_prompts: float = key(
         0.0,
