@@ -32,6 +32,9 @@ case " $* " in
   *" -h "* | *" --help "* | *" --show "*) exec python "${run[@]}" ;;
   *" --dry_run "*) ACCELERATE_CONFIG=$config exec python "${run[@]}" ;;
 esac
-python "${run[@]}" --check # accelerate would follow an error by its own trace, and end with 1
 read -ra flags <<<"${ACCELERATE_FLAGS:-}"
+case " ${flags[*]} " in
+  *" --machine_rank "[1-9]*) ;; # the first machine checks, and holds the results' lock
+  *) python "${run[@]}" --check ;; # accelerate would follow an error by its own trace, and end with 1
+esac
 exec accelerate launch --quiet --config_file "$config" "${flags[@]}" "${run[@]}"

@@ -238,7 +238,7 @@ def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypa
         (
             "grpo",
             ["--gradient_accumulation_steps", "7", "--per_device_train_batch_size", "3"],
-            "DOES NOT DIVIDE by num",
+            "WHICH DOES NOT DIVIDE by 16",
         ),
     ],
 )

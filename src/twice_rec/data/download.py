@@ -13,8 +13,8 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from twice_rec.errors import InputError, Unfinished
 from twice_rec.files import hash_file
@@ -42,6 +42,12 @@ DOMAINS = (
     "Pet_Supplies", "Software", "Sports_and_Outdoors", "Subscription_Boxes", "Tools_and_Home_Improvement",
     "Toys_and_Games", "Unknown", "Video_Games",
 )  # fmt: skip
+_KNOWN = f"domains are {', '.join(DOMAINS)}"
+_STATUSES = {  # of the hub -> what it means, and what to do
+    **dict.fromkeys((401, 403), "refuses it; log in by `hf auth login`, or set a valid HF_TOKEN, {by_hand}"),
+    404: f"does not have it; take another download_revision or domain, not all of which have 5-core files ({_KNOWN})",
+    429: "asks to wait; run this again later, with HF_TOKEN set, {by_hand}",
+}
 _PACKED = ("", ".gz", ".zst")  # endings under which a source finds a file as well
 
 
@@ -58,24 +64,17 @@ class DownloadConfig(Settings):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """What the hub says of a file.
+class HubFile(NamedTuple):
+    """What the hub says of a file; `etag` is the SHA-256 of its content, or of a file in git itself its SHA-1 there."""
 
-    Args:
-        etag: SHA-256 of the content, or, for a small file that git itself holds, its SHA-1 as a git blob.
-        size: in bytes.
-    """
-
-    path: str
+    name: str  # in source_dir
     url: str
     etag: str
-    size: int
+    size: int  # bytes
 
-    @property
-    def name(self) -> str:
-        """The file's name in `source_dir`."""
-        return Path(self.path).name
+    def partial(self, folder: Path) -> Path:
+        """Return where the file lies before it is complete and checked."""
+        return folder / f".{self.name}.{self.etag[:12]}.part"
 
 
 def missing_files(source: str, domain: str, folder: Path, given: Sequence[str | None] = (None, None)) -> list[str]:
@@ -84,10 +83,9 @@ def missing_files(source: str, domain: str, folder: Path, given: Sequence[str | 
     Args:
         given: names of a reviews' and a metadata file of the user's own; what they stand for is not looked for.
     """
-    own = {path for path, name in zip((_REVIEWS, _METADATA), given, strict=True) if name is not None}
+    own = [path for path, name in zip((_REVIEWS, _METADATA), given, strict=True) if name is not None]
     wanted = [path.replace("{domain}", domain) for path in HUB_FILES[source] if path not in own]
-    names = {path: Path(path).name for path in wanted}
-    return [path for path in wanted if not any((folder / f"{names[path]}{end}").is_file() for end in _PACKED)]
+    return [path for path in wanted if not any((folder / f"{Path(path).name}{end}").is_file() for end in _PACKED)]
 
 
 def fetch(missing: Sequence[str], domain: str, folder: Path, revision: str) -> None:
@@ -102,85 +100,54 @@ def fetch(missing: Sequence[str], domain: str, folder: Path, revision: str) -> N
         Unfinished: if the connection ends again and again; the next run goes on behind what has come.
     """
     if domain not in DOMAINS:
-        raise InputError(f"domain is {domain!r}, which Amazon Reviews 2023 does not have{_meant(domain)}; {_known()}")
-    files = [_announced(path, missing, folder, revision) for path in missing]
-    _require_room(files, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        with writing(folder / file.name):
-            _fetch_one(file, folder)
-
-
-def _meant(domain: str) -> str:
-    """Ask for the domains that a wrong name is close to."""
-    plain = {name.lower(): name for name in DOMAINS}
-    asked = re.sub(r"[^a-z0-9]+", "_", domain.lower().replace("&", "and")).strip("_")
-    close = difflib.get_close_matches(asked, plain, n=2)
-    return f"; did you mean {' or '.join(plain[name] for name in close)}?" if close else ""
-
-
-def _known() -> str:
-    return f"its domains are {', '.join(DOMAINS)}"
-
-
-def _announced(path: str, missing: Sequence[str], folder: Path, revision: str) -> HubFile:
-    """Ask the hub for a file's size and hash."""
-    import httpx
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-
-    hub_logger = logging.getLogger("huggingface_hub")
-    for handler in list(hub_logger.handlers):  # its lines come through the root's handlers, which hide secrets
-        hub_logger.removeHandler(handler)
-    hub, files = constants.ENDPOINT, ", ".join(missing)
-    by_hand = f"or put these files of the dataset {REPOSITORY} into {folder} yourself: {files}"
-    url = hf_hub_url(REPOSITORY, path, repo_type="dataset", revision=revision)
-    try:
-        found = get_hf_file_metadata(url)
-    except HfHubHTTPError as error:
-        raise InputError(_refused(error.response.status_code, path, revision, hub, by_hand)) from None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise InputError(
-            f"{hub} cannot be reached ({reason}); set HF_ENDPOINT, HF_HUB_OFFLINE or the proxy as your network needs, "
-            f"{by_hand}"
-        ) from None
-    if found.size is None or not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", found.etag or ""):
-        raise InputError(
-            f"{hub} tells no size and hash of {path}, so what it sends could not be checked; is HF_ENDPOINT a hub? Set "
-            f"it to another, {by_hand}"
-        )
-    logger.info("%s: %s bytes, commit %s", path, f"{found.size:,}", found.commit_hash or revision)
-    return HubFile(path, url, found.etag or "", found.size)
-
-
-def _refused(status: int, path: str, revision: str, hub: str, by_hand: str) -> str:
-    """Say what a status of the hub means, and what to do."""
-    if status in (401, 403):
-        return f"{hub} refuses {path} (HTTP {status}); log in by `hf auth login`, or set a valid HF_TOKEN, {by_hand}"
-    if status == 404:
-        return (
-            f"{hub} has no {path} at revision {revision}; take another download_revision, or a domain that has it "
-            f"(not every one has 5-core files; {_known()})"
-        )
-    if status == 429:
-        return f"{hub} asks to wait (HTTP 429, too many requests); run this again later, with HF_TOKEN set, {by_hand}"
-    return f"{hub} has trouble of its own (HTTP {status}) with {path}; run this again later, {by_hand}"
-
-
-def _require_room(files: Sequence[HubFile], folder: Path) -> None:
-    """Raise InputError if the disk has no room for what is still to come."""
-    needed = sum(file.size - _size(_partial(file, folder)) for file in files)
+        plain = {name.lower(): name for name in DOMAINS}
+        asked = re.sub(r"[^a-z0-9]+", "_", domain.lower().replace("&", "and")).strip("_")
+        close = " or ".join(plain[name] for name in difflib.get_close_matches(asked, plain, n=2))
+        meant = f"; did you mean {close}?" if close else ";"
+        raise InputError(f"domain is {domain!r}, which Amazon Reviews 2023 does not have{meant} Its {_KNOWN}")
+    by_hand = f"or put these files of the dataset {REPOSITORY} into {folder} yourself: {', '.join(missing)}"
+    files = [_announced(path, revision, by_hand) for path in missing]
+    needed = sum(file.size - _size(file.partial(folder)) for file in files)
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
     if needed > (free := shutil.disk_usage(there).free):
         raise InputError(
             f"{folder} has {free / 1e9:.2f} GB free, but {', '.join(file.name for file in files)} need "
             f"{needed / 1e9:.2f} GB; make room, or choose another --source_dir"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        with writing(folder / file.name):
+            if not (folder / file.name).exists():  # else another process has fetched it meanwhile
+                _fetch_one(file, folder)
 
 
-def _partial(file: HubFile, folder: Path) -> Path:
-    return folder / f".{file.name}.{file.etag[:12]}.part"
+def _announced(path: str, revision: str, by_hand: str) -> HubFile:
+    """Ask the hub for a file's size and hash; `by_hand` is the way out that errors name."""
+    import httpx
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub, url = constants.ENDPOINT, hf_hub_url(REPOSITORY, path, repo_type="dataset", revision=revision)
+    hub_logger = logging.getLogger("huggingface_hub")
+    for handler in list(hub_logger.handlers):  # its lines come through the root's handlers, which hide secrets
+        hub_logger.removeHandler(handler)
+    try:
+        found = get_hf_file_metadata(url)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        says = _STATUSES.get(status, "has trouble of its own with it; run this again later, {by_hand}")
+        raise InputError(
+            f"{path} at revision {revision}: {hub} {says.format(by_hand=by_hand)} (HTTP {status})"
+        ) from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        remedy = "set HF_ENDPOINT, HF_HUB_OFFLINE or the proxy as your network needs"
+        raise InputError(f"{hub} cannot be reached ({reason}); {remedy}, {by_hand}") from None
+    if found.size is None or not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", found.etag or ""):
+        fault = f"{hub} tells no size and hash of {path}, so what it sends could not be checked; is HF_ENDPOINT a hub?"
+        raise InputError(f"{fault} Set it to another, {by_hand}")
+    logger.info("%s: %s bytes, commit %s", path, f"{found.size:,}", found.commit_hash or revision)
+    return HubFile(Path(path).name, url, found.etag or "", found.size)
 
 
 def _size(path: Path) -> int:
@@ -189,28 +156,24 @@ def _size(path: Path) -> int:
 
 def _fetch_one(file: HubFile, folder: Path) -> None:
     """Fetch a file, or the rest of it, and give it its name if it is what the hub announced."""
-    target, partial = folder / file.name, _partial(file, folder)
-    if target.exists():  # another process has fetched it meanwhile
-        return
+    partial = file.partial(folder)
     for other in folder.glob(f".{file.name}.*.part"):  # of other revisions
         if other != partial:
             other.unlink()
-    fault = _transfer(file, partial, folder)
+    fault = _transfer(file, partial)
     if fault is None:
         logger.info("%s: checking its hash", file.name)
         found = hash_file(partial) if len(file.etag) == 64 else _git_hash(partial)
         fault = None if found == file.etag else f"has the hash {found}, the hub announced {file.etag}"
     if fault is not None:
         partial.unlink()
-        raise InputError(
-            f"{file.url}: what came {fault}; it was removed. Run this again; if it stays so, a proxy or mirror alters "
-            "files: set HF_ENDPOINT or the proxy"
-        )
-    partial.replace(target)
-    logger.info("%s is complete and checked", target)
+        remedy = "Run this again; if it stays so, a proxy or mirror alters files: set HF_ENDPOINT or the proxy"
+        raise InputError(f"{file.url}: what came {fault}; it was removed. {remedy}")
+    partial.replace(folder / file.name)
+    logger.info("%s is complete and checked", folder / file.name)
 
 
-def _transfer(file: HubFile, partial: Path, folder: Path) -> str | None:
+def _transfer(file: HubFile, partial: Path) -> str | None:
     """Append what is missing to a partial file; return what is wrong with it if it cannot be the announced one."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
@@ -218,10 +181,9 @@ def _transfer(file: HubFile, partial: Path, folder: Path) -> str | None:
     from huggingface_hub.utils import build_hf_headers
 
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # compressed content has no ranges
-    goes_on = f"{{}}; the same command goes on behind the {{:,}} of {file.size:,} bytes that are in {folder}"
     with open(partial, "ab") as out:
-        while out.tell() < file.size:
-            had = out.tell()
+        while (had := out.tell()) < file.size:
+            fault, ends_early = "", f"ends after {had:,} bytes, the hub announced {file.size:,}"
             try:
                 http_get(
                     file.url, out, resume_size=had, headers=dict(headers), expected_size=file.size,
@@ -229,18 +191,19 @@ def _transfer(file: HubFile, partial: Path, folder: Path) -> str | None:
                 )  # fmt: skip
             except HfHubHTTPError as error:
                 if error.response.status_code == 416:
-                    return f"ends after {had:,} bytes, the hub announced {file.size:,}"
-                status = f"{file.url}: HTTP {error.response.status_code}"
-                raise Unfinished(goes_on.format(status, out.tell())) from None
+                    return ends_early
+                fault = f"HTTP {error.response.status_code}"
             except httpx.HTTPError as error:
-                if out.tell() <= had:
-                    broken = f"{file.url}: the connection ends again and again ({type(error).__name__})"
-                    raise Unfinished(goes_on.format(broken, out.tell())) from None
+                if out.tell() <= had:  # else it goes on
+                    fault = f"the connection ends again and again ({type(error).__name__})"
             except OSError as error:
-                if error.errno is not None:  # of the disk; else it is about the size, which is looked at below
+                if error.errno is not None:  # of the disk; else it is about the size
                     raise
                 if out.tell() <= had:
-                    return f"ends after {had:,} bytes, the hub announced {file.size:,}"
+                    return ends_early
+            if fault:
+                place = f"{out.tell():,} of {file.size:,} bytes are in {partial.parent}"
+                raise Unfinished(f"{file.url}: {fault}; {place}, and the same command goes on behind them")
         size = out.tell()
     return None if size == file.size else f"has {size:,} bytes or more, the hub announced {file.size:,}"
 

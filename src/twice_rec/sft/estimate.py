@@ -75,16 +75,16 @@ def measure(data: PreparedData, config: PromptConfig, model: str | None) -> tupl
     tokenizer = None
     with contextlib.suppress(OSError, ValueError):
         if model is not None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+            found = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+            tokenizer = found if found.chat_template else None
     examples = list(data.training_examples())
     drawn = random_stream(0, "lengths of the estimate").permutation(len(examples))[:_SAMPLE]
     chosen = [examples[i] for i in drawn]
     accepted = data.folder.parent / "rationales" / "accepted.jsonl"
     texts = {r.user_id: r.text for r in read_records(accepted, Rationale)} if accepted.exists() else {}
     usual = "x" * (sum(map(len, texts.values())) // len(texts) if texts else _RATIONALE)
-    rationales = [
-        Rationale(e.user_id, e.target, texts.get(e.user_id, usual), "relevant", (), 1.0, "none") for e in chosen
-    ]
+    written = [(e.user_id, e.target, texts.get(e.user_id, usual)) for e in chosen]
+    rationales = [Rationale(*one, "relevant", (), 1.0, "none") for one in written]
     whole = PromptConfig(item_first=config.item_first)
     builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, whole)  # type: ignore[arg-type]
     count = _counter(tokenizer)
@@ -99,11 +99,14 @@ def measure(data: PreparedData, config: PromptConfig, model: str | None) -> tupl
 
 def _counter(tokenizer: Any) -> Callable[[Any], float]:
     """Return what counts the tokens of a conversation or a text."""
-    if tokenizer is None:
-        return lambda given: (
-            len(given if isinstance(given, str) else "".join(m["content"] for m in given)) / CHARS_PER_TOKEN
-        )
-    return lambda given: len((encode_text if isinstance(given, str) else encode_chat)(tokenizer, given))
+
+    def count(given: Any) -> float:
+        if tokenizer is not None:
+            return len((encode_text if isinstance(given, str) else encode_chat)(tokenizer, given))
+        turns = [given] if isinstance(given, str) else [message["content"] for message in given]
+        return sum(map(len, turns)) / CHARS_PER_TOKEN
+
+    return count
 
 
 def estimate(
@@ -111,7 +114,8 @@ def estimate(
 ) -> Estimate:
     """Return what stage 2 takes; a rejected rationale's user still has a row of task 2."""
     there = {"item_info": population.items, "direct": population.users, "rationale": population.explained}
-    rows = {task: min(there[task], _or(recipe.rows_of(task), there[task])) * recipe.weight_of(task) for task in TASKS}
+    limits = {task: there[task] if (limit := recipe.rows_of(task)) is None else limit for task in TASKS}
+    rows = {task: min(there[task], limits[task]) * recipe.weight_of(task) for task in TASKS}
     alone = {task: [[(0, int(sum(pair)))] for pair in lengths[task]] for task in TASKS}
     direct, rationale = lengths["direct"], lengths["rationale"]
     ends = [round(float(part[:, 1].mean())) for part in (direct, rationale)]  # completions of both rows of a user
@@ -133,9 +137,7 @@ def estimate(
     if recipe.pack_tokens is None:
         batches, at_once = sum(count for count, *_ in pieces), size * longest
     else:
-        drawn = [
-            (count / computed * 5e6, groups) for count, groups, _ in pieces
-        ]  # a part of 5 million tokens is packed
+        drawn = [(count / computed * 5e6, groups) for count, groups, _ in pieces]  # 5 million tokens are packed
         sizes = [sum(own for _, own in groups[i % len(groups)]) for n, groups in drawn for i in range(round(n))]
         packs = pack([{"labels": [0] * size_of} for size_of in sizes], recipe.pack_tokens, recipe.seed)
         batches, at_once = len(packs) * computed / sum(sizes), size * max(recipe.pack_tokens, longest)
@@ -149,7 +151,3 @@ def estimate(
     )  # fmt: skip
     batch = sum(rows.values()) / per_epoch
     return Estimate(rows, batch, steps, tokens * epochs, computed * epochs, 0.0, flops * epochs, at_once, parts)
-
-
-def _or(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
