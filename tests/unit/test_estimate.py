@@ -25,7 +25,7 @@ from twice_rec.sft.dataset import training_rows
 from twice_rec.sft.encoding import encode_rows, pack, share_prefixes
 from twice_rec.sft.estimate import Population
 from twice_rec.sft.recipe import SFTRecipe
-from twice_rec.stages import command_line, cost, stage0_prepare, stage2_sft, stage3b_serve, stage3c_grpo
+from twice_rec.stages import command_line, stage0_prepare, stage2_sft, stage3b_serve, stage3c_grpo
 
 ROOT = Path(__file__).parents[2]
 RESULTS = [json.loads(line) for line in (ROOT / "benchmarks/results/gpu.jsonl").read_text().splitlines()]
@@ -155,7 +155,7 @@ def test_memory_by_part(shape):
     assert less["activations"] < whole["activations"] / 10
     full = AdapterConfig(use_peft=False)
     one, sharded = (
-        memory(shape, full, 1, weights="bfloat16", checkpointing=True, zero=zero, processes=8) for zero in (0, 3)
+        memory(shape, full, 1, weights="bfloat16", checkpointing=True, zero=zero, gpus=8) for zero in (0, 3)
     )
     assert one["optimizer"] == pytest.approx(8 * 0.999885952e9 / 2**30)
     assert all(sharded[part] == one[part] / 8 for part in ("weights", "gradients", "optimizer"))
@@ -201,6 +201,14 @@ def test_a_dry_run_with_data_has_tokens_steps_and_time(stage, prepared, capsys):
     assert re.search(r"^training .*h at 10% of 989 TFLOP/s \[assumed", shown, re.MULTILINE)
     assert ("rollouts" in shown) == (stage == "grpo")
     assert sorted(prepared.rglob("*")) == before
+
+
+def test_a_dry_run_may_be_true(tmp_path, capsys):
+    words = ["recipes/grocery/sft.yaml", "--run_dir", str(tmp_path / "run"), "--dry_run", "true", "--seed", "1"]
+    assert command_line.without_dry_run(words) == [*words[:3], "--seed", "1"]
+    assert command_line.without_dry_run(words[:3]) == words[:3]
+    assert stage2_sft.main(words) == 0
+    assert "fits" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypatch):
@@ -312,6 +320,13 @@ def test_the_cost_of_one_domain_says_what_is_assumed(capsys):
     assert "The number of users is not known." in capsys.readouterr().out
 
 
+def test_the_keys_of_cost_are_explained(capsys):
+    assert command_line.main(["cost", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: twice-rec cost RECIPE" in shown
+    assert "--users_share" in shown
+
+
 def test_the_cost_of_a_prepared_run_has_its_own_counts(prepared, tmp_path, capsys):
     folder = tmp_path / "recipes"
     shutil.copytree(ROOT / "recipes", folder)
@@ -337,4 +352,3 @@ def test_the_cost_of_a_prepared_run_has_its_own_counts(prepared, tmp_path, capsy
 def test_what_cost_cannot_use_is_told_in_one_line(words, line, capsys):
     assert command_line.main(["cost", *words]) == 2
     assert line in capsys.readouterr().err
-    assert cost.ALL == "all"

@@ -45,21 +45,19 @@ def estimate(
     prompt, completion = (float(part) for part in lengths["rationale"].mean(axis=0))
     completion = min(completion, value("max_completion_length"))
 
-    def work(prompts_of: float) -> Work:
-        whole = [(0, int(prompt))] * ceil(prompts_of) + [(int(prompt), int(completion))] * m
-        return Work.of(whole, int(m * completion), shape.arithmetic.windows)
+    def work(prompts_of: float) -> Work:  # of ten micro-batches, since a mean number of prompts is no whole one
+        whole = [(0, int(prompt))] * round(10 * prompts_of) + [(int(prompt), int(completion))] * (10 * m)
+        return Work.of(whole, int(10 * m * completion), shape.arithmetic.windows)
 
     trained = prompts_per_batch(recipe)
     before = max(1.0, m / k) if recipe.share_prefixes else float(m)  # before the shuffle
     others = (value("beta") > 0) + bool(value("vllm_importance_sampling_correction"))
     flops = shape.arithmetic.training(work(trained), recipe.use_peft) + others * shape.arithmetic.forward(work(before))
-    micro = steps * accumulation * processes
+    flops += shape.arithmetic.forward(work(trained)) if value("gradient_checkpointing") else 0
+    micro = steps * accumulation * processes / 10
     longest = float(lengths["rationale"][:, 0].max())
-    at_once = ceil(trained * longest + m * value("max_completion_length"))
-    parts = memory(
-        shape, recipe, at_once, weights=recipe.dtype, checkpointing=value("gradient_checkpointing"), zero=zero,
-        processes=processes,
-    )  # fmt: skip
+    at_once = ceil(ceil(trained) * longest + m * value("max_completion_length"))
+    parts = memory(shape, recipe, at_once, recipe.dtype, value("gradient_checkpointing"), zero, processes)
     return Estimate(
         {"prompts": prompts}, batch, steps, steps * batch * (prompt + completion), micro * work(trained).tokens,
         steps * batch * completion / value("num_iterations"), micro * flops, at_once, parts,

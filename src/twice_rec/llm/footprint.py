@@ -87,24 +87,17 @@ def trained_parameters(shape: Shape, config: AdapterConfig) -> int:
 
 
 def memory(
-    shape: Shape,
-    config: AdapterConfig,
-    tokens: int,
-    *,
-    weights: str,
-    checkpointing: bool,
-    zero: int = 0,
-    processes: int = 1,
+    shape: Shape, config: AdapterConfig, tokens: int, weights: str, checkpointing: bool, zero: int = 0, gpus: int = 1
 ) -> dict[str, float]:
     """Return part -> GiB of each GPU's memory in a training step.
 
     Args:
         tokens: that go through the model at once, a shared beginning counted once.
         weights: a key of `WEIGHT_BYTES`.
-        zero: stage of DeepSpeed's ZeRO, 0 for none; it divides what it shards by `processes`.
+        zero: stage of DeepSpeed's ZeRO, 0 for none; it divides what it shards by `gpus`.
     """
     trained, wide = trained_parameters(shape, config), 2.0 if weights == "float32" else 1.0
-    shards = [processes if zero >= stage else 1 for stage in (1, 2, 3)]  # of optimizer, gradients, weights
+    shards = [gpus if zero >= stage else 1 for stage in (1, 2, 3)]  # of optimizer, gradients, weights
     kept = ACTIVATION_BYTES * wide * tokens * shape.widths
     if checkpointing:  # the inputs of all layers, and one layer whole
         kept = kept / shape.depth + 2 * wide * tokens * shape.hidden * shape.depth

@@ -48,6 +48,7 @@ class Estimate:
         batch: rows or completions per optimizer step, on average: the effective batch.
         tokens: of all rows in all epochs; `computed` are those that go through the model in training.
         written: tokens that rollouts write.
+        flops: operations of training, with those that gradient checkpointing repeats.
         at_once: tokens that go through the model at once on one GPU.
         memory: part -> GiB on one GPU, see `footprint.memory`.
     """
@@ -129,7 +130,8 @@ def estimate(
     for count, groups, predicted in pieces:  # the sample's work, scaled to the number of its groups
         work = Work.of([s for group in groups for s in group], predicted * len(groups), shape.arithmetic.windows)
         computed += count / len(groups) * work.tokens
-        flops += count / len(groups) * shape.arithmetic.training(work, recipe.use_peft)
+        again = shape.arithmetic.forward(work) if recipe.trainer_value("gradient_checkpointing") else 0
+        flops += count / len(groups) * (shape.arithmetic.training(work, recipe.use_peft) + again)
     tokens = sum(rows[task] * float(lengths[task].sum(axis=1).mean()) for task in TASKS)
     value = recipe.trainer_value
     size, epochs = value("per_device_train_batch_size"), value("num_train_epochs")
@@ -145,9 +147,6 @@ def estimate(
     steps = value("max_steps") if value("max_steps") > 0 else ceil(per_epoch * epochs)
     epochs = steps / per_epoch
     weights = recipe.quantization if recipe.quantization != "none" else recipe.dtype
-    parts = memory(
-        shape, recipe, at_once, weights=weights, checkpointing=value("gradient_checkpointing"), zero=zero,
-        processes=processes,
-    )  # fmt: skip
+    parts = memory(shape, recipe, at_once, weights, value("gradient_checkpointing"), zero, processes)
     batch = sum(rows.values()) / per_epoch
     return Estimate(rows, batch, steps, tokens * epochs, computed * epochs, 0.0, flops * epochs, at_once, parts)

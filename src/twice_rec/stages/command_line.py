@@ -123,8 +123,7 @@ def _run(
         sys.stdout.write(show_recipe(path, recipe_class, flags) + "\n")
         return 0
     if plan is not None and "--dry_run" in flags:
-        flags.remove("--dry_run")
-        plan(load_recipe(path, recipe_class, flags, here=False))
+        plan(load_recipe(path, recipe_class, without_dry_run(flags), here=False))
         return 0
     recipe = load_recipe(path, recipe_class, flags)
     with _log_to_file(recipe.run_path, name):
@@ -135,6 +134,12 @@ def _run(
             return _guarded(name, lambda: body(recipe), recipe.run_path)
         finally:
             StageRun.check_only = False
+
+
+def without_dry_run(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without `--dry_run`, or `--dry_run true`."""
+    place = words.index("--dry_run") if "--dry_run" in words else len(words)
+    return [*words[:place], *words[place + 1 + (list(words[place + 1 : place + 2]) == ["true"]) :]]
 
 
 def _guarded(name: str, body: Callable[[], int | None], run_dir: Path | None = None) -> int:

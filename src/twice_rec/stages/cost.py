@@ -23,7 +23,7 @@ from twice_rec.llm.footprint import gpu_hours, read_shape
 from twice_rec.markdown import markdown_table
 from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.recipe import Recipe, key
-from twice_rec.recipe_reader import load_recipe
+from twice_rec.recipe_reader import describe_keys, load_recipe
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Lengths, Population
 from twice_rec.sft.recipe import SFTRecipe
@@ -63,6 +63,9 @@ def cost(words: Sequence[str]) -> None:
     Raises:
         InputError: if a recipe is missing or wrong, or nothing is known of the domain.
     """
+    if words and words[0] in ("--help", "-h"):
+        show(f"usage: twice-rec cost RECIPE [--key value ...]\n\n{CostRecipe.__doc__}\n\n{describe_keys(CostRecipe)}")
+        return
     if not words or words[0].startswith("-"):
         found = " ".join(words) or "no word"
         raise InputError(f"cost: expected RECIPE, such as recipes/amazon/cost.yaml, found {found}")

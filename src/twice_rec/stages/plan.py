@@ -25,6 +25,7 @@ from twice_rec.llm.footprint import card_gib, gpu_hours, read_shape
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Population
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.stages.command_line import without_dry_run
 
 Training = SFTRecipe | GRPORecipe
 
@@ -62,7 +63,8 @@ def plan_serve(recipe: GRPORecipe) -> None:
     commands = [shlex.join(server_command(recipe, a, folder)) for a in recipe.rollout_servers if rollout_gpus(recipe)]
     servers = f"{len(commands)} servers, {recipe.rollout_tensor_parallel_size} GPUs each" if commands else "no server"
     share = f"{recipe.rollout_gpu_memory_utilization * card:.1f} of {card:.1f} GiB ({whence})"
-    _print({"rollout": f"{recipe.rollout}: {servers}", "memory per GPU": share}, commands)
+    there = "" if folder.is_dir() else "; sft.sh makes it, and the served name becomes a hash of its files"
+    _print({"rollout": f"{recipe.rollout}: {servers}", "memory per GPU": share, "model": f"{folder}{there}"}, commands)
 
 
 def rollout_gpus(recipe: GRPORecipe) -> int:
@@ -85,7 +87,7 @@ def _launch(stage: str) -> tuple[int, int, int, str]:
     """Return processes, machines, ZeRO's stage and the command, from what `launch.sh` tells in the environment."""
     import torch
 
-    run = shlex.join(["-m", "twice_rec", stage, *(word for word in sys.argv[2:] if word != "--dry_run")])
+    run = shlex.join(["-m", "twice_rec", stage, *without_dry_run(sys.argv[2:])])
     path, flags = os.environ.get("ACCELERATE_CONFIG"), os.environ.get("ACCELERATE_FLAGS", "").split()
     if not path:
         return 1, 1, 0, f"python {run}"
