@@ -2,7 +2,8 @@
 # What the launchers share: runs a stage in the environment beside this file, wherever it is called from.
 #   bash launch.sh STAGE DEFAULT_RECIPE [RECIPE] [--key value ...]
 # VENV names another environment than .venv. Where there is a GPU, stages 2 and 3c start by `accelerate launch` with
-# recipes/accelerate_configs/ddp.yaml; ACCELERATE_CONFIG names another of these files.
+# recipes/accelerate_configs/ddp.yaml; ACCELERATE_CONFIG names another of these files, and ACCELERATE_FLAGS has more of
+# accelerate's flags, such as "--machine_rank 1 --main_process_ip node1".
 set -euo pipefail
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,6 +28,13 @@ case $stage in
 esac
 [ -n "$config" ] || exec python "${run[@]}"
 [ -f "$config" ] || fail "ACCELERATE_CONFIG is $config: no such file; recipes/accelerate_configs has some"
-case " $* " in *" -h "* | *" --help "* | *" --show "*) exec python "${run[@]}" ;; esac
-python "${run[@]}" --check # accelerate would follow an error by its own trace, and end with 1
-exec accelerate launch --quiet --config_file "$config" "${run[@]}"
+case " $* " in
+  *" -h "* | *" --help "* | *" --show "*) exec python "${run[@]}" ;;
+  *" --dry_run "*) ACCELERATE_CONFIG=$config exec python "${run[@]}" ;;
+esac
+read -ra flags <<<"${ACCELERATE_FLAGS:-}"
+case " ${flags[*]} " in
+  *" --machine_rank "[1-9]*) ;; # the first machine checks, and holds the results' lock
+  *) python "${run[@]}" --check ;; # accelerate would follow an error by its own trace, and end with 1
+esac
+exec accelerate launch --quiet --config_file "$config" "${flags[@]}" "${run[@]}"

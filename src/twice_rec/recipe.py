@@ -195,6 +195,10 @@ class TrainerRecipe(Recipe):
         """The keys of TRL's configuration that the recipe gives; the reader fills them in."""
         return self._trainer_keys
 
+    def trainer_value(self, name: str) -> Any:
+        """Return the value of one of TRL's keys, its default if the recipe does not give it."""
+        return self._trainer_keys.get(name, getattr(self.trainer_config(), name, None))
+
     def trainer_faults(self, keys: Mapping[str, Any]) -> dict[str, str]:
         """Return key of TRL's -> what is wrong with it, if TRL takes it at first and stumbles over it when it trains.
 

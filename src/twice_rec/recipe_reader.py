@@ -75,18 +75,19 @@ class _Given:
     where: str
 
 
-def load_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()) -> C:
+def load_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = (), here: bool = True) -> C:
     """Read a recipe.
 
     Args:
         path: the YAML file.
         recipe: the class of its stage.
         overrides: command-line words, `["--seed", "1", "--lists=[uniform]"]`.
+        here: whether this machine is to run it; if not, a GPU's recipe is read without one.
 
     Raises:
         InputError: one message that lists everything wrong, each with its line or flag.
     """
-    return _load(path, recipe, overrides)[0]
+    return _load(path, recipe, overrides, here)[0]
 
 
 def show_recipe(path: Path | str, recipe: type[C], overrides: Sequence[str] = ()) -> str:

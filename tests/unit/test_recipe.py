@@ -23,6 +23,7 @@ from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.records import RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.stages.cost import CostRecipe
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {
@@ -32,12 +33,15 @@ CLASSES = {
     "rationales": RationalesRecipe,
     "sft": SFTRecipe,
     "sft_qwen3": SFTRecipe,
+    **dict.fromkeys(("sft_4gpus", "sft_8gpus"), SFTRecipe),
     "sasrec": SASRecRecipe,
     "sasrec_release": SASRecRecipe,
     "grpo": GRPORecipe,
     "grpo_improved": GRPORecipe,
     "grpo_server": GRPORecipe,
     "grpo_one_gpu": GRPORecipe,
+    **dict.fromkeys(("grpo_4gpus", "grpo_8gpus", "grpo_two_nodes", "grpo_ray"), GRPORecipe),
+    "cost": CostRecipe,
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
 }
@@ -385,7 +389,7 @@ def test_paper_and_improved_recipes_differ_where_they_say_so(domain):
     differing = {name for name in paper.keys() | improved.keys() if paper.get(name) != improved.get(name)}
     assert differing == {
         "variant", "beta", "temperature", "epsilon_high", "loss_type", "use_bias_correction_kl", "scale_rewards",
-        "reward_tau", "reward_tau_quantile", "confidence", "confidence_debiased", "cf_model",
+        "reward_tau", "reward_tau_quantile", "confidence", "confidence_debiased", "cf_model", "gradient_checkpointing",
     }  # fmt: skip
 
 

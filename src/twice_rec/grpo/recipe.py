@@ -10,7 +10,14 @@ from typing import Any, ClassVar, Literal
 
 from twice_rec.cf.recipe import ConfidenceConfig
 from twice_rec.grpo.rewards import REWARDS, RewardConfig
-from twice_rec.llm.recipe import SHARES_PREFIXES, AdapterConfig, ComputeConfig, ModelConfig, PromptConfig
+from twice_rec.llm.recipe import (
+    SHARES_PREFIXES,
+    AdapterConfig,
+    ComputeConfig,
+    EstimateConfig,
+    ModelConfig,
+    PromptConfig,
+)
 from twice_rec.recipe import Settings, TrainerRecipe, key, one_of, rule
 from twice_rec.run import require
 
@@ -91,6 +98,10 @@ class RolloutConfig(Settings):
         ge=0,
     )
 
+    rollout_tokens_per_second: float = run_key(
+        5000.0, "of --dry_run: tokens that a rollout server writes per second and GPU; assumed, never measured", gt=0
+    )
+
     @rule
     def servers_are_addresses(self) -> str | None:
         if not self.rollout_servers or not all(re.fullmatch(r"[^:/\s]+:\d{1,5}", s) for s in self.rollout_servers):
@@ -106,7 +117,7 @@ class RolloutConfig(Settings):
 
 class GRPORecipe(
     TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, ComputeConfig, RewardConfig, ConfidenceConfig,
-    RolloutConfig,
+    RolloutConfig, EstimateConfig,
 ):  # fmt: skip
     """Stage 3: confidence-weighted GRPO of the stage-2 model."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from twice_rec.recipe import Settings, key, rule
@@ -9,6 +10,7 @@ from twice_rec.recipe import Settings, key, rule
 CHUNKED_SDPA = "chunked_sdpa"  # ours, for CPUs; see `attention`
 TAKES_MASKS = ("sdpa", CHUNKED_SDPA, "eager")  # kinds of attention that take a mask of ours, as a tensor
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output
+estimate_key = partial(key, changes_result=False)
 VARLEN = "varlen"  # ours, for GPUs; see `varlen`
 SHARES_PREFIXES = (*TAKES_MASKS, VARLEN, "flex_attention")  # kinds that can compute a common beginning once
 
@@ -70,3 +72,18 @@ class ComputeConfig(Settings):
                 f"{self.attn_implementation}; change it, or set share_prefixes to false"
             )
         return None
+
+
+class EstimateConfig(Settings):
+    """What `--dry_run` and `twice-rec cost` assume of the hardware; nothing else reads it."""
+
+    gpu_memory_gib: float | None = estimate_key(
+        None, "memory of a GPU in GiB; null for that of this machine's, or 80 if it has none", gt=0
+    )
+    gpu_tflops: float = estimate_key(989.0, "peak of a GPU in TFLOP/s, bfloat16 without sparsity; H100: 989", gt=0)
+    gpu_utilization: float = estimate_key(
+        0.1, "share of that peak that training reaches; .10 measured in stages 2 and 3 (REPRODUCTION.md)", gt=0, le=1
+    )
+    model_shape: str | None = estimate_key(
+        None, "file like a model's config.json, read if the model's own is not on this machine"
+    )

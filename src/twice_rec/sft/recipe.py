@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from twice_rec.llm.recipe import TAKES_MASKS, VARLEN, AdapterConfig, ComputeConfig, ModelConfig, PromptConfig
+from twice_rec.llm.recipe import (
+    TAKES_MASKS,
+    VARLEN,
+    AdapterConfig,
+    ComputeConfig,
+    EstimateConfig,
+    ModelConfig,
+    PromptConfig,
+)
 from twice_rec.recipe import TrainerRecipe, key, required, rule
 from twice_rec.sft.dataset import TaskMixConfig
 
 
-class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, ComputeConfig, TaskMixConfig):
+class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, ComputeConfig, TaskMixConfig, EstimateConfig):
     """Stage 2: multi-task SFT of the base model."""
 
     TRAINER_CONFIG: ClassVar = "SFTConfig"

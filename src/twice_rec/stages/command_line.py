@@ -53,10 +53,11 @@ _FULL_IN_WORDS = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `twice-rec STAGE RECIPE [--key value ...]` or `twice-rec status RUN_DIR`; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["status"]:
-        module = importlib.import_module("twice_rec.stages.status")
+    if words[:1] in (["status"], ["cost"]):
+        name = words[0]
+        module = importlib.import_module(f"twice_rec.stages.{name}")
         _log_to_terminal()
-        return _guarded("status", lambda: module.status(words[1:]))
+        return _guarded(name, lambda: getattr(module, name)(words[1:]))
     if words and words[0] in STAGES:
         module = importlib.import_module(f"twice_rec.stages.{STAGES[words[0]][0]}")
         return module.main(words[1:])
@@ -65,8 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [
         "",
         "twice-rec status RUN_DIR       shows what of a run is fresh, stale, unfinished, running or missing",
+        "twice-rec cost RECIPE          estimates what each stage takes: tokens, GPU-hours, API cost, disk",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
+        "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo and rationales would take",
         "twice-rec STAGE RECIPE --check looks at the recipe and at what the stage reads, and does nothing else",
         "",
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
@@ -78,12 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def command(name: str, recipe_class: type[C], body: Callable[[C], None]) -> Main:
+def command(
+    name: str, recipe_class: type[C], body: Callable[[C], None], plan: Callable[[C], None] | None = None
+) -> Main:
     """Make the `main` of a stage, which takes `RECIPE [--key value ...]`, or `--config RECIPE` with the same flags.
 
     Args:
         name: name of the stage, for the log.
         body: does the work of the recipe that is read.
+        plan: prints for `--dry_run` what that takes; it leaves nothing behind, no log either.
 
     Returns:
         A function from the words of the command line to the exit status: 0 done; 2 something the user gave cannot be
@@ -99,12 +105,14 @@ def command(name: str, recipe_class: type[C], body: Callable[[C], None]) -> Main
             sys.stdout.write(f"{usage}\n\n{(recipe_class.__doc__ or '').strip()}\n\n{describe_keys(recipe_class)}\n")
             return 0
         _log_to_terminal()
-        return _guarded(name, lambda: _run(name, recipe_class, body, words))
+        return _guarded(name, lambda: _run(name, recipe_class, body, plan, words))
 
     return stage_main
 
 
-def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: list[str]) -> int:
+def _run(
+    name: str, recipe_class: type[C], body: Callable[[C], None], plan: Callable[[C], None] | None, words: list[str]
+) -> int:
     given = words[1:] if words[:1] == ["--config"] else words
     path, *flags = given or [""]
     if not path or path.startswith("--"):
@@ -113,6 +121,9 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
     if "--show" in flags:
         flags.remove("--show")
         sys.stdout.write(show_recipe(path, recipe_class, flags) + "\n")
+        return 0
+    if plan is not None and "--dry_run" in flags:
+        plan(load_recipe(path, recipe_class, without_dry_run(flags), here=False))
         return 0
     recipe = load_recipe(path, recipe_class, flags)
     with _log_to_file(recipe.run_path, name):
@@ -123,6 +134,12 @@ def _run(name: str, recipe_class: type[C], body: Callable[[C], None], words: lis
             return _guarded(name, lambda: body(recipe), recipe.run_path)
         finally:
             StageRun.check_only = False
+
+
+def without_dry_run(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without `--dry_run`, or `--dry_run true`."""
+    place = words.index("--dry_run") if "--dry_run" in words else len(words)
+    return [*words[:place], *words[place + 1 + (list(words[place + 1 : place + 2]) == ["true"]) :]]
 
 
 def _guarded(name: str, body: Callable[[], int | None], run_dir: Path | None = None) -> int:

@@ -35,6 +35,7 @@ logger = logging.getLogger("prepare")
 
 def prepare(recipe: PrepareRecipe) -> None:
     """Make `data/`."""
+    recipe.fetch_source()
     source = recipe.open_source()
     with StageRun(recipe, "prepare", "data", source.files) as run:
         if run.is_finished():

@@ -22,6 +22,7 @@ from twice_rec.run import StageRun, require
 from twice_rec.sft.dataset import training_rows
 from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.stages.command_line import command
+from twice_rec.stages.plan import plan_training
 
 logger = logging.getLogger("sft")
 
@@ -52,7 +53,7 @@ def sft(recipe: SFTRecipe) -> None:
             run.finish(models.save_merged(recipe.model_name_or_path, run.path, recipe), figures)
 
 
-main = command("sft", SFTRecipe, sft)
+main = command("sft", SFTRecipe, sft, plan_training)
 
 if __name__ == "__main__":
     sys.exit(main())

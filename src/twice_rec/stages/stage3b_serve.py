@@ -18,6 +18,7 @@ from twice_rec.grpo.recipe import GRPORecipe, start_model
 from twice_rec.manifest import Hashes, check_fresh
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
+from twice_rec.stages.plan import plan_serve
 
 logger = logging.getLogger("serve")
 
@@ -38,7 +39,7 @@ def serve(recipe: GRPORecipe) -> None:
     become_server(recipe, start, f"start the training with: {step2} (it waits for the servers)")
 
 
-main = command("serve", GRPORecipe, serve)
+main = command("serve", GRPORecipe, serve, plan_serve)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,6 +22,7 @@ from twice_rec.grpo.scoring import StepRewards, targets_first
 from twice_rec.llm.hub import at_commit, model_input
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
+from twice_rec.stages.plan import plan_training
 
 logger = logging.getLogger("grpo")
 
@@ -74,7 +75,7 @@ def grpo(recipe: GRPORecipe) -> None:
             run.finish(models.save_merged(start, run.path, recipe), figures)
 
 
-main = command("grpo", GRPORecipe, grpo)
+main = command("grpo", GRPORecipe, grpo, plan_training)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,64 @@
+"""How many prompts, steps, tokens and operations stage 3 takes, before anything is loaded."""
+
+from __future__ import annotations
+
+from math import ceil, comb
+
+from twice_rec.grpo.recipe import ADDITIVE_LOSSES, GRPORecipe
+from twice_rec.llm.flops import Work
+from twice_rec.llm.footprint import Shape, memory
+from twice_rec.sft.estimate import Estimate, Lengths
+
+
+def prompts_per_batch(recipe: GRPORecipe) -> float:
+    """Return how many prompts go through the model with a micro-batch of completions in training.
+
+    With `share_prefixes` and an additive loss the completions of a prompt are together. With bnpo they stay where TRL's
+    shuffle of a process's completions has put them: of its g groups of K, a micro-batch of m holds on average
+    g (1 - C(gK - K, m) / C(gK, m)).
+    """
+    m, k = recipe.trainer_value("per_device_train_batch_size"), recipe.trainer_value("num_generations")
+    all_own = m * recipe.trainer_value("gradient_accumulation_steps")
+    if not recipe.share_prefixes:
+        return float(m)
+    if recipe.trainer_value("loss_type") in ADDITIVE_LOSSES:
+        return max(1.0, m / k)
+    return max(1.0, all_own / k * (1 - comb(max(all_own - k, 0), m) / comb(all_own, m)))
+
+
+def estimate(
+    recipe: GRPORecipe, shape: Shape, lengths: Lengths, users: int, processes: int = 1, zero: int = 0
+) -> Estimate:
+    """Return what stage 3 takes: for each step the policy's forward and backward, and forwards of others.
+
+    These are of the reference, if `beta` is above 0, and of the policy itself before the step, for the correction of
+    the rollouts' logprobs.
+    """
+    value = recipe.trainer_value
+    m, k, accumulation = (
+        value(name) for name in ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
+    )
+    prompts = max(1, round(recipe.train_fraction * users))
+    batch = m * accumulation * processes
+    steps = ceil(prompts * k * value("num_train_epochs") * value("num_iterations") / batch)
+    steps = value("max_steps") if value("max_steps") > 0 else steps
+    prompt, completion = (float(part) for part in lengths["rationale"].mean(axis=0))
+    completion = min(completion, value("max_completion_length"))
+
+    def work(prompts_of: float) -> Work:  # of ten micro-batches, since a mean number of prompts is no whole one
+        whole = [(0, int(prompt))] * round(10 * prompts_of) + [(int(prompt), int(completion))] * (10 * m)
+        return Work.of(whole, int(10 * m * completion), shape.arithmetic.windows)
+
+    trained = prompts_per_batch(recipe)
+    before = max(1.0, m / k) if recipe.share_prefixes else float(m)  # before the shuffle
+    others = (value("beta") > 0) + bool(value("vllm_importance_sampling_correction"))
+    flops = shape.arithmetic.training(work(trained), recipe.use_peft) + others * shape.arithmetic.forward(work(before))
+    flops += shape.arithmetic.forward(work(trained)) if value("gradient_checkpointing") else 0
+    micro = steps * accumulation * processes / 10
+    longest = float(lengths["rationale"][:, 0].max())
+    at_once = ceil(ceil(trained) * longest + m * value("max_completion_length"))
+    parts = memory(shape, recipe, at_once, recipe.dtype, value("gradient_checkpointing"), zero, processes)
+    return Estimate(
+        {"prompts": prompts}, batch, steps, steps * batch * (prompt + completion), micro * work(trained).tokens,
+        steps * batch * completion / value("num_iterations"), micro * flops, at_once, parts,
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""What training takes: memory of a GPU by part, and time. Operations are counted by `flops`; nothing is loaded here.
+
+The constants are of one H100 at Gemma-3-1B's shape (benchmarks/results/gpu.jsonl): there the memory comes out within a
+tenth. That other shapes behave alike is assumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twice_rec.errors import InputError
+from twice_rec.files import read_json
+from twice_rec.llm.flops import ModelArithmetic
+from twice_rec.llm.recipe import AdapterConfig, EstimateConfig
+
+GIB = 2**30
+ACTIVATION_BYTES = 3.2  # kept for the backward, per input and output of each matrix and token; measured unfused
+TILE_TOKENS = 1024  # whose logits exist at a time, in float32 with their gradients
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides a model's memory.
+
+    Args:
+        parameters: all weights; a tied head counts once.
+        widths: inputs and outputs of all matrices of all layers, added up.
+        hidden, depth, vocabulary: width of a layer, number of layers, number of tokens.
+    """
+
+    arithmetic: ModelArithmetic
+    parameters: int
+    widths: int
+    hidden: int
+    depth: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """Read the shape of a configuration of transformers."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        text = model.config.get_text_config()
+        matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+        total = sum(parameter.numel() for parameter in model.parameters())
+        widths = sum(sum(matrix.shape) for matrix in matrices)
+        return cls(ModelArithmetic.of(model), total, widths, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+
+
+def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
+    """Return the shape of a model by its folder or name, without a network: from this machine or `model_shape`.
+
+    Args:
+        name: None if the model is not made yet; then `model_shape` stands for it.
+
+    Raises:
+        InputError: if neither has it.
+    """
+    import transformers
+
+    if name is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return Shape.of(transformers.AutoConfig.from_pretrained(name, local_files_only=True))
+    if config.model_shape is not None:
+        values = read_json(Path(config.model_shape))
+        stands_for = values.pop("_name_or_path", None)
+        if name is None or stands_for == str(name):
+            return Shape.of(transformers.AutoConfig.for_model(values.pop("model_type"), **values))
+    raise InputError(
+        f"the config.json of {name or 'the stage-2 model'} is not on this machine, and model_shape is "
+        f"{config.model_shape}; fetch the model first, or set model_shape to a file like it that names it as "
+        "_name_or_path (recipes/shapes has some)"
+    )
+
+
+def trained_parameters(shape: Shape, config: AdapterConfig) -> int:
+    """Return how many weights are trained: those of an adapter on all matrices of the layers, or all."""
+    return config.lora_r * shape.widths if config.use_peft else shape.parameters
+
+
+def memory(
+    shape: Shape, config: AdapterConfig, tokens: int, weights: str, checkpointing: bool, zero: int = 0, gpus: int = 1
+) -> dict[str, float]:
+    """Return part -> GiB of each GPU's memory in a training step.
+
+    Args:
+        tokens: that go through the model at once, a shared beginning counted once.
+        weights: a key of `WEIGHT_BYTES`.
+        zero: stage of DeepSpeed's ZeRO, 0 for none; it divides what it shards by `gpus`.
+    """
+    trained, wide = trained_parameters(shape, config), 2.0 if weights == "float32" else 1.0
+    shards = [gpus if zero >= stage else 1 for stage in (1, 2, 3)]  # of optimizer, gradients, weights
+    kept = ACTIVATION_BYTES * wide * tokens * shape.widths
+    if checkpointing:  # the inputs of all layers, and one layer whole
+        kept = kept / shape.depth + 2 * wide * tokens * shape.hidden * shape.depth
+    parts = {
+        "weights": WEIGHT_BYTES[weights] * shape.parameters / shards[2],
+        "adapter" if config.use_peft else "gradients": (8.0 if config.use_peft else 4.0) * trained / shards[1],
+        "optimizer": 8.0 * trained / shards[0],
+        "activations": kept,
+        "logits": 8.0 * min(tokens, TILE_TOKENS) * shape.vocabulary,
+    }
+    return {part: size / GIB for part, size in parts.items()}
+
+
+def gpu_hours(flops: float, config: EstimateConfig) -> float:
+    """Return the hours of one GPU that so many operations take at the assumed utilisation."""
+    return flops / (config.gpu_tflops * 1e12 * config.gpu_utilization) / 3600
+
+
+def card_gib(config: EstimateConfig) -> tuple[float, str]:
+    """Return the memory of a GPU in GiB, and where the figure comes from."""
+    if config.gpu_memory_gib is not None:
+        return config.gpu_memory_gib, "gpu_memory_gib"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB, torch.cuda.get_device_name(0)
+    return 80.0, "assumed, since this machine has no GPU"

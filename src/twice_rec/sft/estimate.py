@@ -1,0 +1,152 @@
+"""How many tokens, steps and operations stage 2 takes, before anything is loaded; and how long a domain's rows are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twice_rec.data.dataset import PreparedData
+from twice_rec.files import read_records
+from twice_rec.llm.flops import Work
+from twice_rec.llm.footprint import Shape, memory
+from twice_rec.llm.prompt_builder import PromptBuilder
+from twice_rec.llm.recipe import PromptConfig
+from twice_rec.llm.tokens import encode_chat, encode_text
+from twice_rec.random_streams import random_stream
+from twice_rec.rationales.generate import CHARS_PER_TOKEN
+from twice_rec.records import Rationale
+from twice_rec.sft.dataset import TASKS, TaskMixConfig, training_rows
+from twice_rec.sft.encoding import pack
+from twice_rec.sft.recipe import SFTRecipe
+
+_SAMPLE = 200  # users whose rows are measured
+_RATIONALE = 980  # characters; the mean of the released ones, for users that have none yet
+Lengths = Mapping[str, NDArray[np.float64]]  # task -> tokens of prompt and completion of some rows, [n, 2]
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """How much there is to train on: training examples, those with an accepted rationale, and items."""
+
+    users: int
+    explained: int
+    items: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a training stage takes, on all its GPUs together unless said otherwise.
+
+    Args:
+        rows: of stage 2 per epoch, by task; of stage 3 its prompts.
+        batch: rows or completions per optimizer step, on average: the effective batch.
+        tokens: of all rows in all epochs; `computed` are those that go through the model in training.
+        written: tokens that rollouts write.
+        flops: operations of training, with those that gradient checkpointing repeats.
+        at_once: tokens that go through the model at once on one GPU.
+        memory: part -> GiB on one GPU, see `footprint.memory`.
+    """
+
+    rows: Mapping[str, float]
+    batch: float
+    steps: int
+    tokens: float
+    computed: float
+    written: float
+    flops: float
+    at_once: int
+    memory: Mapping[str, float]
+
+
+def measure(data: PreparedData, config: PromptConfig, model: str | None) -> tuple[Lengths, Population, str]:
+    """Return the lengths of a sample of a run's rows, how many there are, and how tokens were counted.
+
+    Args:
+        config: limits the prompts; here they are only counted as no longer.
+        model: whose tokenizer counts, if it is on this machine; else characters are.
+    """
+    import transformers
+
+    tokenizer = None
+    with contextlib.suppress(OSError, ValueError):
+        if model is not None:
+            found = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+            tokenizer = found if found.chat_template else None
+    examples = list(data.training_examples())
+    drawn = random_stream(0, "lengths of the estimate").permutation(len(examples))[:_SAMPLE]
+    chosen = [examples[i] for i in drawn]
+    accepted = data.folder.parent / "rationales" / "accepted.jsonl"
+    texts = {r.user_id: r.text for r in read_records(accepted, Rationale)} if accepted.exists() else {}
+    usual = "x" * (sum(map(len, texts.values())) // len(texts) if texts else _RATIONALE)
+    written = [(e.user_id, e.target, texts.get(e.user_id, usual)) for e in chosen]
+    rationales = [Rationale(*one, "relevant", (), 1.0, "none") for one in written]
+    whole = PromptConfig(item_first=config.item_first)
+    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, whole)  # type: ignore[arg-type]
+    count = _counter(tokenizer)
+    lengths: dict[str, list[tuple[float, float]]] = {task: [] for task in TASKS}
+    for row in training_rows(builder, chosen, rationales, TaskMixConfig(item_info_rows=_SAMPLE), 0):
+        prompt = count(row.prompt)
+        lengths[row.task].append((min(prompt, config.max_prompt_tokens or prompt), count(row.completion)))
+    how = f"the tokenizer of {model}" if tokenizer else f"{CHARS_PER_TOKEN} characters per token, assumed"
+    population = Population(len(examples), len(texts) or len(examples), len(data.catalog))
+    return {task: np.array(pairs) for task, pairs in lengths.items()}, population, how
+
+
+def _counter(tokenizer: Any) -> Callable[[Any], float]:
+    """Return what counts the tokens of a conversation or a text."""
+
+    def count(given: Any) -> float:
+        if tokenizer is not None:
+            return len((encode_text if isinstance(given, str) else encode_chat)(tokenizer, given))
+        turns = [given] if isinstance(given, str) else [message["content"] for message in given]
+        return sum(map(len, turns)) / CHARS_PER_TOKEN
+
+    return count
+
+
+def estimate(
+    recipe: SFTRecipe, shape: Shape, lengths: Lengths, population: Population, processes: int = 1, zero: int = 0
+) -> Estimate:
+    """Return what stage 2 takes; a rejected rationale's user still has a row of task 2."""
+    there = {"item_info": population.items, "direct": population.users, "rationale": population.explained}
+    limits = {task: there[task] if (limit := recipe.rows_of(task)) is None else limit for task in TASKS}
+    rows = {task: min(there[task], limits[task]) * recipe.weight_of(task) for task in TASKS}
+    alone = {task: [[(0, int(sum(pair)))] for pair in lengths[task]] for task in TASKS}
+    direct, rationale = lengths["direct"], lengths["rationale"]
+    ends = [round(float(part[:, 1].mean())) for part in (direct, rationale)]  # completions of both rows of a user
+    joined = [[(0, int(prompt)), *((int(prompt), end) for end in ends)] for prompt in direct[:, 0]]
+    both = min(rows["direct"], rows["rationale"]) if recipe.share_prefixes else 0.0
+    pieces = [(both, joined, sum(ends))]
+    for task in TASKS:
+        count = rows[task] - (both if task != "item_info" else 0)
+        pieces.append((count, alone[task], round(float(lengths[task][:, 1].mean()))))
+    computed = flops = 0.0
+    for count, groups, predicted in pieces:  # the sample's work, scaled to the number of its groups
+        work = Work.of([s for group in groups for s in group], predicted * len(groups), shape.arithmetic.windows)
+        computed += count / len(groups) * work.tokens
+        again = shape.arithmetic.forward(work) if recipe.trainer_value("gradient_checkpointing") else 0
+        flops += count / len(groups) * (shape.arithmetic.training(work, recipe.use_peft) + again)
+    tokens = sum(rows[task] * float(lengths[task].sum(axis=1).mean()) for task in TASKS)
+    value = recipe.trainer_value
+    size, epochs = value("per_device_train_batch_size"), value("num_train_epochs")
+    longest = max(sum(own for _, own in group) for count, groups, _ in pieces if count for group in groups)
+    if recipe.pack_tokens is None:
+        batches, at_once = sum(count for count, *_ in pieces), size * longest
+    else:
+        drawn = [(count / computed * 5e6, groups) for count, groups, _ in pieces]  # 5 million tokens are packed
+        sizes = [sum(own for _, own in groups[i % len(groups)]) for n, groups in drawn for i in range(round(n))]
+        packs = pack([{"labels": [0] * size_of} for size_of in sizes], recipe.pack_tokens, recipe.seed)
+        batches, at_once = len(packs) * computed / sum(sizes), size * max(recipe.pack_tokens, longest)
+    per_epoch = ceil(ceil(batches) / (size * value("gradient_accumulation_steps") * processes))
+    steps = value("max_steps") if value("max_steps") > 0 else ceil(per_epoch * epochs)
+    epochs = steps / per_epoch
+    weights = recipe.quantization if recipe.quantization != "none" else recipe.dtype
+    parts = memory(shape, recipe, at_once, weights, value("gradient_checkpointing"), zero, processes)
+    batch = sum(rows.values()) / per_epoch
+    return Estimate(rows, batch, steps, tokens * epochs, computed * epochs, 0.0, flops * epochs, at_once, parts)

@@ -1,0 +1,161 @@
+"""What `--dry_run` of stages 2, 3b and 3c prints: processes, batch, steps, tokens, memory, time, and the commands.
+
+Nothing is loaded, written or sent. The recipe is read as for another machine, so a login node without a GPU will do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from twice_rec.data.dataset import CATALOG, PreparedData, training_files
+from twice_rec.errors import InputError
+from twice_rec.evaluation.tables import show
+from twice_rec.grpo import estimate as of_grpo
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rollout.vllm_command import server_command
+from twice_rec.llm.footprint import card_gib, gpu_hours, read_shape
+from twice_rec.sft import estimate as of_sft
+from twice_rec.sft.estimate import Estimate, Population
+from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.stages.command_line import without_dry_run
+
+Training = SFTRecipe | GRPORecipe
+
+
+def plan_training(recipe: Training) -> None:
+    """Print the plan of stage 2 or 3c; InputError if a file that it reads cannot be read, or no shape is found."""
+    processes, machines, zero, command = _launch("sft" if isinstance(recipe, SFTRecipe) else "grpo")
+    model, folder = _model(recipe), recipe.run_path / "data"
+    shape, is_prepared = read_shape(model, recipe), (folder / CATALOG).exists()
+    lines = {"processes": f"{processes}, a GPU each, on {machines} machines; ZeRO stage {zero}"}
+    if is_prepared:
+        training_files(recipe.run_path)
+        lengths, there, how = of_sft.measure(PreparedData(folder), recipe, model)
+    else:  # memory is that of the longest rows, and the rest is not shown
+        limit = float(recipe.max_prompt_tokens or recipe.trainer_value("max_length") or 8192)
+        lengths, there, how = dict.fromkeys(of_sft.TASKS, np.array([[limit, 300.0]])), Population(100, 100, 100), ""
+    if isinstance(recipe, SFTRecipe):
+        found = of_sft.estimate(recipe, shape, lengths, there, processes, zero)
+    else:
+        found = of_grpo.estimate(recipe, shape, lengths, there.users, processes, zero)
+    lines["effective batch"] = _batch(recipe, found, processes, is_prepared)
+    if is_prepared:
+        lines |= _work(recipe, found, processes)
+        quantiles = " / ".join(f"{q:,.0f}" for q in np.percentile(lengths["direct"][:, 0], (10, 50, 90, 100)))
+        lines["prompts"] = f"{quantiles} tokens at 10 / 50 / 90 / 100 %, counted by {how}"
+    else:
+        lines["steps, tokens, time"] = f"not known before {folder} is there (prepare.sh)"
+    _print(lines | _memory(recipe, found), [command])
+
+
+def plan_serve(recipe: GRPORecipe) -> None:
+    """Print the commands of the rollout servers, and the memory that they take."""
+    card, whence = card_gib(recipe)
+    folder = Path(_model(recipe) or recipe.run_path / "sft" / "merged")
+    commands = [shlex.join(server_command(recipe, a, folder)) for a in recipe.rollout_servers if rollout_gpus(recipe)]
+    servers = f"{len(commands)} servers, {recipe.rollout_tensor_parallel_size} GPUs each" if commands else "no server"
+    share = f"{recipe.rollout_gpu_memory_utilization * card:.1f} of {card:.1f} GiB ({whence})"
+    there = "" if folder.is_dir() else "; sft.sh makes it, and the served name becomes a hash of its files"
+    _print({"rollout": f"{recipe.rollout}: {servers}", "memory per GPU": share, "model": f"{folder}{there}"}, commands)
+
+
+def rollout_gpus(recipe: GRPORecipe) -> int:
+    """Return how many GPUs the rollout servers take; 0 if the trainer samples itself."""
+    if recipe.rollout in ("transformers", "trl_colocate"):
+        return 0
+    return len(recipe.rollout_servers) * recipe.rollout_tensor_parallel_size
+
+
+def hours_of(recipe: Training, found: Estimate, processes: int = 1) -> tuple[float, float, float]:
+    """Return the hours of training, those of rollouts, which come in turn with it, and the GPU-hours of both."""
+    training, rollouts, servers = gpu_hours(found.flops, recipe) / processes, 0.0, 0
+    if isinstance(recipe, GRPORecipe):
+        servers = rollout_gpus(recipe)
+        rollouts = found.written / recipe.rollout_tokens_per_second / (servers or processes) / 3600
+    return training, rollouts, (training + rollouts) * (processes + servers)
+
+
+def _launch(stage: str) -> tuple[int, int, int, str]:
+    """Return processes, machines, ZeRO's stage and the command, from what `launch.sh` tells in the environment."""
+    import torch
+
+    run = shlex.join(["-m", "twice_rec", stage, *without_dry_run(sys.argv[2:])])
+    path, flags = os.environ.get("ACCELERATE_CONFIG"), os.environ.get("ACCELERATE_FLAGS", "").split()
+    if not path:
+        return 1, 1, 0, f"python {run}"
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"ACCELERATE_CONFIG is {path}, which cannot be read: {error}") from None
+    values |= {flag.removeprefix("--"): value for flag, value in itertools.pairwise(flags)}
+    processes = int(values.get("num_processes") or torch.cuda.device_count() or 1)
+    zero = values.get("deepspeed_config", {}).get("zero_stage", 0)
+    command = " ".join(["accelerate launch --quiet --config_file", path, *flags, run])
+    return processes, int(values.get("num_machines") or 1), zero, command
+
+
+def _model(recipe: Training) -> str | None:
+    """The model that is trained; None for a stage-2 model that is not made yet."""
+    merged = recipe.run_path / "sft" / "merged"
+    return recipe.model_name_or_path or (str(merged) if merged.is_dir() else None)
+
+
+def _batch(recipe: Training, found: Estimate, processes: int, is_prepared: bool) -> str:
+    size, accumulated = map(recipe.trainer_value, ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    says = f"{size} x {accumulated} accumulated x {processes} processes"
+    if isinstance(recipe, GRPORecipe):
+        k = recipe.trainer_value("num_generations")
+        groups = f"{found.batch / k:g} prompts x {k}" if found.batch % k == 0 else f"WHICH DOES NOT DIVIDE by {k}"
+        together = of_grpo.prompts_per_batch(recipe)
+        return (
+            f"{says} = {found.batch:,.0f} completions, {groups}; {size} completions at once, of {together:.1f} prompts"
+        )
+    unit = f"packs of {recipe.pack_tokens:,} tokens" if recipe.pack_tokens else "rows (users, if they share a prompt)"
+    return f"{says} {unit}" + (f" = {found.batch:.1f} rows on average" if is_prepared else "")
+
+
+def _work(recipe: Training, found: Estimate, processes: int) -> dict[str, str]:
+    training, rollouts, together = hours_of(recipe, found, processes)
+    lines = {
+        "rows": ", ".join(f"{count:,.0f} {name}" for name, count in found.rows.items()),
+        "steps": f"{found.steps:,}",
+        "tokens": f"{found.tokens:,.0f} of rows, {found.computed:,.0f} computed",
+        "FLOPs": f"{found.flops:.3g}",
+        "training": f"{training:,.2f} h at {recipe.gpu_utilization:.0%} of {recipe.gpu_tflops:g} TFLOP/s [assumed: "
+        "gpu_utilization, gpu_tflops]",
+    }
+    if isinstance(recipe, GRPORecipe):
+        rate = f"{recipe.rollout_tokens_per_second:,.0f} tokens/s per GPU [assumed: rollout_tokens_per_second]"
+        lines["rollouts"] = f"{found.written:,.0f} tokens, {rollouts:,.2f} h at {rate}, in turn with training"
+    return lines | {"GPU-hours": f"{together:,.2f}"}
+
+
+def _memory(recipe: Training, found: Estimate) -> dict[str, str]:
+    card, whence = card_gib(recipe)
+    needed = sum(found.memory.values())
+    parts = ", ".join(f"{part} {size:.2f}" for part, size in found.memory.items())
+    lines = {"memory per GPU": f"{needed:.1f} GiB for {found.at_once:,} tokens at once: {parts}"}
+    if needed <= 0.95 * card:
+        lines["fits"] = f"it fits {card:.0f} GiB ({whence})"
+    else:
+        remedy = "set gradient_checkpointing to true, or lower pack_tokens or per_device_train_batch_size"
+        lines["fits"] = f"IT DOES NOT FIT {card:.0f} GiB ({whence}): {remedy}"
+    if isinstance(recipe, GRPORecipe) and recipe.rollout != "transformers":
+        share = recipe.rollout_gpu_memory_utilization * card
+        beside = "fits too" if needed + share <= 0.95 * card else "DOES NOT FIT"
+        lines["vLLM's share"] = f"{share:.1f} GiB on each of its GPUs; on the GPU of a trainer it {beside}"
+    return lines
+
+
+def _print(lines: Mapping[str, str], commands: Sequence[str]) -> None:
+    width = max(map(len, lines))
+    shown = [f"{name.ljust(width)}  {says}" for name, says in lines.items()]
+    show("\n".join([*shown, "", *commands]).rstrip())
