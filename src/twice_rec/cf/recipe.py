@@ -57,6 +57,7 @@ class SASRecTrainerConfig(Settings):
     )
     learning_rate: float = key(1e-3, "learning rate of Adam", gt=0)
     weight_decay: float = key(0.0, "weight decay of Adam", ge=0)
+    bf16: bool = key(False, "compute in bfloat16; weights and optimizer stay in float32")
     lr_scheduler_type: Literal["constant", "cosine"] = key(
         "constant", "schedule of the learning rate; cosine ends at 0 after the last epoch"
     )

@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +35,7 @@ from twice_rec.files import atomic_path, set_aside
 from twice_rec.item_sequences import ItemSequences
 from twice_rec.progress import progress
 from twice_rec.random_streams import random_stream, stream_seed
+from twice_rec.run import IS_MAIN
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class SASRecTrainer:
         sequences: item indices of each user's training part; users with fewer than two are left out.
         validate: measures a model in evaluation mode, larger is better.
         seed: of the first weights, the order, the negatives and the dropout.
+        device: where it is trained; of several processes (`accelerate launch`) each has its own.
         state_file: written after each validation; a training that was killed goes on from it.
 
     Raises:
@@ -76,10 +80,14 @@ class SASRecTrainer:
         state_file: Path | None = None,
         device: torch.device | str = "cpu",
     ):
-        self._gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
+        self._processes = PartialState()
+        self.device = torch.device(device)
+        if self._processes.num_processes > 1:
+            self.device = self._processes.device  # each has its own GPU
+        self._gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=self._gpus):
             torch.manual_seed(stream_seed(seed, "first weights of SASRec"))
-            self.model = SASRec(config, num_items).to(device)
+            self.model = SASRec(config, num_items).to(self.device)
         self.config = trainer_config
         self.seed = seed
         of_users = ItemSequences.of(sequences)
@@ -178,30 +186,47 @@ class SASRecTrainer:
         """Train to the next validation, measure, and keep what is needed to go on from there."""
         began, start = time.perf_counter(), self.step
         end = min(start + self.validation_steps, self.last_step)
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "negatives of SASRec", start))
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         self.model.train()
         with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(stream_seed(self.seed, "dropout of SASRec", start))
+            torch.manual_seed(stream_seed(self.seed, "dropout of SASRec", start, self._processes.process_index))
             for step, sequences in zip(range(start, end), self.batches(start), strict=False):
                 self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)  # there is one group
-                if self.config.item_dropout:
-                    sequences = self._without_some_items(sequences, generator)
-                loss = self.training_loss(sequences, generator)
                 self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                total += self._backward(step, sequences)
                 self.optimizer.step()
                 self._average_weights(step)
-                total += float(loss.detach())
-        if not math.isfinite(total):
-            raise InputError(f"SASRec's loss is {total} before step {end}; lower learning_rate")
-        measured, epochs = self._validate(self.average), round(end / self.steps_per_epoch, 2)
-        self.log.append(Validation(end, epochs, total / (end - start), measured, time.perf_counter() - began))
+        if not math.isfinite(loss := float(reduce(total)) / (end - start)):
+            raise InputError(f"SASRec's loss is {loss} before step {end}; lower learning_rate")
+        (measured,) = broadcast_object_list([self._validate(self.average) if IS_MAIN else 0.0])
+        epochs = round(end / self.steps_per_epoch, 2)
+        self.log.append(Validation(end, epochs, loss, measured, time.perf_counter() - began))
         if self.best_validation is self.log[-1]:
             self.best = deepcopy(self.average)
-        if self._state_file is not None:
+        if self._state_file is not None and IS_MAIN:
             self._save(self._state_file)
         return self.log[-1]
+
+    def _backward(self, step: int, sequences: Tensor) -> Tensor:
+        """Make the gradients of a step's batch, int64 [B, L], and return this process's part of the loss.
+
+        Each process takes its part of the rows; the gradients are summed, so several do what one would do.
+        """
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "negatives of SASRec", step))
+        if self.config.item_dropout:
+            sequences = self._without_some_items(sequences, generator)
+        own = sequences[self._processes.process_index :: self._processes.num_processes]  # [b, L]
+        positions, of_all = (int((rows[:, 1:] > 0).sum()) for rows in (own, sequences))
+        loss = torch.zeros((), device=self.device)
+        if positions:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+                loss = self.training_loss(own, generator) * (positions / of_all)
+            loss.backward()
+        if self._processes.num_processes > 1:
+            for parameter in self.model.parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = reduce(gradient)
+        return loss.detach()
 
     @torch.no_grad()
     def _average_weights(self, step: int) -> None:
