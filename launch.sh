@@ -24,6 +24,7 @@ export PATH="$venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
 run=(-m twice_rec "$stage" "$recipe" "$@")
 case $stage in
   sft | grpo) [ -n "$config" ] || ! nvidia-smi -L >/dev/null 2>&1 || config=recipes/accelerate_configs/ddp.yaml ;;
+  sasrec) ;; # one process, unless ACCELERATE_CONFIG asks for more
   *) config= ;;
 esac
 [ -n "$config" ] || exec python "${run[@]}"

@@ -77,3 +77,20 @@ def test_a_group_split_over_two_processes_is_one_group(one):
         assert np.mean([outcome == "malformed" for outcome in columns["outcome"]]) == log[step - 1]["outcome/malformed"]
         assert log[step - 1]["groups/without_hit"] == float("hit" not in columns["outcome"])
         assert log[step - 1]["groups/without_variance"] == log[step - 1]["frac_reward_zero_std"]
+
+
+def test_sasrec_by_two_processes_is_that_by_one(one):
+    """The gradients are those of the whole batch, whoever has which rows; every process draws the same negatives."""
+    run_dir, _ = one
+    flags = ["--epochs", "2", "--dropout", "0", "--loss", "sampled_softmax", "--num_negatives", "64"]
+    flags += ["--batch_size", "37", "--validation_steps", "4", "--baselines", "popularity", "--lists", "uniform"]
+    found = {}
+    for launcher in ("one", "gloo"):
+        shutil.rmtree(run_dir / "sasrec", ignore_errors=True)
+        shutil.rmtree(run_dir / "eval", ignore_errors=True)
+        launch(launcher, "sasrec", run_dir, *flags)
+        found[launcher] = load_file(run_dir / "sasrec" / "model.safetensors")
+        assert (run_dir / "eval" / "sasrec" / "metrics.json").exists()
+    assert found["one"].keys() == found["gloo"].keys()
+    for name, weights in found["one"].items():
+        assert np.allclose(weights, found["gloo"][name], atol=2e-4), name

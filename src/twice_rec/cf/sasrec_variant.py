@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from twice_rec.cf import checks
 from twice_rec.cf.held_out import HeldOut, without_prompted
 from twice_rec.cf.ranking import CFQuestions, Data, mean_metrics
@@ -16,6 +18,7 @@ from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.cf.sasrec_training import SASRecTrainer
 from twice_rec.files import read_jsonl, write_jsonl
+from twice_rec.run import IS_MAIN
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ class SASRecVariant:
         model = trainer.run(
             lambda one: self._log({"loss": one.loss, "validation": one.validation, "epoch": one.epochs})
         )
+        if not IS_MAIN:
+            return {}
         scorer, asked = SASRecScorer(model), self._valid.asked
         scorer.calibrate(asked.histories, asked.candidates[self._list], asked.targets)
         share, best = scorer.popularity_share(asked.histories), trainer.best_validation
@@ -92,7 +97,8 @@ class SASRecVariant:
         path, began = folder / TUNING, time.perf_counter()
         tried = [row for _, row in read_jsonl(path)] if path.exists() else []
         for number, changed in enumerate(SEARCH[len(tried) :], start=len(tried)):
-            if tried and (time.perf_counter() - began) / 60 > self._recipe.tune_minutes:
+            (is_over,) = broadcast_object_list([(time.perf_counter() - began) / 60 > self._recipe.tune_minutes])
+            if tried and is_over:
                 logger.warning(
                     "tune_minutes are over: %d of %d settings were not tried", len(SEARCH) - number, len(SEARCH)
                 )
@@ -100,8 +106,9 @@ class SASRecVariant:
             trainer = self._trainer(self._recipe.model_copy(update=changed), self._recipe.seed, folder / STATE)
             trainer.run()
             tried.append({"settings": changed, "validation": trainer.best_validation.validation})
-            write_jsonl(path, tried)
-            (folder / STATE).unlink(missing_ok=True)
+            if IS_MAIN:
+                write_jsonl(path, tried)
+                (folder / STATE).unlink(missing_ok=True)
             logger.info("tried %s: validation %.4f", changed or "the recipe's own", trainer.best_validation.validation)
         best = max(tried, key=lambda row: row["validation"])
         logger.info("chose %s", best["settings"] or "the recipe's own settings")

@@ -7,7 +7,7 @@ stage 3 asks for confidences), `<variant>/seed-N/` for further seeds, `log.jsonl
 
 Deviations from the release: padding is index 0, so items 1 and 2 train; negatives are never the user's own training
 items; the weights are chosen on validation. The release's own settings are `recipes/grocery/sasrec_release.yaml`.
-Limits: one device.
+Several GPUs: ACCELERATE_CONFIG=recipes/accelerate_configs/ddp.yaml bash sasrec.sh; validation is the first one's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from twice_rec.data.dataset import PreparedData
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores, require_space
 from twice_rec.evaluation.tables import show_metrics
 from twice_rec.manifest import held
-from twice_rec.run import StageRun, wandb_run
+from twice_rec.records import SPLITS
+from twice_rec.run import IS_MAIN, StageRun, wandb_run
 from twice_rec.stages.command_line import command
 
 logger = logging.getLogger("sasrec")
@@ -34,11 +35,12 @@ logger = logging.getLogger("sasrec")
 
 def sasrec(recipe: SASRecRecipe) -> None:
     """Train, evaluate, compare."""
-    lists = map(dataset.candidates_file, ("valid", "test"))
+    lists = map(dataset.candidates_file, SPLITS)
     inputs = dataset.required_files(recipe.run_path, dataset.CATALOG, dataset.SEQUENCES, *lists)
     with held(inputs):
         _train_and_compare(recipe, inputs)
-    show_metrics(recipe.run_path)
+    if IS_MAIN:
+        show_metrics(recipe.run_path)
 
 
 def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
@@ -55,6 +57,8 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
             run.begin()
             with wandb_run(recipe) as log:
                 figures = SASRecVariant(recipe, data, device, log).train(dict(zip(seeds, folders, strict=True)))
+            if not IS_MAIN:
+                return
             run.finish([*models, *(folder / "log.jsonl" for folder in folders)], {"runs": figures})
         if not run.check_only:
             for folder in folders:
@@ -66,7 +70,7 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
     evaluate_scorer_variant(recipe, "sasrec", recipe.variant, data, recipe.lists, trained, [*inputs, *models])
     for name in recipe.baselines:
         seed = {"seed": recipe.seed} if name == "random" else {}
-        fitted = lambda name=name: [fit_baseline(name, data, recipe.seed)]
+        fitted = lambda name=name: [fit_baseline(name, data, recipe.seed, recipe.validation_users)]
         evaluate_scorer_variant(recipe, "sasrec", name, data, recipe.lists, fitted, inputs, **seed)
     StageRun.end_check()
     if recipe.export_scores:
