@@ -1,6 +1,7 @@
-"""The RecTools side of `sasrec.py`: trains its SASRecModel, prints the seconds of all epochs but the first.
+"""The RecTools side of `sasrec.py` and `sasrec_quality.py`, run in RecTools' own environment.
 
-Run by `sasrec.py` in RecTools' own environment: FOLDER (with sequences.json) SETTINGS THREADS.
+FOLDER SETTINGS THREADS    trains on FOLDER/sequences.json, prints the seconds of all epochs but the first
+FOLDER defaults THREADS    trains SASRecModel() on FOLDER/questions.json, writes its ranks to FOLDER/ranks.json
 """
 
 import json
@@ -28,20 +29,19 @@ class Clock(Callback):
         Clock.ends.append(time.perf_counter())
 
 
-def main():
-    """Train and print."""
-    warnings.filterwarnings("ignore")
-    folder, settings, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    settings = json.loads(settings)
-    sequences = json.loads((Path(folder) / "sequences.json").read_text())
+def data_set(users, sequences):
+    """Sequences as RecTools takes them."""
     rows = [
         (user, item, 1.0, pd.Timestamp(2020, 1, 1) + pd.Timedelta(minutes=position))
-        for user, sequence in enumerate(sequences)
+        for user, sequence in zip(users, sequences, strict=True)
         for position, item in enumerate(sequence)
     ]
-    frame = pd.DataFrame(rows, columns=[Columns.User, Columns.Item, Columns.Weight, Columns.Datetime])
-    epochs = settings.pop("epochs")
+    return Dataset.construct(pd.DataFrame(rows, columns=[Columns.User, Columns.Item, Columns.Weight, Columns.Datetime]))
+
+
+def timed(folder, settings):
+    """Train with the settings and print the seconds."""
+    sequences, epochs = json.loads((folder / "sequences.json").read_text()), settings.pop("epochs")
 
     def trainer(**_):
         return Trainer(
@@ -50,8 +50,41 @@ def main():
         )  # fmt: skip
 
     model = SASRecModel(n_blocks=2, loss="softmax", train_min_user_interactions=2, get_trainer_func=trainer, **settings)
-    model.fit(Dataset.construct(frame))
+    model.fit(data_set(range(len(sequences)), sequences))
     print(Clock.ends[-1] - Clock.ends[0])
+
+
+def ranked(folder):
+    """Train with RecTools' defaults and rank the targets; an item that is not recommended is behind all that are."""
+    given = json.loads((folder / "questions.json").read_text())
+    training = data_set(range(len(given["training"])), given["training"])
+    start = time.perf_counter()
+    model = SASRecModel().fit(training)
+    seconds = time.perf_counter() - start
+    ranks = {"uniform": [], "full": [], "seconds": seconds}
+    for at in range(0, len(given["users"]), 500):  # the whole catalogue is recommended, so a few users at a time
+        rows = slice(at, at + 500)
+        users, last = given["users"][rows], given["items"]
+        found = model.recommend(users, data_set(users, given["histories"][rows]), k=last, filter_viewed=True)
+        places = {user: {} for user in users}
+        for user, item, rank in found[[Columns.User, Columns.Item, Columns.Rank]].itertuples(index=False):
+            places[user][item] = rank
+        for user, target, shown in zip(users, given["targets"][rows], given["candidates"][rows], strict=True):
+            own = places[user].get(target, last)
+            ranks["full"].append(int(own))
+            ranks["uniform"].append(sum(places[user].get(item, last) <= own for item in shown))
+    (folder / "ranks.json").write_text(json.dumps(ranks))
+
+
+def main():
+    """Train and print or write."""
+    warnings.filterwarnings("ignore")
+    folder, settings, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    if settings == "defaults":
+        ranked(Path(folder))
+    else:
+        timed(Path(folder), json.loads(settings))
 
 
 if __name__ == "__main__":
