@@ -1,5 +1,6 @@
 """Stage 0's download of Amazon Reviews 2023, against a hub on this machine."""
 
+import errno
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import time
 from collections import namedtuple
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from servers.hub_server import COMMIT, HubServer
 from servers.processes import ROOT, free_port
@@ -118,6 +119,23 @@ def test_a_storage_that_fails_ends_the_run_and_the_next_one_goes_on(hub, tmp_pat
     assert hub.begins(REVIEWS) == [had]
     assert (tmp_path / f"{DOMAIN}.jsonl").read_bytes() == hub.files[REVIEWS]
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_connection_that_never_brings_anything_is_told(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 20)  # more than the file, so no piece arrives whole
+    hub.broken[REVIEWS] = 10**6
+    with pytest.raises(Unfinished, match=r"the connection ends again \(RemoteProtocolError\); 0 of [\d,]+ bytes"):
+        fetch(tmp_path)
+    assert not (tmp_path / f"{DOMAIN}.jsonl").exists()
+
+
+def test_a_full_disk_is_told_as_such(hub, tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(file_download, "http_get", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        fetch(tmp_path)
 
 
 def test_a_killed_download_leaves_no_file_and_is_continued(hub, tmp_path, monkeypatch):

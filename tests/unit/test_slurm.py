@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from servers.processes import free_port
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes/accelerate_configs"
 JOBS = sorted((ROOT / "recipes/slurm").glob("*.sbatch"))
@@ -56,6 +58,21 @@ def test_a_launcher_starts_the_processes_of_the_config(start, name, processes, m
     words = "-m twice_rec sft recipes/grocery/sft.yaml --seed 1"
     assert checked.startswith(f"python {words} --check ")
     assert started == f"accelerate launch --quiet --config_file {path} {words} []"
+
+
+@pytest.mark.parametrize(("name", "processes"), [("gpus_2", 2), ("gpus_8", 8), ("two_nodes", 8)])
+def test_accelerate_itself_starts_them(name, processes, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import os; os.write(1, '{RANK} of {WORLD_SIZE}\\n'.format(**os.environ).encode())\n")
+    command = ["accelerate", "launch", "--quiet", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    command += ["--main_process_port", str(free_port())]
+    machines = [["--machine_rank", "0"], ["--machine_rank", "1"]] if name == "two_nodes" else [[]]
+    where = ["--main_process_ip", "127.0.0.1"] if name == "two_nodes" else []
+    started = [
+        subprocess.Popen([*command, *where, *rank, str(script)], stdout=subprocess.PIPE, text=True) for rank in machines
+    ]
+    shown = [line for process in started for line in process.communicate(timeout=300)[0].splitlines()]
+    assert sorted(shown) == [f"{rank} of {processes}" for rank in range(processes)]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

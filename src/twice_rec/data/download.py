@@ -183,27 +183,22 @@ def _transfer(file: HubFile, partial: Path) -> str | None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # compressed content has no ranges
     with open(partial, "ab") as out:
         while (had := out.tell()) < file.size:
-            fault, ends_early = "", f"ends after {had:,} bytes, the hub announced {file.size:,}"
             try:
                 http_get(
                     file.url, out, resume_size=had, headers=dict(headers), expected_size=file.size,
                     displayed_filename=file.name, tqdm_class=progress,  # type: ignore[arg-type]
                 )  # fmt: skip
-            except HfHubHTTPError as error:
-                if error.response.status_code == 416:
-                    return ends_early
-                fault = f"HTTP {error.response.status_code}"
-            except httpx.HTTPError as error:
-                if out.tell() <= had:  # else it goes on
-                    fault = f"the connection ends again and again ({type(error).__name__})"
-            except OSError as error:
-                if error.errno is not None:  # of the disk; else it is about the size
-                    raise
-                if out.tell() <= had:
-                    return ends_early
-            if fault:
+            except (httpx.HTTPError, OSError) as error:  # the hub's own errors are both
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+                if not isinstance(error, httpx.HTTPError) and error.errno is not None:
+                    raise  # of the disk; without a number it is about the size
+                if out.tell() > had:
+                    continue
+                if status == 416 or not isinstance(error, httpx.HTTPError):
+                    return f"ends after {had:,} bytes, the hub announced {file.size:,}"
+                fault = f"HTTP {status}" if status else f"the connection ends again ({type(error).__name__})"
                 place = f"{out.tell():,} of {file.size:,} bytes are in {partial.parent}"
-                raise Unfinished(f"{file.url}: {fault}; {place}, and the same command goes on behind them")
+                raise Unfinished(f"{file.url}: {fault}; {place}, and the same command goes on behind them") from None
         size = out.tell()
     return None if size == file.size else f"has {size:,} bytes or more, the hub announced {file.size:,}"
 

@@ -7,9 +7,8 @@ tenth. That other shapes behave alike is assumed.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,22 +23,15 @@ TILE_TOKENS = 1024  # whose logits exist at a time, in float32 with their gradie
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What decides a model's memory.
-
-    Args:
-        parameters: all weights; a tied head counts once.
-        widths: inputs and outputs of all matrices of all layers, added up.
-        hidden, depth, vocabulary: width of a layer, number of layers, number of tokens.
-    """
+class Shape(NamedTuple):
+    """What decides a model's memory."""
 
     arithmetic: ModelArithmetic
-    parameters: int
-    widths: int
-    hidden: int
-    depth: int
-    vocabulary: int
+    parameters: int  # all weights; a tied head counts once
+    widths: int  # inputs and outputs of all matrices of all layers, added up
+    hidden: int  # width of a layer
+    depth: int  # number of layers
+    vocabulary: int  # number of tokens
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -81,11 +73,6 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
     )
 
 
-def trained_parameters(shape: Shape, config: AdapterConfig) -> int:
-    """Return how many weights are trained: those of an adapter on all matrices of the layers, or all."""
-    return config.lora_r * shape.widths if config.use_peft else shape.parameters
-
-
 def memory(
     shape: Shape, config: AdapterConfig, tokens: int, weights: str, checkpointing: bool, zero: int = 0, gpus: int = 1
 ) -> dict[str, float]:
@@ -96,7 +83,8 @@ def memory(
         weights: a key of `WEIGHT_BYTES`.
         zero: stage of DeepSpeed's ZeRO, 0 for none; it divides what it shards by `gpus`.
     """
-    trained, wide = trained_parameters(shape, config), 2.0 if weights == "float32" else 1.0
+    trained = config.lora_r * shape.widths if config.use_peft else shape.parameters  # an adapter on all matrices
+    wide = 2.0 if weights == "float32" else 1.0
     shards = [gpus if zero >= stage else 1 for stage in (1, 2, 3)]  # of optimizer, gradients, weights
     kept = ACTIVATION_BYTES * wide * tokens * shape.widths
     if checkpointing:  # the inputs of all layers, and one layer whole

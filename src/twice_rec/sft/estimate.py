@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,38 +29,26 @@ _RATIONALE = 980  # characters; the mean of the released ones, for users that ha
 Lengths = Mapping[str, NDArray[np.float64]]  # task -> tokens of prompt and completion of some rows, [n, 2]
 
 
-@dataclass(frozen=True, slots=True)
-class Population:
-    """How much there is to train on: training examples, those with an accepted rationale, and items."""
+class Population(NamedTuple):
+    """How much there is to train on."""
 
-    users: int
-    explained: int
+    users: int  # training examples
+    explained: int  # those with an accepted rationale
     items: int
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a training stage takes, on all its GPUs together unless said otherwise.
+class Estimate(NamedTuple):
+    """What a training stage takes, on all its GPUs together unless said otherwise."""
 
-    Args:
-        rows: of stage 2 per epoch, by task; of stage 3 its prompts.
-        batch: rows or completions per optimizer step, on average: the effective batch.
-        tokens: of all rows in all epochs; `computed` are those that go through the model in training.
-        written: tokens that rollouts write.
-        flops: operations of training, with those that gradient checkpointing repeats.
-        at_once: tokens that go through the model at once on one GPU.
-        memory: part -> GiB on one GPU, see `footprint.memory`.
-    """
-
-    rows: Mapping[str, float]
-    batch: float
+    rows: Mapping[str, float]  # of stage 2 per epoch, by task; of stage 3 its prompts
+    batch: float  # rows or completions per optimizer step, on average: the effective batch
     steps: int
-    tokens: float
-    computed: float
-    written: float
-    flops: float
-    at_once: int
-    memory: Mapping[str, float]
+    tokens: float  # of all rows in all epochs
+    computed: float  # tokens that go through the model in training
+    written: float  # tokens of rollouts
+    flops: float  # of training, with what gradient checkpointing repeats
+    at_once: int  # tokens that go through the model at once on one GPU
+    memory: Mapping[str, float]  # part -> GiB on one GPU, see `footprint.memory`
 
 
 def measure(data: PreparedData, config: PromptConfig, model: str | None) -> tuple[Lengths, Population, str]:

@@ -22,6 +22,7 @@ from twice_rec.grpo import estimate as of_grpo
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.vllm_command import server_command
 from twice_rec.llm.footprint import card_gib, gpu_hours, read_shape
+from twice_rec.masking import masked_words
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Population
 from twice_rec.sft.recipe import SFTRecipe
@@ -87,7 +88,7 @@ def _launch(stage: str) -> tuple[int, int, int, str]:
     """Return processes, machines, ZeRO's stage and the command, from what `launch.sh` tells in the environment."""
     import torch
 
-    run = shlex.join(["-m", "twice_rec", stage, *without_dry_run(sys.argv[2:])])
+    run = shlex.join(["-m", "twice_rec", stage, *without_dry_run(masked_words(sys.argv[2:]))])
     path, flags = os.environ.get("ACCELERATE_CONFIG"), os.environ.get("ACCELERATE_FLAGS", "").split()
     if not path:
         return 1, 1, 0, f"python {run}"
