@@ -27,9 +27,9 @@ TUNING = "tuning.jsonl"
 # What `tune` tries: nothing changed, then these.
 SEARCH: tuple[dict[str, Any], ...] = (
     {},
-    {"dropout": 0.6},
-    {"dropout": 0.5, "hidden_size": 128, "inner_size": 128},
-    {"dropout": 0.2},
+    {"item_dropout": 0.5},
+    {"hidden_size": 128, "inner_size": 128, "dropout": 0.5},
+    {"dropout": 0.2, "item_dropout": 0.0},
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twice_rec.cf.recipe import SASRecRecipe
+from twice_rec.cf.recipe import SOFTMAX_ITEMS, SASRecRecipe
 from twice_rec.data.dataset import CATALOG, PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.recipe import EvaluateRecipe
@@ -53,6 +53,7 @@ class CostRecipe(Recipe):
     users_share: float = key(1.0, "share of these users that prepare.yaml keeps", gt=0, le=1)
     row_tokens: dict[str, list[float]] = key({}, "task -> mean tokens of prompt and completion")
     annotation_tokens: list[float] = key([], "mean tokens of prompt and completion of stage 1")
+    sasrec_epochs: float = key(30.0, "epochs after which patience ends SASRec's training; Grocery's", gt=0)
     sasrec_users_per_second: float = key(1370.0, "users of an epoch of SASRec per second and thread", gt=0)
     evaluation_tokens_per_second: float = key(1000.0, "tokens that stage 4 writes per second and GPU", gt=0)
 
@@ -107,7 +108,7 @@ def stages_of(recipe: CostRecipe, folder: Path, domain: str) -> tuple[Stages, li
     rates = (
         f"Assumed as well: {sft.gpu_utilization:.0%} of {sft.gpu_tflops:g} TFLOP/s; annotation_tokens "
         f"{recipe.annotation_tokens}; every rationale accepted; {recipe.evaluation_tokens_per_second:,.0f} tokens/s in "
-        f"stage 4; {recipe.sasrec_users_per_second:,.0f} users/s of SASRec per thread. The last row adds all up."
+        f"stage 4; {recipe.sasrec_epochs:g} epochs of SASRec, {recipe.sasrec_users_per_second:,.0f} users/s per thread. The last row adds all up."
     )
     return stages, [about, rates]
 
@@ -129,8 +130,10 @@ def _stages(
     stages["sft"] = trained(sft, of_sft.estimate(sft, shape, lengths, there))
     for path in sorted(folder.glob("sasrec*.yaml")):
         cf = load_recipe(path, SASRecRecipe, flags)
-        slower = max(1.0, there.items / _SASREC_ITEMS) if cf.loss == "softmax" else 1.0
-        seconds = there.users * cf.epochs * cf.num_seeds * slower / recipe.sasrec_users_per_second
+        over_all = cf.loss == "softmax" or (cf.loss == "auto" and there.items <= SOFTMAX_ITEMS)
+        slower = max(1.0, there.items / _SASREC_ITEMS) if over_all else 1.0
+        epochs = min(cf.epochs, recipe.sasrec_epochs) if cf.patience else cf.epochs
+        seconds = there.users * epochs * cf.num_seeds * slower / recipe.sasrec_users_per_second
         stages[path.stem] = {"CPU-hours": seconds / 3600}
     for name in ("grpo", "grpo_improved"):
         grpo = load_recipe(folder / f"{name}.yaml", GRPORecipe, flags, here=False)
