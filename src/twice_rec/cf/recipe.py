@@ -132,7 +132,7 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
     num_seeds: int = key(1, "trainings, with seed, seed + 1, ...; the first one's model gives the rewards", ge=1)
     tune: bool = key(
         False,
-        "choose width and both dropouts on validation first, among a handful of settings (`SEARCH` in sasrec_variant.py)",
+        "first choose width and both dropouts on validation, among a handful of settings (SEARCH in sasrec_variant.py)",
     )
     tune_minutes: float = key(60.0, "tune: minutes after which no further setting is begun", gt=0)
     baselines: list[BaselineName] = key(list(BASELINES), "CF models that are evaluated beside SASRec")
