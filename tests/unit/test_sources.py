@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from twice_rec.data.sequences import SequenceConfig, assemble
+from prepared import assemble
+from twice_rec.data.sequences import SequenceConfig
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
 from twice_rec.data.sources.recbole import RecBoleSource
 from twice_rec.data.sources.release import ReleaseSource
@@ -57,13 +58,9 @@ class TestAmazon2023:
         )
         source = amazon(tmp_path, [review(title="So &quot;good&quot;", text="a<br />b")], [item])
         table = source.interactions()
-        assert (table.users, table.items, table.timestamp.tolist(), table.rating.tolist()) == (
-            ["U1"],
-            ["A"],
-            [1000],
-            [5.0],
-        )
-        assert source.reviews({0}) == {0: ('So "good"', "a b")}
+        users, items = table.users.to_list(), table.items.to_list()
+        assert (users, items, table.timestamp.tolist(), table.rating.tolist()) == (["U1"], ["A"], [1000], [5.0])
+        assert source.review_texts(table.line).rows() == [('So "good"', "a b")]
         (found,) = source.items({"A"})
         assert found.title == "Tea & Honey"
         assert found.description == "One. Two."
@@ -101,7 +98,7 @@ class TestAmazon2023:
         ]
         source = amazon(tmp_path, rows, [meta()])
         table = source.interactions()
-        assert table.items == ["A", "B", "C", "D"]
+        assert table.items.to_list() == ["A", "B", "C", "D"]
         assert np.isnan(table.rating).tolist() == [False, True, True, False]
         assert source.problems.counts == {
             "line that does not parse": 1,
@@ -115,7 +112,7 @@ class TestAmazon2023:
             "review with a rating that is not 1 to 5, kept without": 2,
         }
         assert source.problems.first["line that does not parse"] == "D.jsonl, line 2"
-        assert source.reviews({13}) == {13: ("", "x")}
+        assert source.review_texts(table.line[[3, 0, 3]]).rows() == [("", "x"), ("t", "x"), ("", "x")]
 
     def test_items_without_title(self, tmp_path):
         source = amazon(tmp_path, [review()], [meta("A"), meta("B", ""), {"title": "no id"}, meta("A", "again")])
@@ -177,7 +174,7 @@ def test_amazon_2014(tmp_path):
     ]
     source = amazon(tmp_path, reviews, items, Amazon2014)
     table = source.interactions()
-    assert (table.timestamp.tolist(), source.reviews({0})) == ([10_000], {0: ("s", "r")})
+    assert (table.timestamp.tolist(), source.review_texts(table.line).rows()) == ([10_000], [("s", "r")])
     assert source.titled({"A"}) == {"A"}
     (item,) = source.items({"A"})
     assert (item.title, item.price, item.categories) == ("Memory o' Trees", "9.49", ("Music", "New Age"))
@@ -220,10 +217,8 @@ class TestRecBole:
         for part, rows in (("train", "u\ta b\tc\nv\tb\tc\n"), ("valid", "u\ta b c\td\n"), ("test", "u\ta b c d\te\n")):
             (tmp_path / f"ml.{part}.inter").write_text(header + rows)
         table = RecBoleSource(tmp_path, "ml").interactions()
-        by_user = {
-            u: [table.items[i] for i, w in zip(table.item, table.user, strict=True) if table.users[w] == u]
-            for u in "uv"
-        }
+        users, items = table.users.to_list(), table.items.to_list()
+        by_user = {u: [items[i] for i, w in zip(table.item, table.user, strict=True) if users[w] == u] for u in "uv"}
         assert by_user == {"u": list("abcde"), "v": list("bc")}
 
     @pytest.mark.parametrize(
@@ -340,7 +335,7 @@ class TestRelease:
         self.write(tmp_path, train=train, test=test)
         source = ReleaseSource(tmp_path, "D")
         table = source.interactions()
-        assert (table.users, len(table)) == (["u"], 4)
+        assert (table.users.to_list(), len(table)) == (["u"], 4)
         assert source.problems.counts[kind] == 1
 
     def test_an_odd_prompt_loses_its_reviews_only(self, tmp_path):
@@ -379,7 +374,9 @@ class TestRelease:
             train=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
             test=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
         )
-        with pytest.raises(InputError, match=r"no user is left of 2 interactions.*at least 3 items"):
+        with pytest.raises(
+            InputError, match=r"no user is left of 2 interactions: none has at least 3 items.*lower min_history"
+        ):
             assemble(ReleaseSource(tmp_path, "D"), KEEP_ALL)
 
     def test_missing_and_doubled_files(self, tmp_path):
