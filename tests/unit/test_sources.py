@@ -8,7 +8,9 @@ import pytest
 
 from prepared import assemble
 from twice_rec.data.sequences import SequenceConfig
+from twice_rec.data.sources import amazon as amazon_module
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
+from twice_rec.data.sources.amazon_5core import Amazon5Core
 from twice_rec.data.sources.recbole import RecBoleSource
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
@@ -386,3 +388,71 @@ class TestRelease:
         (tmp_path / "amazon_D_sasrec_train_2.json").write_text("[]")
         with pytest.raises(InputError, match="2 files"):
             ReleaseSource(tmp_path, "D")
+
+
+class TestAmazon5Core:
+    def write(self, folder, change=lambda rows: rows, end="\n"):
+        """Ten users with six interactions each, the last two at one moment; returns the rows in their order."""
+        rows = [[f"U{u}", f"B{(u + t * 3) % 7}", "4.0", str(1000 + min(t, 4))] for u in range(10) for t in range(6)]
+        parts = {"train": [r for n, r in enumerate(rows) if n % 6 < 4], "valid": rows[4::6], "test": rows[5::6]}
+        for part, part_rows in parts.items():
+            listed = ["user_id,parent_asin,rating,timestamp", *(",".join(row) for row in change(part_rows))]
+            (folder / f"D.{part}.csv").write_text(end.join(listed) + end, newline="")
+        write_lines(folder / "meta_D.jsonl", [meta(f"B{i}", f"Tea {i}") for i in range(7)])
+        return rows
+
+    @pytest.mark.parametrize(("few", "end"), [(1, "\n"), (250, "\n"), (1, "\r\n")])
+    def test_the_three_files_are_one_sequence_per_user(self, tmp_path, monkeypatch, few, end):
+        monkeypatch.setattr(amazon_module, "_FEW_LINES", few)
+        rows = self.write(tmp_path, end=end)
+        source = Amazon5Core(tmp_path, "D")
+        catalog, sequences = assemble(source, KEEP_ALL)
+        assert source.problems.counts == {}
+        assert len(catalog) == 7
+        for user, sequence in enumerate(sequences):
+            expected = [(row[1], int(row[3]), 4.0) for row in rows[6 * user : 6 * user + 6]]
+            assert [(e.item_id, e.timestamp, e.rating) for e in sequence.interactions] == expected
+
+    def test_texts_come_from_the_raw_reviews(self, tmp_path):
+        rows = self.write(tmp_path)
+        reviews = [review(u, i, int(t), text=f"{u} likes {i}") for u, i, _, t in rows if u != "U3"]
+        others = [review("U1", "B1", 77), review("V", "B1", 1000), *reviews, {**reviews[0], "text": "again"}]
+        write_lines(tmp_path / "D.jsonl.gz", others)
+        source = Amazon5Core(tmp_path, "D")
+        assert tmp_path / "D.jsonl.gz" in source.files
+        _, sequences = assemble(source, KEEP_ALL)
+        for sequence in sequences:
+            for entry in sequence.interactions:
+                likes = f"{sequence.user_id} likes {entry.item_id}"
+                assert entry.review_text == (likes if sequence.user_id != "U3" else "")
+        assert source.problems.counts == {"interaction without a review in the raw file, kept without text": 6}
+
+    @pytest.mark.parametrize("few", [1, 250])
+    def test_damaged_rows_are_counted(self, tmp_path, monkeypatch, few):
+        monkeypatch.setattr(amazon_module, "_FEW_LINES", few)
+        odd = ["U0,B1", "U0,B1,4.0,soon", "", ",B1,4.0,1000", "U0,B1,9,1000", 'U0,"B1",3.0,2000', "U0,B1,4.0,1,x"]
+        self.write(tmp_path, lambda rows: [*rows[:5], *(line.split(",") for line in odd), *rows[5:]])
+        source = Amazon5Core(tmp_path, "D")
+        assert len(source.interactions()) == 60 + 3 * 2
+        assert source.problems.counts == {
+            "row with another number of columns than the header": 6,
+            "review whose timestamp is not a time": 3,
+            "review without user_id": 3,
+            "review with a rating that is not 1 to 5, kept without": 3,
+        }
+        assert source.problems.first["review without user_id"] == "D.train.csv, line 10"
+
+    def test_a_further_column_is_not_read(self, tmp_path):
+        self.write(tmp_path)
+        for path in tmp_path.glob("*.csv"):
+            header, *rows = path.read_text().splitlines()
+            path.write_text("\n".join([f"{header},history", *(f"{row},B1 B2" for row in rows)]))
+        assert len(Amazon5Core(tmp_path, "D").interactions()) == 60
+
+    def test_wrong_files(self, tmp_path):
+        self.write(tmp_path)
+        with pytest.raises(InputError, match=r"looked for Tea.train.csv; the folder has the domain D$"):
+            Amazon5Core(tmp_path, "Tea")
+        (tmp_path / "D.valid.csv").write_text("user,item\n1,2\n")
+        with pytest.raises(InputError, match=r"D.valid.csv, line 1: not the header of a published 5-core.*expected"):
+            Amazon5Core(tmp_path, "D").interactions()

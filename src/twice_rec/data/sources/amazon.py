@@ -54,12 +54,17 @@ class Amazon2023(Source, name="amazon2023"):
     # The keys of a review, and of an item.
     user_key, item_key, time_key, rating_key = "user_id", "parent_asin", "timestamp", "rating"
     milliseconds = 1  # per unit of time
+    # What errors call a record, and say before its keys.
+    record_form = ("JSON object (an array? jq -c .[] splits it)", "one JSON object per line with the keys")
     review_title_key, review_text_key = "title", "text"
     brand_key, features_key, category_keys = "store", "features", ["categories"]
 
     def find_files(self) -> None:
         """Find the reviews, and the metadata if there are any or they are required."""
         self.interaction_files = [self.find_file(self.reviews_file, self.usual_reviews, "reviews")]
+        self._find_metadata()
+
+    def _find_metadata(self) -> None:
         try:
             self.item_files = [self.find_file(self.metadata_file, self.usual_metadata, "item metadata")]
         except InputError:
@@ -69,23 +74,24 @@ class Amazon2023(Source, name="amazon2023"):
 
     def interactions(self) -> InteractionTable:
         """Read the reviews; `line` is their number among those that can be used. InputError if there is none."""
-        (path,) = self.interaction_files
-        reader, self._keys_seen = LineReader(path, self.form.encoding, self.problems), set[str]()
+        self._keys_seen = set[str]()
         builder, self._texts = TableBuilder(), TextStore(self.scratch)
-        if reader.has_blocks:
-            for block in reader.blocks():
-                self._add_block(block, reader, builder)
-        else:
-            rows = self._reviews(self._objects(reader, reader, self.problems))
-            while part := list(islice(rows, _ROWS)):
-                self._add_rows(part, builder)
-        reader.finish()
+        for path in self.interaction_files:
+            reader = LineReader(path, self.form.encoding, self.problems)
+            if reader.has_blocks:
+                for block in reader.blocks():
+                    self._add_block(block, reader, builder)
+            else:
+                rows = self._reviews(reader, reader)
+                while part := list(islice(rows, _ROWS)):
+                    self._add_rows(part, builder)
+            reader.finish()
         if not builder.rows:
             keys = ", ".join(sorted(self._keys_seen)[:12])
-            found = f"found {keys or 'no JSON object (an array? jq -c .[] splits it)'}"
+            found = f"found {keys or f'no {self.record_form[0]}'}; {'; '.join(self.problems.lines()[:3])}"
             raise InputError(
-                f"{path}: no record fits the {self.schema} schema, one JSON object per line with the keys "
-                f"{self.user_key}, {self.item_key}, {self.time_key}; {found}; {'; '.join(self.problems.lines()[:3])}. "
+                f"{', '.join(map(str, self.interaction_files))}: no record fits the {self.schema} schema, "
+                f"{self.record_form[1]} {self.user_key}, {self.item_key}, {self.time_key}; {found}. "
                 f"Another generation of the data? Sources are amazon2023 and amazon2014"
             )
         return with_tidy_ids(builder.table(), self.problems)
@@ -101,20 +107,23 @@ class Amazon2023(Source, name="amazon2023"):
             lines = pl.int_range(builder.rows, builder.rows + len(frame), eager=True)
             builder.add(frame.select("user", "item", "timestamp", "rating", lines.alias("line")))
             self._texts.add(frame.select("title", "text"))
-        elif block.lines > _FEW_LINES:
-            for part in block.parts(16):
+        elif block.lines > _FEW_LINES and len(parts := list(block.parts(16))) > 1:
+            for part in parts:
                 self._add_block(part, reader, builder)
         else:
-            objects = self._objects(reader, reader.lines_of(block), self.problems)
-            self._add_rows(list(self._reviews(objects)), builder)
+            self._add_rows(list(self._reviews(reader, reader.lines_of(block))), builder)
 
     def _frame(self, block: Block) -> pl.DataFrame | None:
         """Return the reviews of a block as columns; None if anything in it is odd."""
         texts = (self.user_key, self.item_key, self.review_title_key, self.review_text_key)
         schema = {**dict.fromkeys(texts, pl.String), self.time_key: pl.Int64, self.rating_key: pl.Float64}
-        if (frame := strict_frame(block, schema)) is None:
-            return None
-        user, item, title, text, time, rating = (frame[name] for name in schema)
+        frame = strict_frame(block, schema)
+        return None if frame is None else self._plain(*(frame[name] for name in schema))
+
+    def _plain(
+        self, user: pl.Series, item: pl.Series, title: pl.Series, text: pl.Series, time: pl.Series, rating: pl.Series
+    ) -> pl.DataFrame | None:
+        """Return the columns of a table of these reviews, and their texts; None if a value is odd."""
         low, high = self.form.rating_scale
         is_plain = (
             time.is_between(0, LATEST_TIME // self.milliseconds).all()
@@ -131,12 +140,12 @@ class Amazon2023(Source, name="amazon2023"):
         builder.add(frame_of([(*row[:4], number) for number, row in numbered]))
         self._texts.add(text_frame([texts for _, texts in reviews]))
 
-    def _reviews(self, records: Iterable[tuple[int, Record]]) -> Iterator[tuple[Row, tuple[str, str]]]:
-        """Yield (row, title and text) of the reviews that can be used; `line` from 0."""
-        for line, record in records:
+    def _reviews(self, reader: LineReader, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[Row, tuple[str, str]]]:
+        """Yield (row, title and text) of the reviews that can be used in a reader's lines; `line` from 0."""
+        for line, record in self._objects(reader, lines, self.problems):
             if len(self._keys_seen) < 50:
                 self._keys_seen.update(record)
-            where = f"{self.interaction_files[0].name}, line {line + 1}"
+            where = f"{reader.path.name}, line {line + 1}"
             time = as_time(record.get(self.time_key), self.milliseconds)
             if fault := self._fault(record, time):
                 self.problems.add(fault, where)
