@@ -208,10 +208,22 @@ def release():
     }
 
 
+def five_core():
+    """The same as Amazon's published 5-core, and the raw reviews."""
+    rows = [
+        {"user_id": u, "parent_asin": ITEMS[i], "rating": "4.0", "timestamp": str(1_600_000_000_000 + t * 86_400_000)}
+        for u, i, t in PURCHASES
+    ]
+    train = [row for number, row in enumerate(rows) if number % 6 < 4]
+    parts = {"train": train, "valid": rows[4::6], "test": rows[5::6]}
+    return {**{f"D.{part}.csv": part_rows for part, part_rows in parts.items()}, **amazon()}
+
+
 OLD_AMAZON = {"user": "reviewerID", "item": "asin", "time": "unixReviewTime", "rating": "overall", "unit": 1000}
 DATA = {
     "amazon2023": amazon,
     "amazon2014": lambda: amazon(**OLD_AMAZON, reviews="reviews_D.json.gz", items="meta_D.json.gz"),
+    "amazon2023_5core": five_core,
     "recbole": recbole,
     "release": release,
 }
@@ -224,6 +236,10 @@ def rendered(name, rows):
         header = next((list(row) for row in rows if isinstance(row, dict)), [])
         lines = [row.values() if isinstance(row, dict) else [row] for row in rows]
         return "\n".join("\t".join(map(str, line)) for line in [header, *lines]).encode(errors="replace") + b"\n"
+    if name.endswith(".csv"):
+        header = next((list(row) for row in rows if isinstance(row, dict)), [])
+        lines = [row.values() if isinstance(row, dict) else [row] for row in rows]
+        return "\n".join(",".join(map(str, line)) for line in [header, *lines]).encode(errors="replace") + b"\n"
     if name.startswith("amazon_vocab"):
         named = {str(row.get("index")): row.get("title") for row in rows if isinstance(row, dict)}
         return json.dumps(named).encode()
@@ -321,6 +337,8 @@ def _change_bytes(draw, files, name, kind):
 PREPARE_KEYS = {
     "k_core": st.integers(1, 2),
     "max_history": st.sampled_from([None, 4, 6]),
+    "longer_histories": st.sampled_from(["cut", "drop"]),
+    "repeats": st.sampled_from(["drop", "drop", "keep"]),
     "untitled_items": st.sampled_from(["keep", "drop"]),
     "split": st.sampled_from(["leave_one_out", "leave_one_out", "temporal"]),
     "num_candidates": st.sampled_from([2, 4, 9, 30]),

@@ -176,6 +176,7 @@ def is_consistent(run_dir):
             for ids in row.lists.values():
                 assert len(set(ids)) == len(ids) == config["num_candidates"]
                 assert set(ids) & set(owned[row.user_id]) == {row.target}
+    assert (config["repeats"] == "keep") or all(len(set(items)) == len(items) for items in owned.values())
     for value in figures.values():
         assert not isinstance(value, float) or math.isfinite(value)
 

@@ -1,5 +1,6 @@
 """Stages 0 and 3a on real data, where the folder ../shared/data is there."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from stages.pipeline import ROOT
+from twice_rec.files import read_records, to_row
+from twice_rec.records import Item, UserSequence
 from twice_rec.stages import stage0_prepare, stage3a_sasrec
 
 SHARED = ROOT.parent / "shared" / "data"
+CASES = ROOT.parent / "shared" / "cases" / "order"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.shared_data,
@@ -91,14 +95,74 @@ def test_music_of_2014_whose_files_are_cut_off(tmp_path, caplog):
     assert set(metrics) == {"sasrec", "random", "popularity", "itemknn"}
 
 
-def test_beauty_reviews_of_2023_without_metadata(tmp_path):
-    """The file groups reviews by user; one review a line is the raw form."""
-    folder = tmp_path / "raw"
+def raw_beauty(folder: Path) -> list[dict]:
+    """Write the reviews, which the file groups by user, one per line as in the raw files; they are returned."""
     folder.mkdir()
     reviews = []
     for row in lines(SHARED / "amazon2023_beauty" / "Beauty_test.jsonl"):
         reviews += [{**review, "user_id": row["user_id"]} for review in [*row["history"], row["target"]]]
     (folder / "Beauty.jsonl").write_text("".join(json.dumps(review) + "\n" for review in reviews))
+    return reviews
+
+
+def digest(path: Path, record: type) -> str:
+    """A hash of the records of a file."""
+    rows = (json.dumps(to_row(row), ensure_ascii=False) + "\n" for row in read_records(path, record))
+    return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
+
+
+# Data, untitled_items, k_core, min_history, max_history, split; users, items, interactions; hashes of the catalogue and
+# of the sequences. Noted before stage 0 read in blocks and filtered after the core, with settings that still mean the
+# same.
+AS_EVER = [
+    ("music", "drop", 1, 3, None, "leave_one_out", (765, 381, 4619), "8e577b6d50de9697", "2e1c0a050d45c01f"),
+    ("music", "keep", 1, 3, None, "leave_one_out", (765, 381, 4619), "8e577b6d50de9697", "2e1c0a050d45c01f"),
+    ("music", "drop", 1, 4, 20, "leave_one_out", (463, 379, 3425), "86a67a1848959972", "3e24a38a0f209f51"),
+    ("music", "drop", 3, 3, None, "leave_one_out", (756, 361, 4567), "73d1c2a4a44846d2", "220669d6c74e08b4"),
+    ("music", "keep", 5, 5, None, "leave_one_out", (268, 206, 2480), "e4f3ff4e168ae1ad", "5229b8cf296856d9"),
+    ("music", "keep", 1, 3, None, "temporal", (765, 381, 4619), "8e577b6d50de9697", "bcd7996e0e1e974d"),
+    ("beauty", "keep", 1, 3, None, "leave_one_out", (576, 3105, 3395), "1961d71120a5d50c", "2bf58fd97992788b"),
+    ("beauty", "keep", 1, 5, 6, "leave_one_out", (552, 2781, 3004), "bad9a510066844ab", "d7bd3ec49122c493"),
+    ("beauty", "keep", 1, 3, None, "temporal", (576, 3105, 3395), "1961d71120a5d50c", "232bb500050a9c8d"),
+    ("grocery", "keep", 1, 3, None, "leave_one_out", (11334, 6149, 109548), "1395d422f363096c", "73b4fe7c1e952ab0"),
+    ("grocery", "keep", 5, 5, None, "leave_one_out", (11325, 6149, 106788), "1395d422f363096c", "bc3f6aead596a58d"),
+    ("grocery", "keep", 1, 7, 12, "leave_one_out", (11334, 6149, 103093), "1395d422f363096c", "a162e97236381ed2"),
+]
+
+
+KEYS = ("untitled_items", "k_core", "min_history", "max_history", "split")
+
+
+@pytest.mark.parametrize("case", AS_EVER, ids=str)
+def test_the_records_are_the_same_as_ever(tmp_path, case):
+    name, *values, counts, catalog, sequences = case
+    flags = [word for key, value in zip(KEYS, values, strict=True) for word in (f"--{key}", str(value or "null"))]
+    raw_beauty(tmp_path / "beauty")
+    source = {
+        "music": ["amazon2014", "Digital_Music", SHARED / "digital_music_2014"],
+        "beauty": ["amazon2023", "Beauty", tmp_path / "beauty"],
+        "grocery": ["release", "Grocery_and_Gourmet_Food", SHARED / "twice_grocery"],
+    }[name]
+    words = ["--source", source[0], "--domain", source[1], *flags, "--candidate_lists", "uniform"]
+    statistics = prepare(tmp_path / "run", source[2], *words, "--num_candidates", "5")
+    assert (statistics["users"], statistics["items"], statistics["interactions"]) == counts
+    assert digest(tmp_path / "run" / "data" / "catalog.jsonl", Item) == catalog
+    assert digest(tmp_path / "run" / "data" / "sequences.jsonl", UserSequence) == sequences
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} is not there")
+def test_a_core_of_few_items_before_long_tails_of_unique_ones(tmp_path):
+    flags = ["--source", "recbole", "--domain", "X", "--candidate_lists", "uniform", "--num_candidates", "2"]
+    flags += ["--k_core", "5", "--min_history", "7", "--max_history", "20"]
+    words = [*GROCERY, "--run_dir", str(tmp_path / "run"), "--source_dir", str(CASES / "truncate"), *flags]
+    assert stage0_prepare.main(words) == 2  # everybody owns all 12 items of the core, so nothing is left to recommend
+    prepare(tmp_path / "run", CASES / "truncate", *flags, "--k_core", "1")
+
+
+def test_beauty_reviews_of_2023_without_metadata(tmp_path):
+    """The file groups reviews by user; one review a line is the raw form."""
+    folder = tmp_path / "raw"
+    reviews = raw_beauty(folder)
     flags = ["--source", "amazon2023", "--domain", "Beauty", "--untitled_items", "keep", "--k_core", "1"]
     statistics = prepare(tmp_path / "run", folder, *flags, "--num_candidates", "10")
     users = {review["user_id"] for review in reviews}

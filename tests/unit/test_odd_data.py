@@ -6,11 +6,12 @@ import math
 
 import pytest
 
+from prepared import assemble
 from twice_rec import prompts
 from twice_rec.answer_format import parse
 from twice_rec.catalog import Outcome
 from twice_rec.data.recipe import PrepareRecipe
-from twice_rec.data.sequences import SequenceConfig, assemble
+from twice_rec.data.sequences import SequenceConfig
 from twice_rec.data.sources import lines
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
 from twice_rec.data.sources.base import SourceFormat, clean_text
@@ -98,7 +99,7 @@ class TestIds:
     def test_ids_that_become_the_same_are_one_and_named(self, tmp_path):
         source = recbole(tmp_path, first("B0 ", 1))
         table = source.interactions()
-        assert table.items == list(TITLES)
+        assert table.items.to_list() == list(TITLES)
         assert source.problems.first["item ids that are the same once put right"] == "'B0 ' and 'B0'"
 
     def test_an_item_described_twice_is_named(self, tmp_path):

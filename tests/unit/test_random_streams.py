@@ -16,7 +16,7 @@ from twice_rec.grpo.dataset import prompt_rows
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
-from twice_rec.random_streams import random_stream, stream_seed
+from twice_rec.random_streams import id_hashes, random_stream, random_streams, stream_seed
 from twice_rec.records import Example, Interaction, Item, Rationale
 from twice_rec.sft.dataset import TaskMixConfig, training_rows
 from twice_rec.sft.recipe import SFTRecipe
@@ -89,6 +89,40 @@ def test_a_stream_depends_on_seed_and_purpose_and_on_nothing_else():
     assert random_stream(42, "evaluated users").permutation(6).tolist() == [3, 5, 2, 4, 1, 0]  # on every machine
     assert len({stream_seed(1, "a", n) for n in range(1000)}) == 1000
     assert all(0 <= stream_seed(n, "a") < 2**31 for n in range(100))
+
+
+def test_streams_of_many_ids_are_the_same_on_every_machine():
+    streams = random_streams(42, id_hashes(["u", "v"]), "test", "uniform")
+    assert (streams.random(0, 3) * 1000).astype(int).tolist() == [[652, 694, 514], [723, 232, 834]]
+    assert (random_streams(0, id_hashes([]), "x").random(0, 3)).shape == (0, 3)
+
+
+def test_a_number_depends_on_its_stream_and_place_only():
+    hashes = id_hashes([f"u{n}" for n in range(50)])
+    streams = random_streams(1, hashes, "test", "uniform")
+    whole = streams.random(0, 20)
+    assert np.array_equal(streams.random(5, 10), whole[:, 5:15])
+    assert np.array_equal(streams.take(np.array([7, 3])).random(0, 20), whole[[7, 3]])
+    assert np.array_equal(random_streams(1, hashes[10:20], "test", "uniform").random(0, 20), whole[10:20])
+    assert np.array_equal(streams.random_at(np.array([3, 0])), whole[:, [3, 0]])
+
+
+def test_numbers_are_uniform_and_streams_independent():
+    hashes = id_hashes([f"u{n}" for n in range(2000)])
+    purposes = [(1, "test", "uniform"), (2, "test", "uniform"), (1, "valid", "uniform"), (1, "test", "popularity")]
+    drawn = [random_streams(seed, hashes, *purpose).random(0, 100) for seed, *purpose in purposes]
+    first = random_streams(1, hashes, "test", "uniform")
+    drawn += [first.apart(1).random(0, 100), first.apart(2).random(0, 100)]
+    for numbers in drawn:
+        assert 0 <= numbers.min() < 1e-4
+        assert 1 - 1e-4 < numbers.max() < 1
+        counts = np.histogram(numbers, bins=50, range=(0, 1))[0]  # 4,000 each
+        assert ((counts - 4000) ** 2 / 4000).sum() < 49 + 5 * np.sqrt(2 * 49)  # chi-square of 49 degrees of freedom
+        for other in [numbers[:, 1:], numbers[1:]]:  # the next place, the next user
+            assert abs(np.corrcoef(numbers[: len(other), : other.shape[1]].ravel(), other.ravel())[0, 1]) < 0.012
+    for one, other in itertools.combinations(drawn, 2):
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.012
+    assert len(np.unique(np.concatenate(drawn))) == 6 * 200_000
 
 
 def test_the_trainers_of_two_stages_have_seeds_of_their_own(tmp_path):

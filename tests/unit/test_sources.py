@@ -6,8 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from twice_rec.data.sequences import SequenceConfig, assemble
+from prepared import assemble
+from twice_rec.data.sequences import SequenceConfig
+from twice_rec.data.sources import amazon as amazon_module
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
+from twice_rec.data.sources.amazon_5core import Amazon5Core
 from twice_rec.data.sources.recbole import RecBoleSource
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
@@ -57,13 +60,9 @@ class TestAmazon2023:
         )
         source = amazon(tmp_path, [review(title="So &quot;good&quot;", text="a<br />b")], [item])
         table = source.interactions()
-        assert (table.users, table.items, table.timestamp.tolist(), table.rating.tolist()) == (
-            ["U1"],
-            ["A"],
-            [1000],
-            [5.0],
-        )
-        assert source.reviews({0}) == {0: ('So "good"', "a b")}
+        users, items = table.users.to_list(), table.items.to_list()
+        assert (users, items, table.timestamp.tolist(), table.rating.tolist()) == (["U1"], ["A"], [1000], [5.0])
+        assert source.review_texts(table.line).rows() == [('So "good"', "a b")]
         (found,) = source.items({"A"})
         assert found.title == "Tea & Honey"
         assert found.description == "One. Two."
@@ -101,7 +100,7 @@ class TestAmazon2023:
         ]
         source = amazon(tmp_path, rows, [meta()])
         table = source.interactions()
-        assert table.items == ["A", "B", "C", "D"]
+        assert table.items.to_list() == ["A", "B", "C", "D"]
         assert np.isnan(table.rating).tolist() == [False, True, True, False]
         assert source.problems.counts == {
             "line that does not parse": 1,
@@ -115,7 +114,7 @@ class TestAmazon2023:
             "review with a rating that is not 1 to 5, kept without": 2,
         }
         assert source.problems.first["line that does not parse"] == "D.jsonl, line 2"
-        assert source.reviews({13}) == {13: ("", "x")}
+        assert source.review_texts(table.line[[3, 0, 3]]).rows() == [("", "x"), ("t", "x"), ("", "x")]
 
     def test_items_without_title(self, tmp_path):
         source = amazon(tmp_path, [review()], [meta("A"), meta("B", ""), {"title": "no id"}, meta("A", "again")])
@@ -177,7 +176,7 @@ def test_amazon_2014(tmp_path):
     ]
     source = amazon(tmp_path, reviews, items, Amazon2014)
     table = source.interactions()
-    assert (table.timestamp.tolist(), source.reviews({0})) == ([10_000], {0: ("s", "r")})
+    assert (table.timestamp.tolist(), source.review_texts(table.line).rows()) == ([10_000], [("s", "r")])
     assert source.titled({"A"}) == {"A"}
     (item,) = source.items({"A"})
     assert (item.title, item.price, item.categories) == ("Memory o' Trees", "9.49", ("Music", "New Age"))
@@ -220,10 +219,8 @@ class TestRecBole:
         for part, rows in (("train", "u\ta b\tc\nv\tb\tc\n"), ("valid", "u\ta b c\td\n"), ("test", "u\ta b c d\te\n")):
             (tmp_path / f"ml.{part}.inter").write_text(header + rows)
         table = RecBoleSource(tmp_path, "ml").interactions()
-        by_user = {
-            u: [table.items[i] for i, w in zip(table.item, table.user, strict=True) if table.users[w] == u]
-            for u in "uv"
-        }
+        users, items = table.users.to_list(), table.items.to_list()
+        by_user = {u: [items[i] for i, w in zip(table.item, table.user, strict=True) if users[w] == u] for u in "uv"}
         assert by_user == {"u": list("abcde"), "v": list("bc")}
 
     @pytest.mark.parametrize(
@@ -340,7 +337,7 @@ class TestRelease:
         self.write(tmp_path, train=train, test=test)
         source = ReleaseSource(tmp_path, "D")
         table = source.interactions()
-        assert (table.users, len(table)) == (["u"], 4)
+        assert (table.users.to_list(), len(table)) == (["u"], 4)
         assert source.problems.counts[kind] == 1
 
     def test_an_odd_prompt_loses_its_reviews_only(self, tmp_path):
@@ -379,7 +376,9 @@ class TestRelease:
             train=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
             test=[{"user_id": "u", "output_id": "1", "positive_item_id": "2"}],
         )
-        with pytest.raises(InputError, match=r"no user is left of 2 interactions.*at least 3 items"):
+        with pytest.raises(
+            InputError, match=r"no user is left of 2 interactions: none has at least 3 items.*lower min_history"
+        ):
             assemble(ReleaseSource(tmp_path, "D"), KEEP_ALL)
 
     def test_missing_and_doubled_files(self, tmp_path):
@@ -389,3 +388,71 @@ class TestRelease:
         (tmp_path / "amazon_D_sasrec_train_2.json").write_text("[]")
         with pytest.raises(InputError, match="2 files"):
             ReleaseSource(tmp_path, "D")
+
+
+class TestAmazon5Core:
+    def write(self, folder, change=lambda rows: rows, end="\n"):
+        """Ten users with six interactions each, the last two at one moment; returns the rows in their order."""
+        rows = [[f"U{u}", f"B{(u + t * 3) % 7}", "4.0", str(1000 + min(t, 4))] for u in range(10) for t in range(6)]
+        parts = {"train": [r for n, r in enumerate(rows) if n % 6 < 4], "valid": rows[4::6], "test": rows[5::6]}
+        for part, part_rows in parts.items():
+            listed = ["user_id,parent_asin,rating,timestamp", *(",".join(row) for row in change(part_rows))]
+            (folder / f"D.{part}.csv").write_text(end.join(listed) + end, newline="")
+        write_lines(folder / "meta_D.jsonl", [meta(f"B{i}", f"Tea {i}") for i in range(7)])
+        return rows
+
+    @pytest.mark.parametrize(("few", "end"), [(1, "\n"), (250, "\n"), (1, "\r\n")])
+    def test_the_three_files_are_one_sequence_per_user(self, tmp_path, monkeypatch, few, end):
+        monkeypatch.setattr(amazon_module, "_FEW_LINES", few)
+        rows = self.write(tmp_path, end=end)
+        source = Amazon5Core(tmp_path, "D")
+        catalog, sequences = assemble(source, KEEP_ALL)
+        assert source.problems.counts == {}
+        assert len(catalog) == 7
+        for user, sequence in enumerate(sequences):
+            expected = [(row[1], int(row[3]), 4.0) for row in rows[6 * user : 6 * user + 6]]
+            assert [(e.item_id, e.timestamp, e.rating) for e in sequence.interactions] == expected
+
+    def test_texts_come_from_the_raw_reviews(self, tmp_path):
+        rows = self.write(tmp_path)
+        reviews = [review(u, i, int(t), text=f"{u} likes {i}") for u, i, _, t in rows if u != "U3"]
+        others = [review("U1", "B1", 77), review("V", "B1", 1000), *reviews, {**reviews[0], "text": "again"}]
+        write_lines(tmp_path / "D.jsonl.gz", others)
+        source = Amazon5Core(tmp_path, "D")
+        assert tmp_path / "D.jsonl.gz" in source.files
+        _, sequences = assemble(source, KEEP_ALL)
+        for sequence in sequences:
+            for entry in sequence.interactions:
+                likes = f"{sequence.user_id} likes {entry.item_id}"
+                assert entry.review_text == (likes if sequence.user_id != "U3" else "")
+        assert source.problems.counts == {"interaction without a review in the raw file, kept without text": 6}
+
+    @pytest.mark.parametrize("few", [1, 250])
+    def test_damaged_rows_are_counted(self, tmp_path, monkeypatch, few):
+        monkeypatch.setattr(amazon_module, "_FEW_LINES", few)
+        odd = ["U0,B1", "U0,B1,4.0,soon", "", ",B1,4.0,1000", "U0,B1,9,1000", 'U0,"B1",3.0,2000', "U0,B1,4.0,1,x"]
+        self.write(tmp_path, lambda rows: [*rows[:5], *(line.split(",") for line in odd), *rows[5:]])
+        source = Amazon5Core(tmp_path, "D")
+        assert len(source.interactions()) == 60 + 3 * 2
+        assert source.problems.counts == {
+            "row with another number of columns than the header": 6,
+            "review whose timestamp is not a time": 3,
+            "review without user_id": 3,
+            "review with a rating that is not 1 to 5, kept without": 3,
+        }
+        assert source.problems.first["review without user_id"] == "D.train.csv, line 10"
+
+    def test_a_further_column_is_not_read(self, tmp_path):
+        self.write(tmp_path)
+        for path in tmp_path.glob("*.csv"):
+            header, *rows = path.read_text().splitlines()
+            path.write_text("\n".join([f"{header},history", *(f"{row},B1 B2" for row in rows)]))
+        assert len(Amazon5Core(tmp_path, "D").interactions()) == 60
+
+    def test_wrong_files(self, tmp_path):
+        self.write(tmp_path)
+        with pytest.raises(InputError, match=r"looked for Tea.train.csv; the folder has the domain D$"):
+            Amazon5Core(tmp_path, "Tea")
+        (tmp_path / "D.valid.csv").write_text("user,item\n1,2\n")
+        with pytest.raises(InputError, match=r"D.valid.csv, line 1: not the header of a published 5-core.*expected"):
+            Amazon5Core(tmp_path, "D").interactions()

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from prepared import assemble
 from twice_rec import metrics
 from twice_rec.cf.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
 from twice_rec.data.recipe import PrepareRecipe
-from twice_rec.data.sequences import SequenceConfig, assemble
+from twice_rec.data.sequences import SequenceConfig
 from twice_rec.data.sources import SOURCES
 from twice_rec.data.sources.amazon import Amazon2023
 from twice_rec.data.sources.synthetic import (

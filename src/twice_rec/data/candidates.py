@@ -1,102 +1,175 @@
 """Candidate lists: the target among negatives the user never interacted with, drawn once and stored.
 
 The random numbers of a list depend only on the seed, the user, the split and the kind of list: not on other users, nor
-on the order in which they are drawn. (What popularity and hard lists draw from does depend on the training parts of
-others.) The position of the target is uniform. To add a kind of list, add its draw to
-`CANDIDATE_LISTS`, and what the report says of it to `records.RANKED_LISTS`.
+on how many are drawn together. (What popularity and hard lists draw from does depend on the training parts of others.)
+The position of the target is uniform. To add a kind of list, add its draw to `CANDIDATE_LISTS`, and what the report
+says of it to `records.RANKED_LISTS`. A draw takes a `Batch` of users and returns their negatives, int [B, count].
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
+from scipy import sparse
 
 from twice_rec.catalog import ItemCatalog
+from twice_rec.data.hard import SimilarItems, hard_pools
+from twice_rec.data.sequences import SequenceTable
 from twice_rec.errors import InputError
-from twice_rec.random_streams import random_stream
+from twice_rec.files import atomic_path
+from twice_rec.progress import progress
+from twice_rec.random_streams import RandomStreams, id_hashes, random_streams
 from twice_rec.recipe import Settings, key, one_of, rule
-from twice_rec.records import CandidateLists, Split, UserSequence
+from twice_rec.records import Split
 
-# Scores of the whole catalogue for some histories (item indices, 1..N): float [B, N], column j for index j + 1.
-ScoreHistories = Callable[[Sequence[Sequence[int]]], NDArray[np.floating]]
+Ints = NDArray[np.int64]
 
-_BATCH = 512  # users whose scores are computed together
+_BATCH = 4096  # users whose lists are drawn together
+_REPEATED = 40  # times the number of negatives, so many items are drawn before the rest is drawn exactly
+_EXACTLY, _EDGE, _FILL = 1, 2, 3  # further parts of a draw, each with streams of its own
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What one user's negatives are drawn from."""
+@dataclass(frozen=True)
+class Batch:
+    """What the negatives of B users are drawn from; items are indices of the catalogue, 1..N."""
 
-    count: int  # number of negatives
-    own: set[int]  # indices of the items that the user interacted with
-    cumulative: NDArray[np.float64]  # [N], running sum of the items' counts in the training parts
-    scores: NDArray[np.floating] | None  # [N], of a CF model for this user
+    count: int  # number of negatives per user
+    num_items: int  # N
+    begins: Ints  # [B + 1], where in `own` the items of each user begin
+    own: Ints  # items that may not be drawn: those of the user's interactions, ascending and each once per user
+    trained: NDArray[np.int32]  # [training interactions of all users], their items
+    streams: RandomStreams  # of the users and this kind of list
+    scores: sparse.csr_matrix | None  # [B, N], of item-kNN, column j for index j + 1; nothing stored for 0
     hard_pool: int
     tied: Counter[str]  # counts of hard negatives: `drawn`, and `tied`, see `hard`
 
+    def __len__(self) -> int:
+        return len(self.begins) - 1
 
-def uniform(rng: np.random.Generator, choice: Choice) -> list[int]:
+    @cached_property
+    def _own_keys(self) -> Ints:
+        rows = np.repeat(np.arange(len(self)), np.diff(self.begins))
+        return np.r_[rows * (self.num_items + 1) + self.own, np.iinfo(np.int64).max]  # ascending
+
+    def may_not(self, rows: Ints, items: Ints) -> NDArray[np.bool_]:
+        """Return whether an item may not be drawn for its user: bool [R, M].
+
+        Args:
+            rows: int [R], users of the batch.
+            items: int [R, M].
+        """
+        keys = rows[:, None] * (self.num_items + 1) + items
+        return self._own_keys[np.searchsorted(self._own_keys, keys)] == keys
+
+
+def uniform(batch: Batch) -> Ints:
     """Draw from the whole catalogue."""
-    return _draw(rng, choice, None)
+    return _draw(batch, lambda numbers: 1 + (numbers * batch.num_items).astype(np.int64), None)
 
 
-def popularity(rng: np.random.Generator, choice: Choice) -> list[int]:
+def popularity(batch: Batch) -> Ints:
     """Draw in proportion to the training counts; items without any are taken last."""
-    return _draw(rng, choice, choice.cumulative)
+    trained = batch.trained
+    if not len(trained):
+        return uniform(batch)
+    return _draw(batch, lambda numbers: trained[(numbers * len(trained)).astype(np.int64)].astype(np.int64), trained)
 
 
-def hard(rng: np.random.Generator, choice: Choice) -> list[int]:
-    """Draw uniformly from the items that a CF model scores highest for the user; ValueError without scores.
+def hard(batch: Batch) -> Ints:
+    """Draw uniformly from the `hard_pool` items that item-kNN scores highest for the user; ValueError without scores.
 
     If items of one score fit into the pool only in part, those that enter are drawn per user; negatives from among them
-    are counted as tied: the CF model did not choose them.
+    are counted as tied: the CF model did not choose them. Items without a score are such items.
     """
-    if choice.scores is None:
-        raise ValueError("hard candidates need score_histories")
-    free = np.setdiff1d(np.arange(1, len(choice.scores) + 1), list(choice.own))  # [F], indices of items
-    scores = choice.scores[free - 1]  # [F]
-    size = min(max(choice.hard_pool, choice.count), len(free))
-    lowest = np.partition(scores, len(free) - size)[len(free) - size]  # in the pool
-    best, edge = free[scores > lowest], free[scores == lowest]
-    tied = len(best) + len(edge) > size
-    if tied:
-        edge = rng.choice(edge, size=size - len(best), replace=False)
-    pool = np.sort(np.concatenate([best, edge]))  # [size]
-    drawn = rng.choice(pool, size=choice.count, replace=False)
-    choice.tied.update(drawn=len(drawn), tied=int(np.isin(drawn, edge).sum()) if tied else 0)
-    return drawn.tolist()
+    if batch.scores is None:
+        raise ValueError("hard candidates need the similarity of items")
+    free = batch.num_items - np.diff(batch.begins)  # [B]
+    sizes = np.minimum(max(batch.hard_pool, batch.count), free)
+    pools = hard_pools(batch.scores, batch.begins, batch.own, sizes, batch.streams.apart(_EDGE))
+    numbers = batch.streams.random(0, pools.items.shape[1])  # [B, P]
+    numbers[np.arange(pools.items.shape[1]) >= sizes[:, None]] = 2.0  # no place of this user's pool
+    places = np.argsort(numbers, axis=1)[:, : batch.count]  # [B, count]
+    drawn = np.take_along_axis(pools.items, places, axis=1)  # [B, count], 0 for one of the items without a score
+    tied = np.take_along_axis(pools.tied, places, axis=1)
+    short = np.flatnonzero((drawn == 0).any(axis=1))  # [S]
+    if len(short):
+        fill = uniform(_without_scored(batch, pools.scored, short))  # [S, count]
+        rows = drawn[short]
+        missing = rows == 0
+        rows[missing] = fill[np.arange(batch.count) < missing.sum(axis=1)[:, None]]
+        drawn[short] = rows
+    batch.tied.update(drawn=drawn.size, tied=int(tied.sum()))
+    return drawn
 
 
-def _draw(rng: np.random.Generator, choice: Choice, cumulative: NDArray[np.float64] | None) -> list[int]:
-    """Return distinct indices that are not the user's own, one after another in proportion to their weight.
+def _without_scored(batch: Batch, scored: list[Ints], rows: Ints) -> Batch:
+    """Return the batch of some users whose own items are joined by all items with a score for them.
 
-    `cumulative` is the running sum of the weights, float64 [N], None for uniform ones. Draws of taken or own items are
-    repeated. If that goes on for long (few items hold nearly all the weight), the rest is drawn exactly.
+    As many are drawn as fit, if that is less than the number of negatives; see `_draw`.
     """
-    chosen, own, num_items = dict[int, None](), choice.own, len(choice.cumulative)
-    for _ in range(20):
-        if cumulative is None:
-            drawn = rng.integers(1, num_items + 1, size=2 * choice.count)  # [2 * count]
-        else:
-            at = np.searchsorted(cumulative, rng.random(2 * choice.count) * cumulative[-1], side="right")
-            drawn = 1 + np.minimum(at, num_items - 1)  # [2 * count]
-        for index in drawn.tolist():
-            if index not in own and index not in chosen:
-                chosen[index] = None
-                if len(chosen) == choice.count:
-                    return list(chosen)
-    left = np.array([i for i in range(1, num_items + 1) if i not in own and i not in chosen])
-    weights = np.ones(len(left)) if cumulative is None else np.diff(cumulative, prepend=0.0)[left - 1]
-    keys = rng.exponential(size=len(left)) / np.maximum(weights, 1e-12)  # the smallest keys are a weighted draw
-    return [*chosen, *left[np.argsort(keys)[: choice.count - len(chosen)]].tolist()]
+    taken = [np.union1d(batch.own[batch.begins[row] : batch.begins[row + 1]], scored[row]) for row in rows]
+    begins = np.r_[0, np.cumsum([len(items) for items in taken])]
+    return replace(batch, begins=begins, own=np.concatenate(taken), streams=batch.streams.take(rows).apart(_FILL))
+
+
+def _draw(batch: Batch, item_of: Callable[[NDArray[np.float64]], Ints], trained: NDArray[np.int32] | None) -> Ints:
+    """Return distinct items that the users may get, one after another in proportion to their weight: int [B, count].
+
+    Items that are taken or own are drawn again. If that goes on for long (few items hold nearly all the weight), the
+    rest is drawn exactly. If fewer than `count` are left for a user, the row ends with zeros.
+
+    Args:
+        item_of: from uniform numbers [R, M] to items [R, M].
+        trained: see `Batch`; None for uniform weights.
+    """
+    count = batch.count
+    chosen = np.zeros((len(batch), count), dtype=np.int64)
+    rows, drawn = np.arange(len(batch)), np.empty((len(batch), 0), dtype=np.int64)
+    more = count + count // 4 + 4
+    while len(rows) and drawn.shape[1] < _REPEATED * count:
+        drawn = np.hstack([drawn, item_of(batch.streams.take(rows).random(drawn.shape[1], more))])  # [R, M]
+        keep = _is_first(drawn) & ~batch.may_not(rows, drawn)
+        place = np.cumsum(keep, axis=1)  # of a kept item among the row's, from 1
+        done = place[:, -1] >= count
+        chosen[rows[done]] = drawn[done][(keep & (place <= count))[done]].reshape(-1, count)
+        left, rows, drawn, more = keep[~done], rows[~done], drawn[~done], drawn.shape[1]
+    if len(rows):
+        weights = None if trained is None else np.bincount(trained, minlength=batch.num_items + 1)
+        for row, items, kept in zip(rows.tolist(), drawn, left, strict=True):
+            _draw_exactly(batch, row, items[kept], weights, chosen[row])
+    return chosen
+
+
+def _is_first(items: Ints) -> NDArray[np.bool_]:
+    """Return whether an item is the first of its kind in its row: bool [R, M]."""
+    order = np.argsort(items, axis=1, kind="stable")
+    ordered = np.take_along_axis(items, order, axis=1)
+    first = np.ones(items.shape, dtype=bool)
+    np.put_along_axis(first, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
+    return first
+
+
+def _draw_exactly(batch: Batch, row: int, begun: Ints, weights: Ints | None, chosen: Ints) -> None:
+    """Fill `chosen` [count] of one user, whose draw has begun with these items."""
+    left = np.ones(batch.num_items + 1, dtype=bool)
+    left[0] = left[begun] = left[batch.own[batch.begins[row] : batch.begins[row + 1]]] = False
+    items = np.flatnonzero(left)
+    numbers = batch.streams.take(np.array([row])).apart(_EXACTLY).random_at(items)[0]
+    weight = 1.0 if weights is None else np.maximum(weights[items], 1e-12)
+    keys = -np.log1p(-numbers) / weight  # the smallest keys are a weighted draw
+    whole = np.r_[begun, items[np.argsort(keys)[: batch.count - len(begun)]]]
+    chosen[: len(whole)] = whole
 
 
 # Name in the recipe -> how negatives are drawn.
-CANDIDATE_LISTS = {"uniform": uniform, "popularity": popularity, "hard": hard}
+CANDIDATE_LISTS: dict[str, Callable[[Batch], Ints]] = {"uniform": uniform, "popularity": popularity, "hard": hard}
 ListKind = one_of(CANDIDATE_LISTS)
 
 
@@ -124,50 +197,87 @@ class CandidateConfig(Settings):
         return f"prompt_list is {self.prompt_list}; candidate_lists has only {', '.join(self.candidate_lists)}"
 
 
-def draw_candidates(
-    config: CandidateConfig,
-    sequences: Sequence[UserSequence],
-    catalog: ItemCatalog,
-    split: Split,
-    seed: int,
-    score_histories: ScoreHistories | None = None,
-    tied: Counter[str] | None = None,
-) -> Iterator[CandidateLists]:
-    """Draw the lists of every user who has a target in the split, in the order of `sequences`.
+@dataclass(frozen=True)
+class DrawnLists:
+    """The lists of some users in one split; items are indices of the catalogue."""
 
-    For training, only the list that prompts show is drawn. `hard` needs `score_histories`, of a model that is fitted on
-    training parts only. `tied` counts hard negatives, see `Choice`.
+    users: Ints  # [B], positions in the sequences
+    targets: Ints  # [B]
+    lists: dict[str, Ints]  # kind -> [B, num_candidates]
+
+
+class CandidateDraw:
+    """Draws the lists of a data set, users in the order of their sequences.
+
+    Args:
+        similar: item-kNN, fitted on training parts only; needed for hard lists. `tied` counts hard negatives, see
+            `Batch`.
 
     Raises:
         InputError: if a user leaves fewer negatives than are needed, with the numbers.
     """
-    kinds = [config.prompt_list] if split == "train" else config.candidate_lists
-    tied = Counter() if tied is None else tied
-    cumulative = np.cumsum(training_counts(sequences, catalog), dtype=np.float64)  # [N]
-    with_target = [sequence for sequence in sequences if sequence.target_position(split) is not None]
-    for start in range(0, len(with_target), _BATCH):
-        part = with_target[start : start + _BATCH]
-        histories = [catalog.indices(entry.item_id for entry in sequence.history(split)) for sequence in part]
-        scores = score_histories(histories) if "hard" in kinds and score_histories else [None] * len(part)  # [B, N]
-        for sequence, own_scores in zip(part, scores, strict=True):
-            own = {catalog.index(entry.item_id) for entry in sequence.interactions}
-            choice = Choice(config.num_candidates - 1, own, cumulative, own_scores, config.hard_pool, tied)
-            if len(catalog) - len(own) < choice.count:
-                raise InputError(
-                    f"user {sequence.user_id} interacted with {len(own)} of {len(catalog)} items, which leaves "
-                    f"{len(catalog) - len(own)} possible negatives; num_candidates {config.num_candidates} needs "
-                    f"{choice.count}: lower num_candidates"
-                )
-            target = sequence.target(split).item_id
-            lists = {}
-            for kind in kinds:
-                rng = random_stream(seed, sequence.user_id, split, kind)
-                ids = [target, *(catalog.at(index).item_id for index in CANDIDATE_LISTS[kind](rng, choice))]
-                lists[kind] = tuple(ids[position] for position in rng.permutation(len(ids)))
-            yield CandidateLists(sequence.user_id, target, lists)
 
+    def __init__(
+        self, config: CandidateConfig, table: SequenceTable, num_items: int, seed: int, similar: SimilarItems | None
+    ):
+        self._config, self._table, self._num_items, self._seed, self._similar = config, table, num_items, seed, similar
+        self.tied: Counter[str] = Counter()
+        self._hashes = id_hashes(table.user_ids)
+        self._trained = table.item[table.is_training]
+        pairs = np.unique(table.user.astype(np.int64) * (num_items + 1) + table.item)  # [distinct (user, item)]
+        self._own = pairs % (num_items + 1)
+        self._begins = np.searchsorted(pairs, np.arange(len(table) + 1) * (num_items + 1))  # [U + 1], in `_own`
+        counts = np.diff(self._begins)  # [U]
+        most = int(counts.argmax())
+        if (left := num_items - int(counts[most])) < config.num_candidates - 1:
+            raise InputError(
+                f"user {table.user_ids[most]} interacted with {counts[most]} of {num_items} items, which leaves {left} "
+                f"possible negatives; num_candidates {config.num_candidates} needs {config.num_candidates - 1}: lower "
+                "num_candidates, or keep more items (k_core)"
+            )
 
-def training_counts(sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.int64]:
-    """Return how often each item occurs in the training parts: int64 [N], position j for index j + 1."""
-    trained = (entry.item_id for sequence in sequences for entry in sequence.interactions[: sequence.num_train])
-    return np.bincount(np.array(catalog.indices(trained), dtype=np.int64), minlength=len(catalog) + 1)[1:]
+    def batches(self, split: Split, size: int = _BATCH) -> Iterator[DrawnLists]:
+        """Yield the lists of all users with a target in the split; for training, only the list that prompts show."""
+        users = np.flatnonzero(self._table.target_position(split) >= 0)
+        for start in range(0, len(users), size):
+            yield self._drawn(split, users[start : start + size])
+
+    def _drawn(self, split: Split, users: Ints) -> DrawnLists:
+        config, table = self._config, self._table
+        kinds = [config.prompt_list] if split == "train" else config.candidate_lists
+        at = (table.begins[:-1] + table.target_position(split))[users]  # [B]
+        targets = table.item[at].astype(np.int64)
+        sizes = (self._begins[1:] - self._begins[:-1])[users]
+        begins = np.r_[0, np.cumsum(sizes)]
+        own = self._own[np.repeat(self._begins[:-1][users] - begins[:-1], sizes) + np.arange(begins[-1])]
+        scores = self._similar.scores(table, users, at) if "hard" in kinds and self._similar else None  # [B, N]
+        lists = {}
+        for kind in kinds:
+            streams = random_streams(self._seed, self._hashes[users], split, kind)
+            batch = Batch(
+                config.num_candidates - 1, self._num_items, begins, own, self._trained, streams, scores,
+                config.hard_pool, self.tied,
+            )  # fmt: skip
+            shown = np.hstack([targets[:, None], CANDIDATE_LISTS[kind](batch)])  # [B, num_candidates]
+            order = random_streams(self._seed, self._hashes[users], split, kind, "order").random(0, shown.shape[1])
+            lists[kind] = np.take_along_axis(shown, np.argsort(order, axis=1), axis=1)
+        return DrawnLists(users, targets, lists)
+
+    def write(self, path: Path, split: Split, catalog: ItemCatalog) -> None:
+        """Write the lists of a split, records of `CandidateLists`."""
+        ids = pl.Series(catalog.ids, dtype=pl.String)
+        bar = progress(desc=f"candidates ({split})", unit="user", total=len(self._table))
+        with atomic_path(path) as temporary, open(temporary, "wb") as out, bar:
+            for drawn in self.batches(split):
+                listed = {
+                    kind: ids.gather(shown.ravel() - 1).reshape(shown.shape).arr.to_list()
+                    for kind, shown in drawn.lists.items()
+                }
+                pl.DataFrame(
+                    {
+                        "user_id": self._table.user_ids.gather(drawn.users),
+                        "target": ids.gather(drawn.targets - 1),
+                        "lists": pl.DataFrame(listed).to_struct(),
+                    }
+                ).write_ndjson(out)
+                bar.update(len(drawn.users))

@@ -1,35 +1,44 @@
-"""From a table of interactions to user sequences: duplicates, order, length limits, k-core, splits, statistics.
+"""From the kept interactions to user sequences: catalogue, order, splits, statistics, and their file.
 
-Order: by time; ties by item id; the source's own order if it has no times at all. The first of several interactions of
-a user with one item counts. What remains satisfies all limits at once: every user has between `min_history` (at least
-`k_core`) and `max_history` interactions, every item at least `k_core` users.
+Order: by time; ties by item id; the source's own order if it has no times at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Literal
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.sources.base import InteractionTable, Problems, Source
+from twice_rec.data.filters import FilterConfig, Step, filtered
+from twice_rec.data.sources.base import Source
+from twice_rec.data.sources.interactions import InteractionTable
 from twice_rec.errors import InputError
-from twice_rec.recipe import Settings, key, rule
-from twice_rec.records import SPLITS, Interaction, Item, UserSequence
+from twice_rec.files import atomic_path
+from twice_rec.progress import progress
+from twice_rec.recipe import key, rule
+from twice_rec.records import SPLITS, Interaction, Item, Split, UserSequence
 
-SplitPoints = tuple[int, int | None, int | None]  # num_train, valid, test; see `records.UserSequence`
+Ints = NDArray[np.int64]
+SplitPoints = tuple[Ints, Ints, Ints]  # [users] each: num_train, valid, test; -1 for none; see `records.UserSequence`
+
+logger = logging.getLogger("prepare")
+
+_MANY_TIED = 0.05  # share of the targets
+_BATCH = 2_000_000  # interactions whose texts are in memory together
 
 
-class SequenceConfig(Settings):
+class SequenceConfig(FilterConfig):
     """Which interactions are kept, and how they are split."""
 
-    untitled_items: Literal["drop", "keep"] = key("drop", "items without a title: drop them, or keep the id as title")
-    k_core: int = key(5, "fewest users per item and fewest items per user", ge=1)
-    min_history: int = key(5, "fewest interactions per user, targets included")
-    max_history: int | None = key(20, "most recent interactions that are kept per user; null for all")
     split: Literal["leave_one_out", "temporal"] = key("leave_one_out", "how targets are chosen")
     temporal_valid: float = key(0.1, "temporal split: share of the interactions in the validation period")
     temporal_test: float = key(0.1, "temporal split: share of the interactions in the test period")
@@ -44,14 +53,6 @@ class SequenceConfig(Settings):
         return f"{says}: a history, and a target for each split"
 
     @rule
-    def limits_leave_a_length(self) -> str | None:
-        """The longest history is no shorter than the shortest."""
-        if self.max_history is None or self.max_history >= max(self.min_history, self.k_core):
-            return None
-        says = f"max_history is {self.max_history}; it must be at least min_history ({self.min_history})"
-        return f"{says} and k_core ({self.k_core})"
-
-    @rule
     def periods_leave_training(self) -> str | None:
         """Both later periods are not empty, nor is the training period."""
         valid, test = self.temporal_valid, self.temporal_test
@@ -60,19 +61,76 @@ class SequenceConfig(Settings):
         return f"temporal_valid {valid} and temporal_test {test} must be above 0 and leave a share for training"
 
 
-def assemble(source: Source, config: SequenceConfig) -> tuple[ItemCatalog, list[UserSequence]]:
-    """Return the catalogue and all sequences in the source's order; InputError if nothing is left or no split fits."""
-    problems, table = source.problems, source.interactions()
-    titled = source.titled(set(table.items))  # in either case, because it counts what is wrong with the metadata
-    if config.untitled_items == "drop":
-        keep = np.array([item_id in titled for item_id in table.items])[table.item]  # bool [n]
-        if dropped := int((~keep).sum()):
-            problems.add("purchase of an item without title, dropped", table.items[table.item[~keep][0]], dropped)
-        table = table.take(keep)
-    table = without_duplicates(in_time_order(table), problems)
-    table = core(table, config.k_core, config.min_history, config.max_history)
-    catalog = _catalog(source, {table.items[code] for code in np.unique(table.item)})
-    return catalog, _sequences(table, source.reviews(set(table.line.tolist())), config)
+@dataclass(frozen=True)
+class SequenceTable:
+    """All sequences as columns: U users with n interactions in all, in the order of `sequences.jsonl`."""
+
+    user_ids: pl.Series  # String [U]
+    begins: Ints  # [U + 1], a user's interactions are begins[i]:begins[i + 1]
+    item: NDArray[np.int32]  # [n], index in the catalogue, 1..N
+    timestamp: Ints  # [n], milliseconds, 0 if unknown
+    rating: NDArray[np.float32]  # [n], NaN if unknown
+    line: Ints  # [n], by which the source finds the review
+    num_train: Ints  # [U]
+    valid: Ints  # [U], -1 for none
+    test: Ints  # [U]
+
+    def __len__(self) -> int:
+        return len(self.num_train)
+
+    @cached_property
+    def user(self) -> NDArray[np.int32]:
+        """The user of each interaction: [n], 0..U-1."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.begins))
+
+    @cached_property
+    def is_training(self) -> NDArray[np.bool_]:
+        """Whether an interaction may be trained on: [n]."""
+        return np.arange(len(self.item)) < (self.begins[:-1] + self.num_train)[self.user]
+
+    def target_position(self, split: Split) -> Ints:
+        """Return the position of each user's target, -1 without one: [U]; see `UserSequence.target_position`."""
+        if split == "train":
+            return np.where(self.num_train >= 2, self.num_train - 1, -1)
+        return self.valid if split == "valid" else self.test
+
+    def targets(self, split: Split) -> Ints:
+        """Return where in the n interactions the targets of the users with one are: [users with a target]."""
+        position = self.target_position(split)
+        return (self.begins[:-1] + position)[position >= 0]
+
+    def records(self, catalog: ItemCatalog) -> Iterator[UserSequence]:
+        """Yield the sequences, without the texts of the reviews."""
+        points = (column.tolist() for column in (self.num_train, self.valid, self.test))
+        bounds = zip(self.user_ids, self.begins.tolist(), self.begins[1:].tolist(), *points, strict=False)
+        for user_id, begin, end, num_train, valid, test in bounds:
+            columns = zip(*(c[begin:end].tolist() for c in (self.item, self.timestamp, self.rating)), strict=True)
+            interactions = tuple(
+                Interaction(catalog.ids[item - 1], time, None if rating != rating else rating)
+                for item, time, rating in columns
+            )
+            yield UserSequence(
+                user_id, interactions, num_train, None if valid < 0 else valid, None if test < 0 else test
+            )
+
+
+def assemble(source: Source, config: SequenceConfig) -> tuple[ItemCatalog, SequenceTable, list[Step]]:
+    """Return the catalogue, all sequences in the source's order, and the counts after each filter.
+
+    Raises:
+        InputError: if nothing is left or no split fits.
+    """
+    table, steps = filtered(source, config)
+    codes = np.unique(table.item)  # of the kept items
+    ids = table.items.gather(codes).to_list()
+    catalog = _catalog(source, set(ids))
+    index = np.zeros(len(table.items), dtype=np.int32)  # [items]
+    index[codes] = catalog.indices(ids)
+    begins = np.r_[0, np.flatnonzero(np.diff(table.user)) + 1, len(table)]  # [U + 1]
+    points = _split(table, begins, config)
+    users = table.users.gather(table.user[begins[:-1]])
+    columns = (table.timestamp, table.rating, table.line)
+    return catalog, SequenceTable(users, begins, index[table.item], *columns, *points), steps
 
 
 def _catalog(source: Source, wanted: set[str]) -> ItemCatalog:
@@ -83,82 +141,38 @@ def _catalog(source: Source, wanted: set[str]) -> ItemCatalog:
     return ItemCatalog(item if item.title else replace(item, title=item.item_id) for item in items)
 
 
-def _sequences(
-    table: InteractionTable, reviews: Mapping[int, tuple[str, str]], config: SequenceConfig
-) -> list[UserSequence]:
-    """Return one sequence per user of a table that is grouped by user and ordered by time."""
-    temporal_split = config.split == "temporal"
-    cuts = temporal_cuts(table.timestamp, config.temporal_valid, config.temporal_test) if temporal_split else None
-    sequences = []
-    for rows in np.split(np.arange(len(table)), np.flatnonzero(np.diff(table.user)) + 1):
-        user = table.take(rows)
-        points = temporal(user.timestamp, *cuts) if cuts else leave_one_out(len(user))
-        columns = (column.tolist() for column in (user.item, user.timestamp, user.rating, user.line))
-        interactions = tuple(
-            Interaction(table.items[item], time, None if rating != rating else rating, *reviews.get(line, ("", "")))
-            for item, time, rating, line in zip(*columns, strict=True)
-        )
-        sequences.append(UserSequence(table.users[user.user[0]], interactions, *points))
-    return sequences
-
-
-def in_time_order(table: InteractionTable) -> InteractionTable:
-    """Sort by user (in order of first appearance), then time, then item id; without times, by the source's order."""
-    if table.timestamp.any():
-        by_id = np.argsort(np.argsort(np.array(table.items, dtype=object)))  # [items], place of an id in their order
-        return table.take(np.lexsort((by_id[table.item], table.timestamp, table.user)))
-    return table.take(np.argsort(table.user, kind="stable"))
-
-
-def without_duplicates(table: InteractionTable, problems: Problems) -> InteractionTable:
-    """Keep the first interaction of each (user, item) of an ordered table; the others are counted."""
-    pairs = table.user.astype(np.int64) * len(table.items) + table.item  # [n]
-    _, first = np.unique(pairs, return_index=True)
-    if repeats := len(table) - len(first):
-        again = np.setdiff1d(np.arange(len(table)), first, assume_unique=True)[0]
-        example = f"user {table.users[table.user[again]]}, item {table.items[table.item[again]]}"
-        problems.add("repeated purchase of an item, first kept", example, repeats)
-    return table.take(np.sort(first))
-
-
-def core(table: InteractionTable, k_core: int, min_history: int, max_history: int | None) -> InteractionTable:
-    """Cut an ordered table to each user's latest rows, drop rare items and short users; InputError if none is left."""
-    found = len(table)
-    if max_history is not None:
-        end = np.searchsorted(table.user, table.user, side="right")  # [n], where the user's rows end
-        table = table.take(end - np.arange(found) <= max_history)
-    shortest = max(k_core, min_history)
-    while len(table):
-        users = np.bincount(table.user, minlength=len(table.users))  # interactions per user
-        items = np.bincount(table.item, minlength=len(table.items))  # interactions per item
-        keep = (users[table.user] >= shortest) & (items[table.item] >= k_core)  # bool [n]
-        if keep.all():
-            return table
-        table = table.take(keep)
-    raise InputError(
-        f"no user is left of {found:,} interactions: no group of users with at least {shortest} items each and items "
-        f"with at least {k_core} users each; lower k_core ({k_core}) or min_history ({min_history})"
+def _split(table: InteractionTable, begins: Ints, config: SequenceConfig) -> SplitPoints:
+    if config.split == "leave_one_out":
+        return leave_one_out(np.diff(begins))
+    return temporal(
+        table.timestamp, begins, *temporal_cuts(table.timestamp, config.temporal_valid, config.temporal_test)
     )
 
 
-def leave_one_out(length: int) -> SplitPoints:
-    """Take the last item as test target, the one before as validation target; InputError for less than 3 items."""
-    if length < 3:
-        raise InputError(f"leave-one-out needs 3 interactions (history, validation and test target), found {length}")
-    return length - 2, length - 2, length - 1
+def leave_one_out(lengths: Ints) -> SplitPoints:
+    """Take the last item as test target, the one before as validation target; InputError for less than 3 items.
+
+    Args:
+        lengths: int64 [U], interactions per user.
+    """
+    if (least := int(lengths.min())) < 3:
+        raise InputError(f"leave-one-out needs 3 interactions (history, validation and test target), found {least}")
+    return lengths - 2, lengths - 2, lengths - 1
 
 
-def temporal(timestamps: NDArray[np.int64], valid_from: int, test_from: int) -> SplitPoints:
+def temporal(timestamps: Ints, begins: Ints, valid_from: int, test_from: int) -> SplitPoints:
     """Split at times that hold for everyone; the first interaction of each later period is a target.
 
     Args:
-        timestamps: int64 [n] of one user, ascending.
+        timestamps: int64 [n], ascending within each user.
+        begins: int64 [U + 1], where each user's interactions begin.
         valid_from, test_from: start of the validation and of the test period; what is before is for training.
     """
-    num_train = int(np.searchsorted(timestamps, valid_from, side="left"))
-    first_test = int(np.searchsorted(timestamps, test_from, side="left"))
-    valid = num_train if 0 < num_train < first_test else None
-    test = first_test if 0 < first_test < len(timestamps) else None
+    num_train, first_test = (
+        np.add.reduceat(timestamps < start, begins[:-1], dtype=np.int64) for start in (valid_from, test_from)
+    )  # [U]
+    valid = np.where((num_train > 0) & (num_train < first_test), num_train, -1)
+    test = np.where((first_test > 0) & (first_test < np.diff(begins)), first_test, -1)
     return num_train, valid, test
 
 
@@ -181,26 +195,69 @@ def temporal_cuts(timestamps: NDArray[np.int64], valid_share: float, test_share:
     return valid_from, test_from
 
 
-def statistics(sequences: Sequence[UserSequence], catalog: ItemCatalog) -> dict[str, float | int]:
+def statistics(table: SequenceTable, catalog: ItemCatalog) -> dict[str, float | int]:
     """Count users, items, interactions, lengths, targets per split, cold targets, ambiguous titles; and the density.
 
-    A target is cold if its item occurs in nobody's training part.
+    A target is cold if its item occurs in nobody's training part. `targets_at_the_time_of_their_history` is the share
+    of all targets that have the time of an interaction before them, so that their order is not known; it is left out
+    if the source has no times.
     """
-    lengths = np.array([len(sequence.interactions) for sequence in sequences])
-    trained = {entry.item_id for sequence in sequences for entry in sequence.interactions[: sequence.num_train]}
+    lengths, trained = np.diff(table.begins), np.zeros(len(catalog) + 1, dtype=bool)  # [U], [N + 1]
+    trained[table.item[table.is_training]] = True
     figures: dict[str, float | int] = {
-        "users": len(sequences),
+        "users": len(table),
         "items": len(catalog),
         "interactions": int(lengths.sum()),
         "length_min": int(lengths.min()),
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
-        "density": float(lengths.sum() / (len(sequences) * len(catalog))),
+        "density": float(lengths.sum() / (len(table) * len(catalog))),
         "ambiguous_titles": catalog.ambiguous_titles,
     }
     for split in SPLITS:
-        targets = [s.target(split).item_id for s in sequences if s.target_position(split) is not None]
+        targets = table.targets(split)
         figures[f"{split}_targets"] = len(targets)
         if split != "train":
-            figures[f"{split}_cold_targets"] = sum(target not in trained for target in targets)
+            figures[f"{split}_cold_targets"] = int((~trained[table.item[targets]]).sum())
+    everywhere = np.concatenate([table.targets(split) for split in SPLITS])  # each has an interaction before it
+    if table.timestamp.any() and len(everywhere):
+        tied = table.timestamp[everywhere] == table.timestamp[everywhere - 1]
+        figures["targets_at_the_time_of_their_history"] = float(tied.mean())
     return figures
+
+
+def log_figures(figures: Mapping[str, Any]) -> None:
+    """Log the statistics, but for the filters' steps, and whether the order of many targets is not known."""
+    for name, value in figures.items():
+        if name != "steps":
+            logger.info("  %-20s %s", name, f"{value:,.6g}" if isinstance(value, float) else value)
+    if (tied := figures.get("targets_at_the_time_of_their_history", 0)) >= _MANY_TIED:
+        logger.warning("%.0f %% of the targets have the time of an interaction before them: their order is by item id "
+                       "or the file's, and a model may seem to see the future", 100 * tied)  # fmt: skip
+
+
+def write_sequences(path: Path, table: SequenceTable, catalog: ItemCatalog, source: Source) -> None:
+    """Write `sequences.jsonl`, records of `UserSequence` with the texts of the reviews, some users at a time."""
+    ids = pl.Series(catalog.ids, dtype=pl.String)
+    places = np.searchsorted(table.begins, np.arange(_BATCH, table.begins[-1] + _BATCH, _BATCH), side="right") - 1
+    bounds = np.unique(np.r_[0, np.maximum(places, 1), len(table)])  # of the batches, in users
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        for first, end in progress(list(pairwise(bounds.tolist())), desc="writing sequences", unit="batch"):
+            users, rows = slice(first, end), slice(table.begins[first], table.begins[end])
+            texts = source.review_texts(table.line[rows])
+            interactions = pl.DataFrame(
+                {
+                    "item_id": ids.gather(table.item[rows] - 1),
+                    "timestamp": table.timestamp[rows],
+                    "rating": pl.Series(table.rating[rows]).cast(pl.Float64).fill_nan(None),
+                    "review_title": texts["title"],
+                    "review_text": texts["text"],
+                }
+            ).to_struct("interactions")
+            frame = pl.DataFrame({"user": table.user[rows], "interactions": interactions})
+            points = (("num_train", table.num_train), ("valid", table.valid), ("test", table.test))
+            frame.group_by("user", maintain_order=True).agg("interactions").select(
+                table.user_ids[users].alias("user_id"),
+                "interactions",
+                *(pl.Series(name, values[users]).replace(-1, None) for name, values in points),
+            ).write_ndjson(out)

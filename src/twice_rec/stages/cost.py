@@ -108,8 +108,8 @@ def stages_of(recipe: CostRecipe, folder: Path, domain: str) -> tuple[Stages, li
     rates = (
         f"Assumed as well: {sft.gpu_utilization:.0%} of {sft.gpu_tflops:g} TFLOP/s; annotation_tokens "
         f"{recipe.annotation_tokens}; every rationale accepted; {recipe.evaluation_tokens_per_second:,.0f} tokens/s in "
-        f"stage 4; {recipe.sasrec_epochs:g} epochs of SASRec, {recipe.sasrec_users_per_second:,.0f} users/s per thread. "
-        "The last row adds all up."
+        f"stage 4; {recipe.sasrec_epochs:g} epochs of SASRec, {recipe.sasrec_users_per_second:,.0f} users/s per thread."
+        " The last row adds all up."
     )
     return stages, [about, rates]
 

@@ -6,31 +6,30 @@ and for the synthetic domain `oracle.npz` (the true logprobs of every user's nex
 
 Deviations from the paper: candidate lists are drawn per user (the release's test lists share one pool of popular
 distractors), and there are popularity-weighted and hard ones too. Training candidates are of the prompt's list only.
-Limits: one process; the table of interactions (28 bytes each, and the ids) and the kept reviews must fit in memory.
+Limits: one process; the table of interactions (28 bytes each, and the ids), the items and their similarities must fit
+in memory. The texts of raw reviews wait in files under `data/`, which go at the end: reading them again is quick.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.cf.baselines import ItemSimilarityScorer, interaction_matrix, knn_similarity
+from twice_rec.cf.baselines import knn_similarity
 from twice_rec.data import dataset
-from twice_rec.data.candidates import draw_candidates
+from twice_rec.data.candidates import CandidateDraw
+from twice_rec.data.estimate import check_room
+from twice_rec.data.hard import SimilarItems, training_matrix
 from twice_rec.data.recipe import PrepareRecipe
-from twice_rec.data.sequences import assemble, statistics
-from twice_rec.files import atomic_path, write_json, write_records
-from twice_rec.progress import progress
-from twice_rec.records import SPLITS, UserSequence
+from twice_rec.data.sequences import SequenceTable, assemble, log_figures, statistics, write_sequences
+from twice_rec.files import atomic_path, scratch_folder, write_json
+from twice_rec.records import SPLITS
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
-
-logger = logging.getLogger("prepare")
 
 
 def prepare(recipe: PrepareRecipe) -> None:
@@ -40,42 +39,37 @@ def prepare(recipe: PrepareRecipe) -> None:
     with StageRun(recipe, "prepare", "data", source.files) as run:
         if run.is_finished():
             return
+        check_room(source, recipe, run.path)
         run.begin(resumes=False)
-        source.generate(run.path / "raw")
-        catalog, sequences = assemble(source, recipe)
-        for line in source.problems.lines():
-            logger.warning("%s", line)
-        catalog.save(run.path / dataset.CATALOG)
-        write_records(run.path / dataset.SEQUENCES, sequences)
-        hard = _write_candidates(recipe, run.path, catalog, sequences)
+        with scratch_folder(run.path) as source.scratch:
+            source.generate(run.path / "raw")
+            catalog, table, steps = assemble(source, recipe)
+            catalog.save(run.path / dataset.CATALOG)
+            write_sequences(run.path / dataset.SEQUENCES, table, catalog, source)
+        figures = {**statistics(table, catalog), "problems": source.problems.counts}
+        figures |= _write_candidates(recipe, run.path, catalog, table)
+        figures["steps"] = [asdict(step) for step in steps]
         dataset.save_prompt_format(run.path / dataset.PROMPT, recipe)
-        oracle = source.oracle_scores(sequences, catalog)
+        oracle = source.oracle_scores(table.records(catalog), catalog)
         if oracle is not None:
             with atomic_path(run.path / dataset.ORACLE) as temporary:
                 np.savez_compressed(temporary, scores=oracle)
-        figures = {**statistics(sequences, catalog), "problems": source.problems.counts}
-        if hard["drawn"]:
-            figures["hard_negatives_tied"] = hard["tied"] / hard["drawn"]  # at the edge of the pool, so drawn at random
         write_json(run.path / dataset.STATISTICS, figures)
-        for name, value in figures.items():
-            logger.info("  %-20s %s", name, f"{value:,.6g}" if isinstance(value, float) else value)
+        log_figures(figures)
         run.finish(sorted(path for path in run.path.iterdir() if path.name[0] != "."), figures)
 
 
 def _write_candidates(
-    recipe: PrepareRecipe, folder: Path, catalog: ItemCatalog, sequences: list[UserSequence]
-) -> Counter[str]:
-    """Write the lists of all splits, and return how many hard negatives were drawn, and how many of them tied."""
-    score, tied = None, Counter[str]()
+    recipe: PrepareRecipe, folder: Path, catalog: ItemCatalog, table: SequenceTable
+) -> dict[str, float]:
+    """Write the lists of all splits; return the share of the hard negatives that a draw among equal scores chose."""
+    similar = None
     if "hard" in recipe.candidate_lists:
-        training = [catalog.indices(e.item_id for e in s.interactions[: s.num_train]) for s in sequences]
-        knn = ItemSimilarityScorer(knn_similarity(interaction_matrix(training, len(catalog)), shrink=20.0), decay=0.9)
-        score = lambda histories: knn.scores(np.arange(len(histories)), histories)
+        similar = SimilarItems(knn_similarity(training_matrix(table, len(catalog)), shrink=20.0), decay=0.9)
+    draw = CandidateDraw(recipe, table, len(catalog), recipe.seed, similar)
     for split in SPLITS:
-        drawn = draw_candidates(recipe, sequences, catalog, split, recipe.seed, score, tied)
-        bar = progress(drawn, desc=f"candidates ({split})", unit="user", total=len(sequences))
-        write_records(folder / dataset.candidates_file(split), bar)
-    return tied
+        draw.write(folder / dataset.candidates_file(split), split, catalog)
+    return {"hard_negatives_tied": draw.tied["tied"] / draw.tied["drawn"]} if draw.tied["drawn"] else {}
 
 
 main = command("prepare", PrepareRecipe, prepare)

@@ -1,28 +1,32 @@
 """What every source of interactions offers, so that filters and splits are written once.
 
-A source is read twice: first as a table of integers (users, items, times, ratings), which fits in memory for tens of
+A source is asked twice: first for a table of numbers (users, items, times, ratings), which fits in memory for tens of
 millions of interactions, then for the texts of the few that the filters keep.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from twice_rec.catalog import ItemCatalog
-from twice_rec.data.sources.values import as_number, comes_back, tidy_id
+from twice_rec.data.sources.interactions import InteractionTable, Row, TableBuilder, with_tidy_ids
+from twice_rec.data.sources.problems import Problems
+from twice_rec.data.sources.values import as_number
 from twice_rec.data.sources.values import clean_text as clean_text  # every source needs it
 from twice_rec.errors import InputError
 from twice_rec.recipe import Settings, key, rule
 from twice_rec.records import Item, UserSequence
 
-_LONGEST_EXAMPLE = 160  # characters
+_FEWEST_JOINED = 0.01  # share of the reviewed items that the metadata must describe; two domains share next to none
 
 
 class SourceFormat(Settings):
@@ -50,97 +54,6 @@ class SourceFormat(Settings):
         return f"rating_scale is {self.rating_scale}; give the lowest and the highest rating, such as 1 5 or 1 10"
 
 
-@dataclass
-class Problems:
-    """Records that could not be used as they are: counted by kind, with the first of each kind as an example."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, kind: str, example: str, count: int = 1) -> None:
-        """Count `count` more records of this kind."""
-        self.counts[kind] = self.counts.get(kind, 0) + count
-        if kind not in self.first:
-            whole = example.encode("utf-8", "replace").decode("utf-8")
-            self.first[kind] = whole if len(whole) <= _LONGEST_EXAMPLE else f"{whole[:_LONGEST_EXAMPLE]}..."
-
-    def lines(self) -> list[str]:
-        """Return one readable line per kind, the most frequent first."""
-        ordered = sorted(self.counts.items(), key=lambda pair: -pair[1])
-        return [f"{count:,} x {kind} (first: {self.first[kind]})" for kind, count in ordered]
-
-
-@dataclass(frozen=True)
-class InteractionTable:
-    """One row per interaction, in the order of the source."""
-
-    users: list[str]  # the ids behind the codes in `user`
-    items: list[str]
-    user: NDArray[np.int32]  # [n], position in `users`
-    item: NDArray[np.int32]  # [n], position in `items`
-    timestamp: NDArray[np.int64]  # [n], milliseconds; all 0 if the source has no times
-    rating: NDArray[np.float32]  # [n], NaN if unknown
-    line: NDArray[np.int64]  # [n], the key by which the source finds the review again
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-    def take(self, rows: NDArray[Any]) -> InteractionTable:
-        """Return the table of some rows (positions or a mask), with the same codes."""
-        columns = (self.user, self.item, self.timestamp, self.rating, self.line)
-        return InteractionTable(self.users, self.items, *(column[rows] for column in columns))
-
-
-Row = tuple[str, str, int, float | None, int]  # user id, item id, timestamp, rating, line
-_COLUMNS = np.dtype([("user", "i4"), ("item", "i4"), ("timestamp", "i8"), ("rating", "f4"), ("line", "i8")])
-
-
-def table_of(rows: Iterable[Row]) -> InteractionTable:
-    """Collect rows into compact columns; ids are numbered in the order of their first row."""
-    users, items = dict[str, int](), dict[str, int]()
-    coded = (
-        (users.setdefault(user, len(users)), items.setdefault(item, len(items)), *rest) for user, item, *rest in rows
-    )
-    table = np.fromiter(coded, dtype=_COLUMNS)  # [n]; a rating of None becomes NaN
-    return InteractionTable(list(users), list(items), *(table[name].copy() for name in _COLUMNS.names or ()))
-
-
-def with_tidy_ids(table: InteractionTable, problems: Problems) -> InteractionTable:
-    """Tidy the ids of a table; ids that become the same are one. Rows with an id that cannot be used are dropped.
-
-    An item id must be readable from an answer, and any id printable; the others are counted, and so are changed ones.
-    """
-    users, user = _tidied("user", table.users, str.isprintable, "cannot be printed", problems)
-    items, item = _tidied("item", table.items, comes_back, "an answer does not give back", problems)
-    coded = replace(table, users=users, items=items, user=user[table.user], item=item[table.item])
-    fits = (coded.user >= 0) & (coded.item >= 0)  # bool [n]
-    if dropped := int((~fits).sum()):
-        example = f"user {table.users[table.user[~fits][0]]!r}, item {table.items[table.item[~fits][0]]!r}"
-        problems.add("interaction dropped because of its ids", example, dropped)
-        coded = coded.take(fits)
-    return coded
-
-
-def _tidied(
-    what: str, ids: Sequence[str], usable: Callable[[str], bool], fault: str, problems: Problems
-) -> tuple[list[str], NDArray[np.int32]]:
-    """Return the tidy ids, each once, and for each old id the position of its tidy one (-1 if it cannot be used)."""
-    positions, sources = dict[str, int](), dict[str, str]()
-    codes = np.full(len(ids), -1, dtype=np.int32)  # [ids]
-    for old, raw in enumerate(ids):
-        tidy = tidy_id(raw)
-        if not tidy or not usable(tidy):
-            problems.add(f"{what} id that {fault if tidy else 'is blank'}", repr(raw))
-            continue
-        if tidy != raw:
-            problems.add(f"{what} id with blanks around it or another Unicode form, put right", repr(raw))
-        if tidy in positions:
-            problems.add(f"{what} ids that are the same once put right", f"{sources[tidy]!r} and {raw!r}")
-        codes[old] = positions.setdefault(tidy, len(positions))
-        sources.setdefault(tidy, raw)
-    return list(positions), codes
-
-
 REGISTERED: dict[str, type[Source]] = {}  # name in the recipe -> class
 
 
@@ -160,6 +73,8 @@ class Source(ABC):
     form: SourceFormat = field(default_factory=SourceFormat)
 
     reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
+    ties_in_file_order: ClassVar[bool] = False  # how interactions of one moment are ordered; else by item id
+    scratch: Path | None = None  # folder for large files on the way, else they are the system's temporary ones
     without_title = "item without title"  # what `problems` calls an item without title
 
     def __init_subclass__(cls, name: str) -> None:
@@ -185,7 +100,19 @@ class Source(ABC):
                 if path.stat().st_size == 0:
                     raise InputError(f"{path}: the file is empty; fetch it again")
                 return path
-        raise InputError(f"{self.folder}: no file with {what}; looked for {', '.join(names)}")
+        domains = [] if given else self._domains(usual)
+        found = f"; the folder has the domain{'s' * (len(domains) > 1)} {', '.join(domains[:20])}" if domains else ""
+        raise InputError(f"{self.folder}: no file with {what}; looked for {', '.join(names)}{found}")
+
+    def _domains(self, usual: Sequence[str]) -> list[str]:
+        """Return the domains whose files of these usual names are in the folder."""
+        patterns = [re.escape(name).replace(r"\{domain\}", "(.+?)") for name in usual]  # the most special one first
+        fits = (next(filter(None, (re.fullmatch(p, path.name) for p in patterns)), None) for path in self._listed())
+        return sorted({fit[1] for fit in fits if fit})
+
+    def _listed(self) -> list[Path]:
+        """Return the files of the folder that could hold interactions."""
+        return [path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("meta_")]
 
     @property
     def files(self) -> list[Path]:
@@ -195,9 +122,12 @@ class Source(ABC):
     def generate(self, folder: Path) -> None:  # noqa: B027 - an optional step
         """Write the raw files of made-up data to `folder`, before anything is read. Other sources do nothing."""
 
-    @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """Yield the interactions in the order of the source; records that cannot be used go to `problems`."""
+        """Yield the interactions in the order of the source; records that cannot be used go to `problems`.
+
+        A source that makes a table at once has `interactions` and `review_texts` instead of `rows` and `reviews`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def described(self, wanted: set[str], problems: Problems) -> Iterable[Item]:
@@ -205,7 +135,9 @@ class Source(ABC):
 
     def interactions(self) -> InteractionTable:
         """Read all interactions, their ids tidied."""
-        return with_tidy_ids(table_of(self.rows()), self.problems)
+        builder = TableBuilder()
+        builder.add_rows(self.rows())
+        return with_tidy_ids(builder.table(), self.problems)
 
     def rating(self, value: object, where: str) -> float | None:
         """Return a rating on the scale of 1 to 5; None, and counted, if it is no number on the source's scale."""
@@ -218,11 +150,29 @@ class Source(ABC):
         return 1 + 4 * (number - low) / (high - low) if (low, high) != (1, 5) else number
 
     def titled(self, wanted: set[str]) -> set[str]:
-        """Return the ids that have a title; the wanted ones without are counted in `problems`."""
-        titled = {item.item_id for item in self.described(wanted, self.problems) if item.title}
+        """Return the ids that have a title; the wanted ones without are counted in `problems`.
+
+        Raises:
+            InputError: if the files describe next to none of the wanted items, as files of two domains do.
+        """
+        described, titled = self.described_ids(wanted)
+        if self.item_files and described < _FEWEST_JOINED * len(wanted):
+            read, items = (
+                ", ".join(path.name for path in files) for files in (self.interaction_files, self.item_files)
+            )
+            raise InputError(
+                f"{self.folder}: of the {len(wanted):,} items of {read}, {items} describes {described:,}; are they "
+                "files of two domains? Name files of one by --domain, or --reviews_file and --metadata_file"
+                + "".join(f"; {line}" for line in self.problems.lines()[:2])
+            )
         if missing := wanted - titled:
             self.problems.add(self.without_title, min(missing), len(missing))
         return titled
+
+    def described_ids(self, wanted: set[str]) -> tuple[int, set[str]]:
+        """Return how many of the wanted items are described, and the ids of those that have a title."""
+        described = [(item.item_id, bool(item.title)) for item in self.described(wanted, self.problems)]
+        return len(described), {item_id for item_id, has_title in described if has_title}
 
     def items(self, wanted: set[str]) -> list[Item]:
         """Return the described items in the order of the catalogue, by id; titles may be empty.
@@ -235,6 +185,12 @@ class Source(ABC):
         """Return (review title, review text) by `line`, for the wanted lines that have a review."""
         return {}
 
-    def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32] | None:
+    def review_texts(self, lines: NDArray[np.int64]) -> pl.DataFrame:
+        """Return the columns title and text of the reviews of these lines, in their order; empty without a review."""
+        found = self.reviews(set(lines.tolist()))
+        texts = [found.get(line, ("", "")) for line in lines.tolist()]
+        return pl.DataFrame(texts, schema={"title": pl.String, "text": pl.String}, orient="row")
+
+    def oracle_scores(self, sequences: Iterable[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32] | None:
         """Return the true log-probabilities of the test targets [users, items], None if nobody knows them."""
         return None

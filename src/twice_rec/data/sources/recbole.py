@@ -37,9 +37,10 @@ class RecBoleSource(Source, name="recbole"):
 
     def find_files(self) -> None:
         """Find `NAME.inter` or its three parts, and `NAME.item` if it exists."""
-        names, item_file = [f"{self.domain}.inter"], f"{self.domain}.item"
-        parts = [f"{self.domain}.{part}.inter" for part in SPLITS]
-        if not (self.reviews_file or (self.folder / names[0]).exists()) and (self.folder / parts[0]).exists():
+        names, item_file = ["{domain}.inter"], f"{self.domain}.item"
+        parts = [f"{{domain}}.{part}.inter" for part in SPLITS]
+        there = [(self.folder / name.replace("{domain}", self.domain)).exists() for name in (names[0], parts[0])]
+        if not (self.reviews_file or there[0]) and there[1]:
             names = parts
         self.interaction_files = [self.find_file(self.reviews_file, [name], "interactions") for name in names]
         if self.metadata_file or (self.folder / item_file).exists():

@@ -17,7 +17,7 @@ The five strengths are recipe keys. Everything is drawn from one seed. Only the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,9 +101,9 @@ class SyntheticSource(Amazon2023, name="synthetic"):
         self.folder = folder
         super().find_files()
 
-    def oracle_scores(self, sequences: Sequence[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
+    def oracle_scores(self, sequences: Iterable[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
         """See `SyntheticDomain.test_log_probabilities`."""
-        return self._drawn.test_log_probabilities(sequences, catalog)
+        return self._drawn.test_log_probabilities(list(sequences), catalog)
 
 
 class SyntheticDomain:

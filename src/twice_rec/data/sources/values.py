@@ -46,6 +46,8 @@ def clean_text(text: str) -> str:
     What is left is empty or holds a visible character. It holds no answer tag, so no title or review can break the
     answer format.
     """
+    if is_clean(text):
+        return text
     plain = html.unescape(text).encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
     if "<" in plain:
         while (without := _MARKUP.sub(" ", _HIDDEN.sub(" ", plain))) != plain:
@@ -53,6 +55,12 @@ def clean_text(text: str) -> str:
     folded = " ".join(_CONTROL.sub(" ", plain).split())
     is_visible = folded.isascii() or any(c != " " and unicodedata.category(c) != "Cf" for c in folded)
     return folded if is_visible else ""  # zero-width characters alone are no text
+
+
+def is_clean(text: str) -> bool:
+    """Return whether a text is plain ASCII in which `clean_text` finds nothing to do; most texts are."""
+    has_marks = "&" in text or "<" in text or "  " in text or text[:1] == " " or text[-1:] == " "
+    return text.isascii() and text.isprintable() and not has_marks
 
 
 def has_text(value: object) -> bool:
@@ -63,7 +71,7 @@ def has_text(value: object) -> bool:
 
 def is_program(text: str) -> bool:
     """Return whether a text is a script or a style sheet of a page."""
-    return bool(_PROGRAM.search(text))
+    return any(mark in text for mark in "({=") and bool(_PROGRAM.search(text))
 
 
 def clean_price(price: object) -> str | None:

@@ -1,0 +1,71 @@
+"""What stage 0 will need, told before the work: rows, memory and disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from twice_rec.data.sources.base import Source
+from twice_rec.data.sources.lines import beginning
+from twice_rec.errors import InputError
+
+logger = logging.getLogger("prepare")
+
+# Measured on generated raw files of 1, 4 and 16 million reviews (benchmarks/prepare.py).
+_MEMORY, _MEMORY_PER_ROW = 0.9e9, 300.0  # bytes
+_SCRATCH = 0.25  # bytes of texts on the way per byte of reviews
+_KEPT = 0.35  # share of the interactions that a k-core of 5 or more leaves at most, on Amazon's domains
+_ID = 15  # bytes of an item id with its quotes, in a list of candidates
+_SAFETY = 1.1
+
+
+class Sizes(Protocol):
+    """The settings that decide how much is written."""
+
+    k_core: int
+    min_history: int
+    num_candidates: int
+    candidate_lists: list[str]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is needed for the interactions of some files."""
+
+    rows: int
+    memory: float  # bytes
+    disk: float
+
+
+def estimate(source: Source, config: Sizes) -> Estimate:
+    """Estimate from the beginnings of the files of interactions; InputError if one cannot be read."""
+    rows, size = 0.0, 0.0
+    for path in source.interaction_files:
+        start, ratio = beginning(path)
+        unpacked = path.stat().st_size * ratio
+        rows, size = rows + unpacked * (start.count(b"\n") + 1) / len(start), size + unpacked
+    kept = _KEPT if config.k_core >= 5 else 1.0
+    users = rows * kept / max(config.min_history, config.k_core)
+    lists = users * (1 + 2 * len(config.candidate_lists)) * config.num_candidates * _ID
+    disk = _SAFETY * (size * (_SCRATCH + kept) + lists)
+    return Estimate(round(rows), _MEMORY + _MEMORY_PER_ROW * rows, disk)
+
+
+def check_room(source: Source, config: Sizes, folder: Path) -> None:
+    """Log the estimate for results below `folder`; InputError if its disk is too small."""
+    if not source.interaction_files:
+        return  # they are made first
+    needed = estimate(source, config)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    rows, memory, disk = needed.rows, needed.memory / 1e9, needed.disk / 1e9
+    says = f"about {rows:,} interactions, which need about {memory:.1f} GB of memory and {disk:.1f} GB of disk"
+    if needed.disk > free:
+        raise InputError(
+            f"{source.folder} has {says}, but {there} has {free / 1e9:.1f} GB free; make room, choose another "
+            "--run_dir, or draw fewer candidate_lists"
+        )
+    logger.info("%s has %s (%.1f GB are free)", source.folder, says, free / 1e9)
