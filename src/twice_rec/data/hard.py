@@ -67,31 +67,29 @@ def hard_pools(scores: sparse.csr_matrix, begins: Ints, own: Ints, sizes: Ints, 
     items = np.zeros((len(sizes), max(1, int(sizes.max()))), dtype=np.int64)
     tied = np.zeros(items.shape, dtype=bool)
     scored = [np.empty(0, dtype=np.int64)] * len(sizes)
-    num_items = scores.shape[1]
-    for row, size in enumerate(sizes.tolist()):
-        mine = own[begins[row] : begins[row + 1]]
-        part = slice(scores.indptr[row], scores.indptr[row + 1])
-        values, indices = scores.data[part], scores.indices[part]
-        most = size + len(mine)
-        least = np.partition(values, len(values) - most)[len(values) - most] if len(values) > most else 0.0
-        high = np.flatnonzero(values >= least if least > 0 else values > 0)
-        values, indices = values[high], indices[high] + np.int64(1)
-        free = ~_among(indices, mine)
+    rows = zip(sizes.tolist(), begins.tolist(), begins[1:].tolist(), scores.indptr.tolist(), strict=False)
+    for row, (size, begin, end, first) in enumerate(rows):
+        mine, last = own[begin:end], scores.indptr[row + 1]
+        values, indices = scores.data[first:last], scores.indices[first:last]
+        if (rest := len(values) - size - len(mine)) > 0:  # what is too low even if all own items are higher
+            high = np.flatnonzero(values >= np.partition(values, rest)[rest])
+            values, indices = values[high], indices[high]
+        indices = indices + np.int64(1)
+        free = (values > 0) & ~_among(indices, mine)
         values, indices = values[free], indices[free]  # [F]
-        if len(values) < size:
+        if (rest := len(values) - size) < 0:
             scored[row] = indices
-            items[row, : len(indices)] = np.sort(indices)
-            without = num_items - len(mine) - len(indices)
-            tied[row, len(indices) : size] = without > size - len(indices)
+            items[row, : len(indices)] = indices
+            without = scores.shape[1] - len(mine) - len(indices)
+            tied[row, len(indices) : size] = without > -rest
             continue
-        lowest = np.partition(values, len(values) - size)[len(values) - size]  # in the pool
-        best, edge = indices[values > lowest], np.sort(indices[values == lowest])
-        places = size - len(best)
-        if len(edge) > places:
+        lowest = np.partition(values, rest)[rest]  # in the pool
+        best, edge = indices[values > lowest], indices[values == lowest]
+        if len(best) + len(edge) > size:
             numbers = streams.take(np.array([row])).random_at(edge)[0]  # [E]
-            edge = edge[np.argsort(numbers)[:places]]
+            edge = edge[np.argsort(numbers)[: size - len(best)]]
             tied[row, len(best) : size] = True
-        items[row, :size] = np.r_[np.sort(best), np.sort(edge)]
+        items[row, : len(best)], items[row, len(best) : size] = best, edge
     return Pools(items, tied, scored)
 
 

@@ -51,17 +51,19 @@ class _Codes:
 
     def __init__(self) -> None:
         self._categories = pl.Categories.random()
-        self._held = [pl.Series(dtype=pl.Categorical(self._categories))]  # the numbers live as long as a series of them
+        self._held = pl.Series(dtype=pl.Categorical(self._categories))  # the numbers live as long as a series of them
+        self._known = 0
 
     def of(self, ids: pl.Series) -> NDArray[np.uint32]:
         """Return the numbers of ids: [n]."""
-        coded = ids.cast(pl.Categorical(self._categories))
-        self._held = [coded.head(1)]
-        return coded.to_physical().to_numpy()
+        codes = ids.cast(pl.Categorical(self._categories)).to_physical().to_numpy()
+        self._known = max(self._known, int(codes.max()) + 1 if len(codes) else 0)
+        return codes
 
     def ids(self) -> pl.Series:
         """Return the ids in the order of their numbers."""
-        return self._categories.to_series()
+        numbers = pl.Series(np.arange(self._known, dtype=np.uint32))
+        return numbers.cat.to(self._held.dtype).cast(pl.String)
 
 
 class TableBuilder:

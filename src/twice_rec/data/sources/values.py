@@ -71,7 +71,7 @@ def has_text(value: object) -> bool:
 
 def is_program(text: str) -> bool:
     """Return whether a text is a script or a style sheet of a page."""
-    return any(mark in text for mark in "({=") and bool(_PROGRAM.search(text))
+    return ("{" in text or "(" in text or "=" in text) and bool(_PROGRAM.search(text))
 
 
 def clean_price(price: object) -> str | None:
