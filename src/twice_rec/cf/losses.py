@@ -62,7 +62,7 @@ def sampled_softmax_loss(
 
 
 def sampled_loss(states: Tensor, targets: Tensor, negatives: Tensor, item_embedding: Tensor, beta: float) -> Tensor:
-    """Return the binary cross-entropy of the target against sampled negatives, averaged over all of them.
+    """Return the binary cross-entropy of the target and its n sampled negatives, their sum averaged over positions.
 
     With beta < 1 it is gBCE (Petrov and Macdonald, 2023): the target's probability is raised to the power beta, which
     undoes the overconfidence of sampling. beta = 1 is plain BCE. `negatives` is int64 [T, n]; see `softmax_loss`.
@@ -71,7 +71,7 @@ def sampled_loss(states: Tensor, targets: Tensor, negatives: Tensor, item_embedd
     positive = (states * F.embedding(targets, item_embedding)).sum(-1)  # [T]
     negative = (F.embedding(negatives, item_embedding) @ states[:, :, None]).squeeze(-1)  # [T, n]
     total = beta * F.softplus(-positive) + F.softplus(negative).sum(-1)  # [T]
-    return total.mean() / (1 + negatives.shape[1])
+    return total.mean()
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:

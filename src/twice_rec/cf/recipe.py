@@ -56,6 +56,12 @@ class SASRecTrainerConfig(Settings):
         None, f"sequences per step; null for as many as have about {POSITIONS:,} interactions to predict", ge=1
     )
     learning_rate: float = key(1e-3, "learning rate of Adam", gt=0)
+    adam_beta2: float = key(
+        0.98,
+        "how long Adam remembers squared gradients; with .999 gbce's first steps keep it a popularity counter",
+        gt=0,
+        lt=1,
+    )
     weight_decay: float = key(0.0, "weight decay of Adam", ge=0)
     bf16: bool = key(False, "compute in bfloat16; weights and optimizer stay in float32")
     lr_scheduler_type: Literal["constant", "cosine"] = key(

@@ -102,7 +102,8 @@ class SASRecTrainer:
         self.loss = trainer_config.loss
         if self.loss == "auto":
             self.loss = "softmax" if num_items <= SOFTMAX_ITEMS else "sampled_softmax"
-        self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=trainer_config.weight_decay, fused=True)
+        betas, decay = (0.9, trainer_config.adam_beta2), trainer_config.weight_decay
+        self.optimizer = torch.optim.Adam(self.model.parameters(), betas=betas, weight_decay=decay, fused=True)
         self.log: list[Validation] = []
         self.average = deepcopy(self.model).eval()
         self.best = deepcopy(self.average)
