@@ -12,6 +12,7 @@ from twice_rec.files import (
     read_json,
     read_jsonl,
     read_records,
+    scratch_folder,
     write_json,
     write_jsonl,
     write_records,
@@ -27,6 +28,16 @@ def test_atomic_write_replaces_whole(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_scratch_folder_is_empty_at_first_and_gone_at_last(tmp_path):
+    (tmp_path / ".scratch").mkdir()
+    (tmp_path / ".scratch" / "left by a killed process").touch()
+    with pytest.raises(RuntimeError), scratch_folder(tmp_path) as scratch:
+        assert list(scratch.iterdir()) == []
+        (scratch / "a").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

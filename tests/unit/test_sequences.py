@@ -1,5 +1,7 @@
 """Duplicates, order, limits and splits."""
 
+import logging
+
 import numpy as np
 import polars as pl
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 import prepared
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.filters import core, filtered, in_time_order, lines_of, long_enough, short_enough, without_repeats
-from twice_rec.data.sequences import SequenceConfig, leave_one_out, statistics, temporal, temporal_cuts
+from twice_rec.data.sequences import SequenceConfig, leave_one_out, log_figures, statistics, temporal, temporal_cuts
 from twice_rec.data.sources.base import Problems
 from twice_rec.data.sources.interactions import TableBuilder
 from twice_rec.errors import InputError
@@ -275,3 +277,11 @@ def test_targets_that_share_their_time_with_their_history_are_counted():
     ]
     figures = statistics(prepared.table_of(catalog, records), catalog)
     assert figures["targets_at_the_time_of_their_history"] == 2 / 12  # the first one's test, the second one's training
+
+
+@pytest.mark.parametrize(("tied", "said"), [(0.04, 0), (0.05, 1)])
+def test_many_targets_without_a_known_order_are_said_in_one_line(caplog, tied, said):
+    with caplog.at_level(logging.INFO, "prepare"):
+        log_figures({"users": 3, "targets_at_the_time_of_their_history": tied, "steps": ["no"]})
+    assert [record.levelname for record in caplog.records].count("WARNING") == said
+    assert "no" not in [record.getMessage() for record in caplog.records]

@@ -31,7 +31,7 @@ from twice_rec.records import Split
 
 Ints = NDArray[np.int64]
 
-_BATCH = 4096  # users whose lists are drawn together
+_BATCH = 1024  # users whose lists are drawn, and whose item-kNN scores are held, together
 _REPEATED = 40  # times the number of negatives, so many items are drawn before the rest is drawn exactly
 _EXACTLY, _EDGE, _FILL = 1, 2, 3  # further parts of a draw, each with streams of its own
 

@@ -101,13 +101,12 @@ class SequenceTable:
 
     def records(self, catalog: ItemCatalog) -> Iterator[UserSequence]:
         """Yield the sequences, without the texts of the reviews."""
-        points = (column.tolist() for column in (self.num_train, self.valid, self.test))
+        ids, points = catalog.ids, (column.tolist() for column in (self.num_train, self.valid, self.test))
         bounds = zip(self.user_ids, self.begins.tolist(), self.begins[1:].tolist(), *points, strict=False)
         for user_id, begin, end, num_train, valid, test in bounds:
             columns = zip(*(c[begin:end].tolist() for c in (self.item, self.timestamp, self.rating)), strict=True)
             interactions = tuple(
-                Interaction(catalog.ids[item - 1], time, None if rating != rating else rating)
-                for item, time, rating in columns
+                Interaction(ids[item - 1], time, None if rating != rating else rating) for item, time, rating in columns
             )
             yield UserSequence(
                 user_id, interactions, num_train, None if valid < 0 else valid, None if test < 0 else test

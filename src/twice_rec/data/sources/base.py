@@ -107,12 +107,9 @@ class Source(ABC):
     def _domains(self, usual: Sequence[str]) -> list[str]:
         """Return the domains whose files of these usual names are in the folder."""
         patterns = [re.escape(name).replace(r"\{domain\}", "(.+?)") for name in usual]  # the most special one first
-        fits = (next(filter(None, (re.fullmatch(p, path.name) for p in patterns)), None) for path in self._listed())
+        names = [path.name for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("meta_")]
+        fits = (next(filter(None, (re.fullmatch(pattern, name) for pattern in patterns)), None) for name in names)
         return sorted({fit[1] for fit in fits if fit})
-
-    def _listed(self) -> list[Path]:
-        """Return the files of the folder that could hold interactions."""
-        return [path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("meta_")]
 
     @property
     def files(self) -> list[Path]:
