@@ -81,6 +81,17 @@ def stored_kinds(path: Path, read_records: Callable[[], object]) -> list[str]:
         raise
 
 
+def require_kinds(path: Path, kinds: Sequence[str], read_records: Callable[[], object]) -> None:
+    """Raise an InputError if a file of candidates lacks a kind of lists."""
+    stored = stored_kinds(path, read_records)
+    for kind in kinds:
+        if kind not in stored:
+            raise InputError(
+                f"{path} has the lists {', '.join(stored)}, not {kind}; add it to candidate_lists in prepare.yaml and "
+                "run prepare.sh again, or leave it out of lists"
+            )
+
+
 def read_lists(
     path: Path, user_ids: Sequence[str], kinds: Sequence[str], catalog: ItemCatalog, read_records: Callable[[], object]
 ) -> dict[str, NDArray[np.int32]]:
@@ -89,13 +100,7 @@ def read_lists(
     Raises:
         InputError: if a kind is not stored, or a user has no lists.
     """
-    stored = stored_kinds(path, read_records)
-    for kind in kinds:
-        if kind not in stored:
-            raise InputError(
-                f"{path} has the lists {', '.join(stored)}, not {kind}; add it to candidate_lists in prepare.yaml and "
-                "run prepare.sh again, or leave it out of lists"
-            )
+    require_kinds(path, kinds, read_records)
     schema = {"user_id": pl.String, "lists": pl.Struct({kind: pl.List(pl.String) for kind in kinds})}
     try:
         rows = _scanned(path, schema)
