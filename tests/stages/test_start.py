@@ -322,6 +322,19 @@ def test_a_check_writes_no_results(prepared):
     assert not (prepared / "sasrec").exists()
 
 
+def test_sasrec_refuses_what_it_could_not_rank_or_export_before_it_trains(prepared, tmp_path, capsys):
+    assert run("prepare", prepared, None, "--candidate_lists", "uniform", "--overwrite", "true") == 0
+    (tmp_path / "file").touch()
+    for flags, line in (
+        (("--lists", "hard"), "has the lists uniform, not hard"),
+        (("--export_scores", str(tmp_path)), "where no file can be written"),
+        (("--export_scores", str(tmp_path / "file" / "scores.npz")), "where no file can be written"),
+    ):
+        assert run("sasrec", prepared, None, "--lists", "full", *flags) == 2
+        assert line in capsys.readouterr().err
+        assert not (prepared / "sasrec").exists()
+
+
 def test_a_check_of_finished_results_writes_nothing_either(prepared, tmp_path):
     flags = ("--epochs", "1", "--hidden_size", "16", "--baselines", "[]")
     assert run("sasrec", prepared, None, *flags) == 0

@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import event, given, settings
@@ -16,7 +17,7 @@ from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sources import amazon, lines
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
 from twice_rec.data.sources.base import SourceFormat
-from twice_rec.data.sources.blocks import clean_texts, strict_frame
+from twice_rec.data.sources.blocks import TextStore, clean_texts, strict_frame, text_frame
 from twice_rec.data.sources.interactions import _PLAIN_ITEM
 from twice_rec.data.sources.lines import _block
 from twice_rec.data.sources.values import clean_text, comes_back
@@ -177,6 +178,13 @@ def test_a_file_of_one_endless_line_is_not_held_in_memory(tmp_path, monkeypatch)
     source = Amazon2023(tmp_path, "D", metadata_required=False)
     assert len(source.interactions()) == 5
     assert source.problems.counts == {"line of more than 1,000 characters, skipped": 1}
+
+
+def test_texts_wait_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    (folder := tmp_path / "a[1]*").mkdir()
+    store = TextStore(folder)
+    store.add(text_frame([("tea", "good"), ("rice", "bad")]))
+    assert store.read(np.array([1, -1, 0])).rows() == [("rice", "bad"), ("", ""), ("tea", "good")]
 
 
 def prepare_recipe(**keys):

@@ -95,6 +95,7 @@ def test_gbce_raises_the_targets_probability_to_beta():
     assert gbce_beta(num_negatives=9, num_items=10, t=0.3) == pytest.approx(1.0)
     assert gbce_beta(num_negatives=1, num_items=101, t=0.0) == pytest.approx(1.0)
     assert gbce_beta(num_negatives=1, num_items=101, t=1.0) == pytest.approx(1 / 100)
+    assert gbce_beta(num_negatives=2048, num_items=10, t=0.75) == pytest.approx(1.0)  # there are only 9 others
     states, embedding = torch.tensor([[1.0]]), torch.tensor([[0.0], [2.0], [0.5]])
     loss = sampled_loss(states, torch.tensor([1]), torch.tensor([[2]]), embedding, beta=0.1)
     expected = -math.log((1 / (1 + math.exp(-2))) ** 0.1) - math.log(1 - 1 / (1 + math.exp(-0.5)))
@@ -112,6 +113,26 @@ def test_negatives_are_never_the_users_own(num_items):
     assert int(negatives.max()) <= num_items
     for row, own in zip(negatives, sequences, strict=True):
         assert not set(row.flatten().tolist()) & set(own.tolist())
+
+
+def test_what_item_dropout_leaves_out_is_no_negative(monkeypatch):
+    chosen = settings(loss="gbce", num_negatives=20, item_dropout=0.8)
+    training = trainer(shape(), chosen, [[1, 2]])
+    drawn = []
+
+    def seen(*given):
+        drawn.append(sample_negatives(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr("twice_rec.cf.losses.sample_negatives", seen)
+    training._backward(0, torch.arange(1, 25).repeat(8, 1))
+    assert set(drawn[0].flatten().tolist()) == set(range(25, 31))
+
+
+def test_a_long_sequence_of_repeats_leaves_negatives():
+    assert set(sample_negatives(torch.tensor([[1, 1, 2, 1, 1, 2]]), 50, 5, torch.Generator()).flatten().tolist()) == {
+        3, 4, 5,
+    }  # fmt: skip
 
 
 def test_no_negative_left_is_an_error():
@@ -245,6 +266,12 @@ def test_the_best_validation_is_kept_and_patience_ends():
     assert [one.epochs for one in training.log] == [0.75, 1.5, 2.25, 3.0, 3.75]
     assert training.best_validation.step == 6
     assert torch.equal(model.item_embedding.weight, weights[1])
+
+
+def test_patience_ends_a_training_that_finds_nothing():
+    training = trainer(shape(), settings(epochs=10, patience=2), chains(50), lambda model: 0.0)
+    training.run()
+    assert [one.step for one in training.log] == [3, 6, 9]
 
 
 def test_validations_are_an_epoch_apart_but_200_steps_at_least():

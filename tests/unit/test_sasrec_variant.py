@@ -1,6 +1,7 @@
 """SASRec as a recipe asks for it: files, what is held out, the search for settings, the signs of poor training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -47,6 +48,13 @@ def data(tmp_path_factory):
 def variant_of(data, **keys):
     recipe = SASRecRecipe(run_dir=str(data.folder.parent), domain="D", seed=3, **{**PLAIN, **keys})
     return SASRecVariant(recipe, data, "cpu", lambda figures: None)
+
+
+def test_data_is_read_from_a_folder_whose_name_looks_like_a_pattern(data, tmp_path):
+    other = PreparedData(shutil.copytree(data.folder, tmp_path / "a[1]*"))
+    assert other.training_histories().padded().tolist() == data.training_histories().padded().tolist()
+    shown = [one.questions("test", ["uniform"]).candidates["uniform"].tolist() for one in (other, data)]
+    assert shown[0] == shown[1]
 
 
 def test_a_training_leaves_a_calibrated_model_and_says_what_it_measured(data, tmp_path):

@@ -75,25 +75,35 @@ def sampled_loss(states: Tensor, targets: Tensor, negatives: Tensor, item_embedd
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
-    """Return gBCE's exponent alpha (t (1 - 1/alpha) + 1/alpha); alpha is the share of the other items sampled."""
-    alpha = num_negatives / (num_items - 1)
+    """Return gBCE's exponent alpha (t (1 - 1/alpha) + 1/alpha); alpha is the share of the other items sampled.
+
+    As many negatives as there are other items, or more, leave nothing to calibrate: alpha is at most 1, and so is beta.
+    """
+    alpha = min(1.0, num_negatives / (num_items - 1))
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
 
 
-def sample_negatives(sequences: Tensor, num_negatives: int, num_items: int, generator: torch.Generator) -> Tensor:
-    """Draw uniform items that do not occur in the same row: int64 [B, L] (0 is padding) -> int64 [B, L - 1, n].
+def sample_negatives(
+    sequences: Tensor, num_negatives: int, num_items: int, generator: torch.Generator, positions: int | None = None
+) -> Tensor:
+    """Draw uniform items that do not occur in the same row: int64 [B, L] (0 is padding) -> int64 [B, positions, n].
+
+    Args:
+        positions: per row that get negatives; None for L - 1.
 
     Raises:
         InputError: if a sequence holds the whole catalogue.
     """
     batch, length = sequences.shape
-    if int((sequences > 0).sum(1).max()) >= num_items:
+    positions = length - 1 if positions is None else positions
+    may_hold_all = sequences[(sequences > 0).sum(1) >= num_items]  # with repeats they need not
+    if any(len({*row} - {0}) >= num_items for row in may_hold_all.tolist()):
         raise InputError(f"a sequence holds all {num_items} items, which leaves no negative; use loss: softmax")
-    negatives = torch.randint(1, num_items + 1, (batch, (length - 1) * num_negatives), generator=generator)
+    negatives = torch.randint(1, num_items + 1, (batch, positions * num_negatives), generator=generator)
     # A small catalogue is looked up in a [B, N + 1] table of the user's own items, a large one compared item by item.
     own = torch.zeros(batch, num_items + 1, dtype=torch.bool).scatter_(1, sequences, True) if num_items < 4096 else None
     while True:
         clash = own.gather(1, negatives) if own is not None else (negatives[:, :, None] == sequences[:, None]).any(-1)
         if not (count := int(clash.sum())):
-            return negatives.view(batch, length - 1, num_negatives)
+            return negatives.view(batch, positions, num_negatives)
         negatives[clash] = torch.randint(1, num_items + 1, (count,), generator=generator)

@@ -48,7 +48,7 @@ class SASRecTrainerConfig(Settings):
         f"each position; gbce: the same, calibrated; auto: softmax to {SOFTMAX_ITEMS:,} items, sampled_softmax beyond",
     )
     num_negatives: int = key(
-        2048, "sampled_softmax: items per step; bce and gbce: items per position, never the user's own", ge=1
+        2048, "sampled_softmax: items per step; bce and gbce: items per position, none of the sequence's own", ge=1
     )
     gbce_t: float = key(0.75, "gbce: 0 is bce, 1 removes the overconfidence of sampling", ge=0, le=1)
     epochs: int = key(200, "largest number of epochs", ge=1)

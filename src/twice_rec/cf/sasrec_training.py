@@ -144,8 +144,12 @@ class SASRecTrainer:
                 yield torch.from_numpy(self.sequences[order[place : place + self.batch_size]].padded())
                 start += 1
 
-    def training_loss(self, sequences: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss of one batch of sequences, int64 [B, L]; each position predicts the next item."""
+    def training_loss(self, sequences: Tensor, generator: torch.Generator, whole: Tensor | None = None) -> Tensor:
+        """Return the loss of one batch of sequences, int64 [B, L]; each position predicts the next item.
+
+        Args:
+            whole: the same sequences before item dropout, whose items are no negatives either; None without it.
+        """
         inputs, following = sequences[:, :-1], sequences[:, 1:]  # [B, L - 1]
         real = following > 0  # [B, L - 1], T of them
         items, num_items = self.model.item_embedding.weight, self.model.num_items
@@ -158,7 +162,8 @@ class SASRecTrainer:
             shared = self._sampler.draw(count, generator)  # [n]
             log_probability = self._sampler.log_probability[shared - 1].to(items.device)  # [n]
             return losses.sampled_softmax_loss(states, targets, shared.to(items.device), log_probability, items)
-        negatives = losses.sample_negatives(sequences, count, num_items, generator)[real].to(items.device)  # [T, n]
+        own, length = sequences if whole is None else whole, following.shape[1]
+        negatives = losses.sample_negatives(own, count, num_items, generator, length)[real].to(items.device)  # [T, n]
         beta = losses.gbce_beta(count, num_items, self.config.gbce_t) if self.loss == "gbce" else 1.0
         return losses.sampled_loss(states, targets, negatives, items, beta)
 
@@ -181,7 +186,7 @@ class SASRecTrainer:
         patience, values = self.config.patience, [one.validation for one in self.log]
         if patience is None or len(values) <= patience:
             return False
-        return max(values[-patience:]) < (1 + GAIN) * max(values[:-patience])
+        return max(values[-patience:]) <= (1 + GAIN) * max(values[:-patience])  # both may be 0
 
     def _until_validation(self) -> Validation:
         """Train to the next validation, measure, and keep what is needed to go on from there."""
@@ -214,14 +219,16 @@ class SASRecTrainer:
         Each process takes its part of the rows; the gradients are summed, so several do what one would do.
         """
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "negatives of SASRec", step))
+        whole = sequences
         if self.config.item_dropout:
             sequences = self._without_some_items(sequences, generator)
-        own = sequences[self._processes.process_index :: self._processes.num_processes]  # [b, L]
+        rows = slice(self._processes.process_index, None, self._processes.num_processes)
+        own = sequences[rows]  # [b, L]
         positions, of_all = (int((rows[:, 1:] > 0).sum()) for rows in (own, sequences))
         loss = torch.zeros((), device=self.device)
         if positions:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-                loss = self.training_loss(own, generator) * (positions / of_all)
+                loss = self.training_loss(own, generator, whole[rows]) * (positions / of_all)
             loss.backward()
         if self._processes.num_processes > 1:
             for parameter in self.model.parameters():

@@ -5,10 +5,12 @@ A file that cannot be read this way is read again record by record, which names 
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -52,7 +54,7 @@ def read_interactions(path: Path, catalog: ItemCatalog, read_records: Callable[[
         read_records: reads the file record by record, and raises an InputError if one is wrong.
     """
     try:
-        rows = pl.scan_ndjson(path, schema=_SEQUENCE, low_memory=True).collect(engine="streaming")
+        rows = _scanned(path, _SEQUENCE)
         required = rows.select("user_id", "interactions", "num_train")
         lengths = rows["interactions"].list.len().cast(pl.Int64).to_numpy()  # [users]
         codes = _codes(rows["interactions"].explode(empty_as_null=False).struct.field("item_id"), catalog)  # [T]
@@ -79,6 +81,17 @@ def stored_kinds(path: Path, read_records: Callable[[], object]) -> list[str]:
         raise
 
 
+def require_kinds(path: Path, kinds: Sequence[str], read_records: Callable[[], object]) -> None:
+    """Raise an InputError if a file of candidates lacks a kind of lists."""
+    stored = stored_kinds(path, read_records)
+    for kind in kinds:
+        if kind not in stored:
+            raise InputError(
+                f"{path} has the lists {', '.join(stored)}, not {kind}; add it to candidate_lists in prepare.yaml and "
+                "run prepare.sh again, or leave it out of lists"
+            )
+
+
 def read_lists(
     path: Path, user_ids: Sequence[str], kinds: Sequence[str], catalog: ItemCatalog, read_records: Callable[[], object]
 ) -> dict[str, NDArray[np.int32]]:
@@ -87,16 +100,10 @@ def read_lists(
     Raises:
         InputError: if a kind is not stored, or a user has no lists.
     """
-    stored = stored_kinds(path, read_records)
-    for kind in kinds:
-        if kind not in stored:
-            raise InputError(
-                f"{path} has the lists {', '.join(stored)}, not {kind}; add it to candidate_lists in prepare.yaml and "
-                "run prepare.sh again, or leave it out of lists"
-            )
+    require_kinds(path, kinds, read_records)
     schema = {"user_id": pl.String, "lists": pl.Struct({kind: pl.List(pl.String) for kind in kinds})}
     try:
-        rows = pl.scan_ndjson(path, schema=schema, low_memory=True).collect(engine="streaming")
+        rows = _scanned(path, schema)
         lists = {kind: rows["lists"].struct.field(kind) for kind in kinds}
         found = {kind: _codes(of.explode(empty_as_null=False), catalog) for kind, of in lists.items()}  # [users * C]
         sizes = {kind: of.list.len().unique().to_list() for kind, of in lists.items()}
@@ -111,6 +118,12 @@ def read_lists(
         raise InputError(f"{path}: user {missing} has no stored candidates; run prepare.sh again")
     positions = np.array([row_of[user_id] for user_id in user_ids], dtype=np.int64)
     return {kind: found[kind].reshape(len(rows), -1)[positions] for kind in kinds}
+
+
+def _scanned(path: Path, schema: Mapping[str, Any]) -> pl.DataFrame:
+    """Return some keys of a file's records as columns; a PolarsError if it does not fit."""
+    one = glob.escape(str(path))  # polars would take the name for a pattern
+    return pl.scan_ndjson(one, schema=schema, low_memory=True).collect(engine="streaming")
 
 
 def _codes(item_ids: pl.Series, catalog: ItemCatalog) -> NDArray[np.int32]:

@@ -109,6 +109,10 @@ class PreparedData:
         """Return the names of the lists that are stored for a split."""
         return arrays.stored_kinds(self.folder / candidates_file(split), lambda: self.candidates(split))
 
+    def require_lists(self, split: Split, kinds: Sequence[str]) -> None:
+        """Raise an InputError if a kind of lists is not stored for a split; `questions` does so too, but reads all."""
+        arrays.require_kinds(self.folder / candidates_file(split), kinds, lambda: self.candidates(split))
+
     @cached_property
     def _interactions(self) -> arrays.InteractionArrays:
         return arrays.read_interactions(self.folder / SEQUENCES, self.catalog, lambda: self.sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import zipfile
@@ -84,12 +85,15 @@ def export_scores(recipe: SASRecRecipe, scorer: CFScorer, data: PreparedData) ->
 
 
 def require_space(recipe: SASRecRecipe, data: PreparedData) -> None:
-    """Raise an InputError if the recipe's export of scores would not fit on its disk."""
+    """Raise an InputError if the recipe's export of scores cannot be a file, or would not fit on its disk."""
     if recipe.export_scores is None:
         return
+    path = Path(recipe.export_scores).absolute()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"export_scores is {recipe.export_scores!r}, where no file can be written; name an .npz file")
     num_users, num_items, top = len(data.training_histories()), len(data.catalog), recipe.export_top
     needed = 2 * num_users * (8 * min(top, num_items) if top else 4 * num_items)
-    folder = next(parent for parent in Path(recipe.export_scores).absolute().parents if parent.exists())
     if needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
             f"export_scores: the scores of {num_users:,} users and {num_items:,} items take {needed / 1e9:,.1f} GB "

@@ -51,9 +51,10 @@ def _train_and_compare(recipe: SASRecRecipe, inputs: list[Path]) -> None:
         seeds = range(recipe.seed, recipe.seed + recipe.num_seeds)
         folders = [run.path if seed == recipe.seed else run.path / f"seed-{seed}" for seed in seeds]
         models = [folder / "model.safetensors" for folder in folders]
+        require_space(recipe, data)
         if not run.is_finished():
             require_memory(recipe.baselines, data.training_histories(), len(data.catalog))
-            require_space(recipe, data)
+            data.require_lists("test", [kind for kind in recipe.lists if kind != "full"])
             run.begin()
             with wandb_run(recipe) as log:
                 figures = SASRecVariant(recipe, data, device, log).train(dict(zip(seeds, folders, strict=True)))

@@ -105,7 +105,7 @@ class TextStore:
         for number in progress(range(len(self._begins) - 1), desc="reading reviews", unit="file"):
             wanted = ordered[bounds[number] : bounds[number + 1]] - self._begins[number]
             if len(wanted):
-                part = pl.read_parquet(self._path(number))[wanted]
+                part = pl.read_parquet(self._path(number), glob=False)[wanted]
                 found.append(part.select(clean_texts(part["title"]), clean_texts(part["text"])))
         places = np.empty(len(order), dtype=np.int64)
         places[order] = np.arange(len(order))
