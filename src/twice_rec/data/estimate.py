@@ -6,8 +6,8 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sources.base import Source
 from twice_rec.data.sources.lines import beginning
 from twice_rec.errors import InputError
@@ -22,15 +22,6 @@ _ID = 15  # bytes of an item id with its quotes, in a list of candidates
 _SAFETY = 1.1
 
 
-class Sizes(Protocol):
-    """The settings that decide how much is written."""
-
-    k_core: int
-    min_history: int
-    num_candidates: int
-    candidate_lists: list[str]
-
-
 @dataclass(frozen=True)
 class Estimate:
     """What is needed for the interactions of some files."""
@@ -40,7 +31,7 @@ class Estimate:
     disk: float
 
 
-def estimate(source: Source, config: Sizes) -> Estimate:
+def estimate(source: Source, config: PrepareRecipe) -> Estimate:
     """Estimate from the beginnings of the files of interactions; InputError if one cannot be read."""
     rows, size = 0.0, 0.0
     for path in source.interaction_files:
@@ -54,7 +45,7 @@ def estimate(source: Source, config: Sizes) -> Estimate:
     return Estimate(round(rows), _MEMORY + _MEMORY_PER_ROW * rows, disk)
 
 
-def check_room(source: Source, config: Sizes, folder: Path) -> None:
+def check_room(source: Source, config: PrepareRecipe, folder: Path) -> None:
     """Log the estimate for results below `folder`; InputError if its disk is too small."""
     if not source.interaction_files:
         return  # they are made first
