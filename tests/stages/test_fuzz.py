@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ from hypothesis import strategies as st
 
 from servers import moods
 from servers.fault_server import good
-from stages import odd_inputs
+from stages import child, odd_inputs
 from stages.pipeline import ROOT, STAGES, words
 from twice_rec import prompts
 from twice_rec.answer_format import parse
@@ -421,45 +420,24 @@ def test_apis(finished, tmp_path, monkeypatch, api, told, keys):
 # Kills
 
 OWN = {"prepare": "data", "evaluate": "eval", "sasrec": "sasrec"}  # folder that a stage makes, if not of its name
-WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "shutil.rmtree"}
 TELLING = {
     "training_args.bin", "trainer_state.json", "train_results.json", "all_results.json", "adapter_config.json",
     "README.md", "log.jsonl", "index.html", "results.json",
 }  # fmt: skip
-LAST = "operations"  # a file: how many operations a whole run takes
 
 
 def start(stage, run_dir, base, kill_at=None):
     """Run a stage in a child of this process, which ends before it does that operation on files; returns its id."""
     (run_dir.parent / "output").touch()
+    given = [STAGES[stage][0], words(stage, run_dir, base, *SMALL.get(stage, ())), str(run_dir), kill_at]
+    if stage == "prepare":  # polars has threads, which are not there after a fork
+        script = "import json, sys; from stages.child import be; be(*json.loads(sys.argv[1]))"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))}
+        return os.posix_spawn(sys.executable, [sys.executable, "-c", script, json.dumps(given)], environment)
     if pid := os.fork():
         return pid
-    status = 99
-    try:
-        output, done = os.open(run_dir.parent / "output", os.O_WRONLY | os.O_TRUNC), 0
-        os.dup2(output, 1), os.dup2(output, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-
-        def see(name, arguments):
-            nonlocal done
-            writes = name in WRITING or (
-                name == "open" and (arguments[1] or "w") not in ("r", "rb") and arguments[2] & 3
-            )
-            if writes and str(arguments[0]).startswith(str(run_dir)):
-                done += 1
-                if done == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        torch.set_num_threads(1)
-        sys.addaudithook(see)
-        status = importlib.import_module(STAGES[stage][0]).main(words(stage, run_dir, base, *SMALL.get(stage, ())))
-        sys.stderr.flush()
-        if kill_at is None:
-            (run_dir.parent / LAST).write_text(str(done))
-    except BaseException:  # noqa: BLE001 - a child must not go on with pytest
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    torch.set_num_threads(1)
+    return child.be(*given)
 
 
 def begin_again(whole, stage, parent):
@@ -479,7 +457,7 @@ def undisturbed(whole, base, stage):
         run_dir, started = begin_again(whole, stage, Path(name)), time.monotonic()
         _, status = os.waitpid(start(stage, run_dir, base), 0)
         assert status == 0, (run_dir.parent / "output").read_text()
-        return comparable(run_dir), time.monotonic() - started, int((run_dir.parent / LAST).read_text())
+        return comparable(run_dir), time.monotonic() - started, int((run_dir.parent / child.LAST).read_text())
 
 
 def comparable(run_dir):

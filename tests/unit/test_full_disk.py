@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,15 @@ def python_writes(recipe):
     FULL.write_text("x" * 100_000)
 
 
+def polars_writes_lines(recipe):
+    with open(FULL, "wb") as out:
+        pl.DataFrame({"a": ["x" * 1000] * 1000}).write_ndjson(out)
+
+
+def polars_writes_parquet(recipe):
+    pl.DataFrame({"a": ["x" * 1000] * 1000}).write_parquet(FULL)
+
+
 def raises(error, cause=None):
     def body(recipe):
         raise error from cause
@@ -37,6 +47,8 @@ def raises(error, cause=None):
 LIBRARIES = {
     "torch": torch_writes,
     "python": python_writes,
+    "polars, lines": polars_writes_lines,
+    "polars, parquet": polars_writes_parquet,
     "torch, in words": raises(RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/3\nmore")),
     "safetensors": raises(SafetensorError("Error while serializing: I/O error: No space left (os error 28)")),
     "tokenizers": raises(Exception("No space left on device (os error 28)")),

@@ -16,6 +16,7 @@ from twice_rec.cf.sasrec_training import SASRecTrainer
 from twice_rec.cf.sasrec_variant import STATE, TUNING, SASRecVariant
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
+from twice_rec.errors import InputError
 from twice_rec.files import write_records
 from twice_rec.records import SPLITS, CandidateLists, Interaction, Item, UserSequence
 
@@ -103,9 +104,16 @@ def test_tune_takes_what_is_best_on_validation_and_goes_on_after_a_kill(data, tm
 
 
 def test_tune_ends_with_its_time(data, tmp_path, caplog):
-    variant = variant_of(data, tune=True, tune_minutes=1e-9)
+    variant = variant_of(data, tune=True, tune_minutes=1e-4)
     assert variant.tuned(tmp_path).values_of(SASRecRecipe) == variant._recipe.values_of(SASRecRecipe)
     assert "tune_minutes are over: 3 of 4 settings were not tried" in caplog.text
+    variant.tuned(tmp_path)  # as after a kill later on
+    assert len((tmp_path / TUNING).read_text().splitlines()) == 1
+
+
+def test_tune_needs_heads_that_divide_what_it_tries(data):
+    with pytest.raises(InputError, match="tune tries hidden_size 128, which does not divide by num_heads 3"):
+        variant_of(data, tune=True, hidden_size=48, num_heads=3)
 
 
 def test_signs_of_poor_training_are_logged_and_told_again_in_stage_3(data, tmp_path, caplog):

@@ -234,6 +234,10 @@ def test_temporal_needs_times_that_differ():
         temporal_cuts(np.array([1, 7, 7, 7, 7]), 0.2, 0.2)
 
 
+def test_a_tiny_temporal_share_has_the_last_interaction():
+    assert temporal_cuts(np.arange(1, 11), 0.2, 1e-17) == (9, 10)
+
+
 def test_items_without_title_are_dropped_or_kept_by_id():
     given_rows = [(u, i, t) for u in "uv" for t, i in enumerate("ABCD", 1)]
     source = MemorySource(given_rows, titles={"A", "B", "C"})

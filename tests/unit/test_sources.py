@@ -431,11 +431,12 @@ class TestAmazon5Core:
     def test_damaged_rows_are_counted(self, tmp_path, monkeypatch, few):
         monkeypatch.setattr(amazon_module, "_FEW_LINES", few)
         odd = ["U0,B1", "U0,B1,4.0,soon", "", ",B1,4.0,1000", "U0,B1,9,1000", 'U0,"B1",3.0,2000', "U0,B1,4.0,1,x"]
+        odd += ["U0,B\r1,4.0,1000", "U0,B1,4.0," + "7" * 200_000]
         self.write(tmp_path, lambda rows: [*rows[:5], *(line.split(",") for line in odd), *rows[5:]])
         source = Amazon5Core(tmp_path, "D")
         assert len(source.interactions()) == 60 + 3 * 2
         assert source.problems.counts == {
-            "row with another number of columns than the header": 6,
+            "row with another number of columns than the header": 12,
             "review whose timestamp is not a time": 3,
             "review without user_id": 3,
             "review with a rating that is not 1 to 5, kept without": 3,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from twice_rec.cf.ranking import CFQuestions, Data, mean_metrics
 from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.cf.sasrec_training import SASRecTrainer
+from twice_rec.errors import InputError
 from twice_rec.files import read_jsonl, write_jsonl
 from twice_rec.run import IS_MAIN
 
@@ -38,9 +38,18 @@ class SASRecVariant:
 
     Args:
         log: is told loss and validation after each validation of a training.
+
+    Raises:
+        InputError: if the search has a width that the recipe's heads do not divide, or if a split has no target.
     """
 
     def __init__(self, recipe: SASRecRecipe, data: Data, device: str, log: Callable[[dict[str, float]], None]):
+        widths = [changed.get("hidden_size", recipe.hidden_size) for changed in SEARCH]
+        if recipe.tune and (wrong := next((width for width in widths if width % recipe.num_heads), None)):
+            raise InputError(
+                f"tune tries hidden_size {wrong}, which does not divide by num_heads {recipe.num_heads}; choose "
+                "another num_heads, or set tune to false"
+            )
         self._recipe, self._data, self._device, self._log = recipe, data, device, log
         self._held_out = HeldOut(recipe.held_out_prompts, recipe.seed)
         self._histories = without_prompted(data.training_histories(), self._held_out)
@@ -94,10 +103,11 @@ class SASRecVariant:
 
         Each is trained as the recipe says, with its seed. After `tune_minutes` no further one is begun.
         """
-        path, began = folder / TUNING, time.perf_counter()
+        path = folder / TUNING
         tried = [row for _, row in read_jsonl(path)] if path.exists() else []
         for number, changed in enumerate(SEARCH[len(tried) :], start=len(tried)):
-            (is_over,) = broadcast_object_list([(time.perf_counter() - began) / 60 > self._recipe.tune_minutes])
+            took = sum(row["seconds"] for row in tried)  # also before a kill, so that one does not prolong the search
+            (is_over,) = broadcast_object_list([took / 60 > self._recipe.tune_minutes])
             if tried and is_over:
                 logger.warning(
                     "tune_minutes are over: %d of %d settings were not tried", len(SEARCH) - number, len(SEARCH)
@@ -105,7 +115,8 @@ class SASRecVariant:
                 break
             trainer = self._trainer(self._recipe.model_copy(update=changed), self._recipe.seed, folder / STATE)
             trainer.run()
-            tried.append({"settings": changed, "validation": trainer.best_validation.validation})
+            seconds = sum(one.seconds for one in trainer.log)
+            tried.append({"settings": changed, "validation": trainer.best_validation.validation, "seconds": seconds})
             if IS_MAIN:
                 write_jsonl(path, tried)
                 (folder / STATE).unlink(missing_ok=True)

@@ -6,29 +6,20 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sources.base import Source
 from twice_rec.data.sources.lines import beginning
 from twice_rec.errors import InputError
 
 logger = logging.getLogger("prepare")
 
-# Measured on generated raw files of 1, 4 and 16 million reviews (benchmarks/prepare.py).
+# Measured on generated raw files of 1 and 4 million reviews (benchmarks/prepare.py), a little more than they took.
 _MEMORY, _MEMORY_PER_ROW = 0.4e9, 230.0  # bytes
 _SCRATCH = 0.25  # bytes of texts on the way per byte of reviews
 _KEPT = 0.35  # share of the interactions that a k-core of 5 or more leaves at most, on Amazon's domains
 _ID = 15  # bytes of an item id with its quotes, in a list of candidates
 _SAFETY = 1.1
-
-
-class Sizes(Protocol):
-    """The settings that decide how much is written."""
-
-    k_core: int
-    min_history: int
-    num_candidates: int
-    candidate_lists: list[str]
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Estimate:
     disk: float
 
 
-def estimate(source: Source, config: Sizes) -> Estimate:
+def estimate(source: Source, config: PrepareRecipe) -> Estimate:
     """Estimate from the beginnings of the files of interactions; InputError if one cannot be read."""
     rows, size = 0.0, 0.0
     for path in source.interaction_files:
@@ -54,7 +45,7 @@ def estimate(source: Source, config: Sizes) -> Estimate:
     return Estimate(round(rows), _MEMORY + _MEMORY_PER_ROW * rows, disk)
 
 
-def check_room(source: Source, config: Sizes, folder: Path) -> None:
+def check_room(source: Source, config: PrepareRecipe, folder: Path) -> None:
     """Log the estimate for results below `folder`; InputError if its disk is too small."""
     if not source.interaction_files:
         return  # they are made first

@@ -184,8 +184,10 @@ def temporal_cuts(timestamps: NDArray[np.int64], valid_share: float, test_share:
     if not timestamps.any():
         raise InputError("split temporal needs times, and this source has none; use split: leave_one_out")
     ordered = np.sort(timestamps)
-    valid_from = int(ordered[int(len(ordered) * (1 - valid_share - test_share))])
-    test_from = int(ordered[int(len(ordered) * (1 - test_share))])
+    valid_from, test_from = (
+        int(ordered[min(int(len(ordered) * before), len(ordered) - 1)])  # a tiny share has one interaction
+        for before in (1 - valid_share - test_share, 1 - test_share)
+    )
     if not ordered[0] < valid_from < test_from:
         raise InputError(
             f"the temporal cuts fall on the same moment ({valid_from} and {test_from} ms, the first "

@@ -86,7 +86,7 @@ class Amazon5Core(Amazon2023, name="amazon2023_5core"):
             yield from super()._objects(reader, lines, problems)
             return
         for line, text in lines:
-            values = next(csv.reader([text]), [])
+            values = _values(text)
             if line == 0:
                 self._columns = self._header(reader.path, values)
             elif len(values) != len(self._columns):
@@ -105,6 +105,14 @@ class Amazon5Core(Amazon2023, name="amazon2023_5core"):
             f"{path}, line 1: not the header of a published 5-core: {header[:6]!r:.300}; expected the columns "
             f"{', '.join(required)} once each, separated by commas"
         )
+
+
+def _values(text: str) -> list[str]:
+    """Return the values of a row; none if it cannot be read as one, such as for a carriage return within."""
+    try:
+        return next(csv.reader([text]), [])
+    except csv.Error:
+        return []
 
 
 def _lines_of_the_same(table: InteractionTable, raw: InteractionTable) -> NDArray[np.int64]:
