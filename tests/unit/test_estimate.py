@@ -170,6 +170,15 @@ def test_a_shape_comes_from_this_machine_or_the_file_that_names_the_model():
         read_shape("some/model", GEMMA)
 
 
+@pytest.mark.parametrize(
+    "content", ["[1]", "{}", '{"model_type": "none"}', '{"model_type": "gemma3_text", "head_dim": "x"}']
+)
+def test_a_shape_that_is_none_is_told(content, tmp_path):
+    (path := tmp_path / "shape.json").write_text(content)
+    with pytest.raises(InputError, match=r"shape.json, which is no config.json of a language model"):
+        read_shape(None, EstimateConfig(model_shape=str(path)))
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_dry_run_of_every_recipe_prints_and_writes_nothing(path, tmp_path, capsys, monkeypatch):
     stage = path.stem.split("_")[0]
@@ -216,6 +225,7 @@ def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypa
         ("gpus_4", "", "4, a GPU each, on 1 machines; ZeRO stage 0"),
         ("two_nodes", "--machine_rank 1", "8, a GPU each, on 2 machines; ZeRO stage 0"),
         ("zero3", "--num_processes 6", "6, a GPU each, on 1 machines; ZeRO stage 3"),
+        ("zero3", "--num_processes=6", "6, a GPU each, on 1 machines; ZeRO stage 3"),
     ):
         monkeypatch.setenv("ACCELERATE_CONFIG", f"recipes/accelerate_configs/{config}.yaml")
         monkeypatch.setenv("ACCELERATE_FLAGS", flags)
@@ -225,9 +235,14 @@ def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypa
         assert re.search(
             rf"^accelerate launch --quiet --config_file \S+{config}.yaml {flags} ?-m twice_rec", shown, re.M
         )
-    monkeypatch.setenv("ACCELERATE_CONFIG", str(tmp_path / "none.yaml"))
-    assert stage2_sft.main(["recipes/grocery/sft.yaml", "--dry_run"]) == 2
-    assert "ACCELERATE_CONFIG is" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_FLAGS", "")
+    for content in (None, "", "[1]", "num_processes: auto", "num_processes: -1", "deepspeed_config: 3"):
+        path = tmp_path / "odd.yaml"
+        if content is not None:
+            path.write_text(content)
+        monkeypatch.setenv("ACCELERATE_CONFIG", str(path))
+        assert stage2_sft.main(["recipes/grocery/sft.yaml", "--dry_run"]) == 2
+        assert "ACCELERATE_CONFIG is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -347,6 +362,11 @@ def test_the_cost_of_a_prepared_run_has_its_own_counts(prepared, tmp_path, capsy
         (["recipes/amazon/cost.yaml", "--domain", "Music"], "nothing is known of domain Music: prepare it first"),
         (["recipes/amazon/none.yaml"], "none.yaml: no such recipe"),
         (["recipes/amazon/cost.yaml", "--users_share", "2"], "--users_share"),
+        (["recipes/amazon/cost.yaml", "--domains", "{X: {users: 5}}"], "domains has users of X; give some of reviews"),
+        (["recipes/amazon/cost.yaml", "--domains", "{X: {user: 5}}"], "domains has user of X; give some of reviews"),
+        (["recipes/amazon/cost.yaml", "--domains", "{X: {users: 0, items: 3}}"], "domains has 0 users of X"),
+        (["recipes/amazon/cost.yaml", "--row_tokens", "{direct: [1, 2]}"], "row_tokens of item_info is []"),
+        (["recipes/amazon/cost.yaml", "--annotation_tokens", "1", "2", "3"], "annotation_tokens is [1.0, 2.0, 3.0]"),
     ],
 )
 def test_what_cost_cannot_use_is_told_in_one_line(words, line, capsys):

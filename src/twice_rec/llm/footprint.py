@@ -57,15 +57,23 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
         InputError: if neither has it.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     if name is not None:
         with contextlib.suppress(OSError, ValueError):
             return Shape.of(transformers.AutoConfig.from_pretrained(name, local_files_only=True))
     if config.model_shape is not None:
         values = read_json(Path(config.model_shape))
-        stands_for = values.pop("_name_or_path", None)
-        if name is None or stands_for == str(name):
-            return Shape.of(transformers.AutoConfig.for_model(values.pop("model_type"), **values))
+        try:
+            stands_for = values.pop("_name_or_path", None)
+            if name is None or stands_for == str(name):
+                return Shape.of(transformers.AutoConfig.for_model(values.pop("model_type"), **values))
+        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            raise InputError(
+                f"model_shape is {config.model_shape}, which is no config.json of a language model ({fault}); "
+                "recipes/shapes has some"
+            ) from None
     raise InputError(
         f"the config.json of {name or 'the stage-2 model'} is not on this machine, and model_shape is "
         f"{config.model_shape}; fetch the model first, or set model_shape to a file like it that names it as "

@@ -22,7 +22,7 @@ from twice_rec.llm.flops import Work
 from twice_rec.llm.footprint import gpu_hours, read_shape
 from twice_rec.markdown import markdown_table
 from twice_rec.rationales.recipe import RationalesRecipe
-from twice_rec.recipe import Recipe, key
+from twice_rec.recipe import Recipe, key, required, rule
 from twice_rec.recipe_reader import describe_keys, load_recipe
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Lengths, Population
@@ -30,6 +30,7 @@ from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.stages.plan import hours_of
 
 ALL = "all"
+COUNTS = ("reviews", "products", "users", "items")
 QUANTITIES = ("tokens", "FLOPs", "GPU-hours", "CPU-hours", "API cost", "disk, GB")
 COLUMNS = {  # of the table of domains -> stage and quantity
     "users": ("prepare", "users"), "items": ("prepare", "items"), "stage 1, USD": ("rationales", "API cost"),
@@ -51,11 +52,33 @@ class CostRecipe(Recipe):
         {}, "domain -> reviews and products of the raw files, users and items; what is not published is left out"
     )
     users_share: float = key(1.0, "share of these users that prepare.yaml keeps", gt=0, le=1)
-    row_tokens: dict[str, list[float]] = key({}, "task -> mean tokens of prompt and completion")
-    annotation_tokens: list[float] = key([], "mean tokens of prompt and completion of stage 1")
+    row_tokens: dict[str, list[float]] = required("task -> mean tokens of prompt and completion")
+    annotation_tokens: list[float] = required("mean tokens of prompt and completion of stage 1")
     sasrec_epochs: float = key(30.0, "epochs after which patience ends SASRec's training; Grocery's", gt=0)
     sasrec_users_per_second: float = key(1370.0, "users of an epoch of SASRec per second and thread", gt=0)
     evaluation_tokens_per_second: float = key(1000.0, "tokens that stage 4 writes per second and GPU", gt=0)
+
+    @rule
+    def domains_have_counts(self) -> str | None:
+        """Published counts are above 0, and whoever counts users counts items."""
+        for domain, counts in self.domains.items():
+            if not counts.keys() <= set(COUNTS) or ("users" in counts) != ("items" in counts):
+                return (
+                    f"domains has {', '.join(counts)} of {domain}; give some of {', '.join(COUNTS)}: both last or none"
+                )
+            if wrong := next((name for name, count in counts.items() if count < 1), None):
+                return f"domains has {counts[wrong]:g} {wrong} of {domain}; a count is at least 1, or is left out"
+        return None
+
+    @rule
+    def tokens_are_pairs(self) -> str | None:
+        """Each task, and stage 1, has the tokens of a prompt and of a completion."""
+        pairs = {"annotation_tokens": self.annotation_tokens}
+        pairs |= {f"row_tokens of {task}": self.row_tokens.get(task, []) for task in of_sft.TASKS}
+        for name, pair in pairs.items():
+            if len(pair) != 2 or min(pair) <= 0:
+                return f"{name} is {pair}; give two numbers above 0, the tokens of a prompt and of a completion"
+        return None
 
 
 def cost(words: Sequence[str]) -> None:
@@ -91,7 +114,7 @@ def stages_of(recipe: CostRecipe, folder: Path, domain: str) -> tuple[Stages, li
         about = f"{there.users:,} users, {there.items:,} items and their prompts as {data} has them; tokens by {how}."
     elif "users" in known:
         lengths = {task: np.array([pair]) for task, pair in recipe.row_tokens.items()}
-        users = round(known["users"] * recipe.users_share)
+        users = max(1, round(known["users"] * recipe.users_share))
         there = Population(users, users, round(known["items"]))
         about = f"Assumed: {users:,} users ({recipe.users_share:.0%} of {known['users']:,.0f}), {there.items:,} items, "
         about += f"row_tokens {recipe.row_tokens}."

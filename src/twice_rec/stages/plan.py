@@ -93,14 +93,21 @@ def _launch(stage: str) -> tuple[int, int, int, str]:
     if not path:
         return 1, 1, 0, f"python {run}"
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"ACCELERATE_CONFIG is {path}, which cannot be read: {error}") from None
-    values |= {flag.removeprefix("--"): value for flag, value in itertools.pairwise(flags)}
-    processes = int(values.get("num_processes") or torch.cuda.device_count() or 1)
-    zero = values.get("deepspeed_config", {}).get("zero_stage", 0)
+        values = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        words = [word for flag in flags for word in flag.split("=", 1)]
+        values |= {flag.removeprefix("--"): value for flag, value in itertools.pairwise(words)}
+        processes = int(values.get("num_processes") or torch.cuda.device_count() or 1)
+        machines = int(values.get("num_machines") or 1)
+        zero = int((values.get("deepspeed_config") or {}).get("zero_stage", 0))
+        if processes < 1 or machines < 1:
+            raise ValueError(f"{processes} processes on {machines} machines")
+    except (OSError, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"ACCELERATE_CONFIG is {path}, with ACCELERATE_FLAGS {' '.join(flags) or 'empty'}, which cannot be read as "
+            f"a configuration of accelerate: {error}; recipes/accelerate_configs has some"
+        ) from None
     command = " ".join(["accelerate launch --quiet --config_file", path, *flags, run])
-    return processes, int(values.get("num_machines") or 1), zero, command
+    return processes, machines, zero, command
 
 
 def _model(recipe: Training) -> str | None:
