@@ -98,8 +98,12 @@ def test_adapters_and_merged_models_are_there(finished):
         assert (run_dir / name / "merged" / "tokenizer.json").exists()
         assert (run_dir / name / "train_results.json").exists()
     models = [base, run_dir / "sft" / "merged", run_dir / "grpo" / "merged"]
-    for before, after in itertools.pairwise(load_file(folder / "model.safetensors") for folder in models):
-        assert any((before[name] != after[name]).any() for name in before)
+    steps = json.loads((run_dir / "grpo" / "trainer_state.json").read_text())["log_history"]
+    # This hardly trained model may earn the same reward everywhere, and then there is nothing to learn in stage 3.
+    learns = [True, any(step.get("grad_norm", 0) > 0 for step in steps)]
+    pairs = itertools.pairwise(load_file(folder / "model.safetensors") for folder in models)
+    for learned, (before, after) in zip(learns, pairs, strict=True):
+        assert any((before[name] != after[name]).any() for name in before) == learned
 
 
 def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):

@@ -454,6 +454,9 @@ class TestAmazon5Core:
         self.write(tmp_path)
         with pytest.raises(InputError, match=r"looked for Tea.train.csv; the folder has the domain D$"):
             Amazon5Core(tmp_path, "Tea")
+        (tmp_path / "D.valid.csv").write_text("user_id,parent_asin,rating,timestamp\n")
+        with pytest.raises(InputError, match=r"D.valid.csv: no record fits the Amazon Reviews 2023 5-core schema"):
+            Amazon5Core(tmp_path, "D").interactions()
         (tmp_path / "D.valid.csv").write_text("user,item\n1,2\n")
         with pytest.raises(InputError, match=r"D.valid.csv, line 1: not the header of a published 5-core.*expected"):
             Amazon5Core(tmp_path, "D").interactions()

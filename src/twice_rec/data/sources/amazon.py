@@ -73,10 +73,10 @@ class Amazon2023(Source, name="amazon2023"):
             self.without_title = "item without title (there is no metadata file)"
 
     def interactions(self) -> InteractionTable:
-        """Read the reviews; `line` is their number among those that can be used. InputError if there is none."""
-        self._keys_seen = set[str]()
+        """Read the reviews; `line` is their number among those that can be used. InputError if a file has none."""
         builder, self._texts = TableBuilder(), TextStore(self.scratch)
         for path in self.interaction_files:
+            before, self._keys_seen = builder.rows, set[str]()
             reader = LineReader(path, self.form.encoding, self.problems)
             if reader.has_blocks:
                 for block in reader.blocks():
@@ -86,14 +86,14 @@ class Amazon2023(Source, name="amazon2023"):
                 while part := list(islice(rows, _ROWS)):
                     self._add_rows(part, builder)
             reader.finish()
-        if not builder.rows:
-            keys = ", ".join(sorted(self._keys_seen)[:12])
-            found = f"found {keys or f'no {self.record_form[0]}'}; {'; '.join(self.problems.lines()[:3])}"
-            raise InputError(
-                f"{', '.join(map(str, self.interaction_files))}: no record fits the {self.schema} schema, "
-                f"{self.record_form[1]} {self.user_key}, {self.item_key}, {self.time_key}; {found}. "
-                f"Another generation of the data? Sources are amazon2023 and amazon2014"
-            )
+            if builder.rows == before:
+                keys = ", ".join(sorted(self._keys_seen)[:12])
+                found = f"found {keys or f'no {self.record_form[0]}'}; {'; '.join(self.problems.lines()[:3])}"
+                raise InputError(
+                    f"{path}: no record fits the {self.schema} schema, {self.record_form[1]} {self.user_key}, "
+                    f"{self.item_key}, {self.time_key}; {found}. Another generation of the data? Sources are "
+                    "amazon2023 and amazon2014"
+                )
         return with_tidy_ids(builder.table(), self.problems)
 
     def review_texts(self, lines: NDArray[np.int64]) -> pl.DataFrame:
