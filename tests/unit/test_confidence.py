@@ -139,6 +139,14 @@ def test_checkpoint_of_another_catalogue_names_both(scorer, tmp_path):
     assert "sasrec.sh" in message
 
 
+def test_checkpoint_whose_weights_are_not_those_of_its_settings(model, tmp_path, monkeypatch):
+    path, settings = tmp_path / "model.safetensors", {**model.settings(), "num_layers": 3}
+    monkeypatch.setattr(model, "settings", lambda: settings)
+    SASRecScorer(model).save(path, CATALOG)
+    with pytest.raises(InputError, match=r"its weights are not those of its settings: .* train it again"):
+        SASRecScorer.load(path, CATALOG)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_missing_or_damaged_checkpoint(tmp_path, content):
     path = tmp_path / "model.safetensors"

@@ -348,6 +348,11 @@ def test_a_loss_that_explodes_is_an_error():
         trainer(shape(), settings(learning_rate=1e25, epochs=20), chains(100)).run()
 
 
+def test_weights_that_explode_in_the_last_step_are_an_error():
+    with pytest.raises(InputError, match="weights are not finite at step 1; lower learning_rate"):
+        trainer(shape(), settings(learning_rate=1e39, validation_steps=1), chains(100)).run()
+
+
 def test_training_leaves_the_global_random_state_alone():
     torch.manual_seed(9)
     before = torch.random.get_rng_state()

@@ -164,7 +164,7 @@ def test_as_a_source_it_writes_its_files_and_knows_the_oracle(raw, domain, tmp_p
 
 
 def test_sources_of_a_recipe(tmp_path):
-    assert list(SOURCES) == ["synthetic", "amazon2023", "amazon2014", "recbole", "release"]
+    assert list(SOURCES) == ["synthetic", "amazon2023", "amazon2014", "amazon2023_5core", "recbole", "release"]
     path = tmp_path / "prepare.yaml"
     path.write_text("run_dir: r\ndomain: D\nseed: 5\nsource: world\nworld_users: 30\n")  # the names of before
     source = load_recipe(path, PrepareRecipe).open_source()

@@ -219,7 +219,11 @@ class SASRecScorer(ConfidenceModel):
         with torch.random.fork_rng(devices=[]):
             model = SASRec(config, num_items)
         item_mean = tensors.pop("item_mean", None)
-        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+        try:
+            model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+        except RuntimeError as error:
+            fault = f"its weights are not those of its settings: {' '.join(str(error).split())}"[:300]
+            raise InputError(f"{path}: {fault}; train it again (sasrec.sh)") from None
         scorer = cls(model.to(device))
         scorer.item_mean = None if item_mean is None else item_mean.numpy()
         scorer.calibration = calibration

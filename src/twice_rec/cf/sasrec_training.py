@@ -204,6 +204,8 @@ class SASRecTrainer:
                 self._average_weights(step)
         if not math.isfinite(loss := float(reduce(total)) / (end - start)):
             raise InputError(f"SASRec's loss is {loss} before step {end}; lower learning_rate")
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.average.parameters()):
+            raise InputError(f"SASRec's weights are not finite at step {end}; lower learning_rate")
         (measured,) = broadcast_object_list([self._validate(self.average) if IS_MAIN else 0.0])
         epochs = round(end / self.steps_per_epoch, 2)
         self.log.append(Validation(end, epochs, loss, measured, time.perf_counter() - began))
