@@ -10,12 +10,11 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -426,18 +425,20 @@ TELLING = {
 }  # fmt: skip
 
 
+SERVER = multiprocessing.get_context("forkserver")  # its processes have read the packages, and have no threads yet
+SERVER.set_forkserver_preload(["torch", "trl", *(module for module, _, _ in STAGES.values())])
+
+
 def start(stage, run_dir, base, kill_at=None):
-    """Run a stage in a child of this process, which ends before it does that operation on files; returns its id."""
+    """Run a stage in a process of its own, which ends before it does that operation on files.
+
+    It is no fork of this process: polars has threads here, which are not there after a fork.
+    """
     (run_dir.parent / "output").touch()
-    given = [STAGES[stage][0], words(stage, run_dir, base, *SMALL.get(stage, ())), str(run_dir), kill_at]
-    if stage == "prepare":  # polars has threads, which are not there after a fork
-        script = "import json, sys; from stages.child import be; be(*json.loads(sys.argv[1]))"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))}
-        return os.posix_spawn(sys.executable, [sys.executable, "-c", script, json.dumps(given)], environment)
-    if pid := os.fork():
-        return pid
-    torch.set_num_threads(1)
-    return child.be(*given)
+    given = (STAGES[stage][0], words(stage, run_dir, base, *SMALL.get(stage, ())), str(run_dir), kill_at)
+    process = SERVER.Process(target=child.be, args=given)
+    process.start()
+    return process
 
 
 def begin_again(whole, stage, parent):
@@ -455,8 +456,9 @@ def undisturbed(whole, base, stage):
     """The results of a stage in a child that nobody kills, its seconds, and how many operations on files it takes."""
     with tempfile.TemporaryDirectory() as name:
         run_dir, started = begin_again(whole, stage, Path(name)), time.monotonic()
-        _, status = os.waitpid(start(stage, run_dir, base), 0)
-        assert status == 0, (run_dir.parent / "output").read_text()
+        process = start(stage, run_dir, base)
+        process.join()
+        assert process.exitcode == 0, (run_dir.parent / "output").read_text()
         return comparable(run_dir), time.monotonic() - started, int((run_dir.parent / child.LAST).read_text())
 
 
@@ -500,11 +502,11 @@ def test_kills(finished, tmp_path, stage, runs, times):
         with folder(tmp_path) as here:
             run_dir = begin_again(whole, stage, here)
             for by_operation, moment in kills:
-                pid = start(stage, run_dir, base, 1 + int(moment * operations) if by_operation else None)
+                process = start(stage, run_dir, base, 1 + int(moment * operations) if by_operation else None)
                 if not by_operation:
                     time.sleep(moment * seconds)
-                    os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                    process.kill()
+                process.join()
                 assert "Traceback" not in (here / "output").read_text()
             status, output = said(stage, words(stage, run_dir, base, *SMALL.get(stage, ())))
             holds(run_dir, status, output, (0,))
