@@ -7,16 +7,19 @@ import sys
 import traceback
 from pathlib import Path
 
+import huggingface_hub
 import torch
 
 WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "shutil.rmtree"}
 LAST = "operations"  # a file: how many operations a whole run takes
 
 
-def be(module, words, run_dir, kill_at):
+def be(module, words, run_dir, kill_at, environment):
     """Run a stage until it ends, or before it does that operation on files; its words go to a file beside the run."""
     status = 99
     torch.set_num_threads(1)
+    os.environ.update(environment)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # as in the tests' own process; the tokenizer's file tells of it
     try:
         output, done = os.open(Path(run_dir).parent / "output", os.O_WRONLY | os.O_TRUNC), 0
         os.dup2(output, 1), os.dup2(output, 2)

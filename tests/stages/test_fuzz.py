@@ -47,6 +47,7 @@ from twice_rec.stages import command_line
 TIMES = int(os.environ.get("TWICE_REC_FUZZ", "0"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * max(1, TIMES))]
 
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
 SECRET = "planted-in-the-environment-31"
 SMALL = {
     "prepare": ("--synthetic_users", "60", "--num_candidates", "5"),
@@ -69,7 +70,7 @@ def fuzz(examples):
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
     """Secrets that may appear nowhere; and the hub is out of reach."""
-    for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY"):
+    for name in SECRETS:
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -435,7 +436,8 @@ def start(stage, run_dir, base, kill_at=None):
     It is no fork of this process: polars has threads here, which are not there after a fork.
     """
     (run_dir.parent / "output").touch()
-    given = (STAGES[stage][0], words(stage, run_dir, base, *SMALL.get(stage, ())), str(run_dir), kill_at)
+    flags = words(stage, run_dir, base, *SMALL.get(stage, ()))
+    given = (STAGES[stage][0], flags, str(run_dir), kill_at, {name: os.environ[name] for name in SECRETS})
     process = SERVER.Process(target=child.be, args=given)
     process.start()
     return process
