@@ -120,8 +120,8 @@ def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):
 def test_other_settings_need_a_word(finished, capfd):
     run_dir, base = finished
     before = files_of(run_dir)
-    assert run("sasrec", run_dir, base, "--dropout", "0.4") == 2
-    assert "dropout was 0.2, is 0.4. Keep them and choose another --run_dir" in capfd.readouterr().err
+    assert run("sasrec", run_dir, base, "--dropout", "0.3") == 2
+    assert "dropout was 0.4, is 0.3. Keep them and choose another --run_dir" in capfd.readouterr().err
     assert files_of(run_dir) == before
 
 
@@ -231,8 +231,9 @@ def test_what_rests_on_a_redone_stage_is_neither_evaluated_nor_reported(finished
 
 
 def start_sasrec(run_dir, base, epochs):
-    """A process that has trained for an epoch or more, and goes on."""
-    process = start("sasrec", run_dir, base, "--epochs", str(epochs))
+    """A process that has trained to a validation or more, and goes on."""
+    flags = ["--validation_steps", "20", "--patience", "null", "--epochs", str(epochs)]
+    process = start("sasrec", run_dir, base, *flags)
     while not (run_dir / "sasrec" / "training_state.safetensors").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
@@ -244,7 +245,7 @@ def test_data_that_are_read_are_not_replaced(finished, tmp_path):
     whole, base = finished
     run_dir = tmp_path / "tiny"
     shutil.copytree(whole / "data", run_dir / "data")
-    process = start_sasrec(run_dir, base, 30)
+    process = start_sasrec(run_dir, base, 1500)
     second = start("prepare", run_dir, base, "--seed", "1", "--overwrite", "true")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
@@ -266,7 +267,7 @@ def test_ctrl_c_is_one_line_and_loses_nothing(finished, tmp_path):
     whole, base = finished
     run_dir = tmp_path / "tiny"
     shutil.copytree(whole / "data", run_dir / "data")
-    process = start_sasrec(run_dir, base, 200)
+    process = start_sasrec(run_dir, base, 1500)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130

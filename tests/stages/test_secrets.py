@@ -63,7 +63,7 @@ STAGES = {
     "prepare": ("", "twice_rec.stages.stage0_prepare.assemble"),
     "rationales": ("", "twice_rec.rationales.curate.curate"),
     "sft": ("", "twice_rec.stages.stage2_sft.training_rows"),
-    "sasrec": ("--epochs 1 --baselines popularity", "twice_rec.stages.stage3a_sasrec.train_and_save"),
+    "sasrec": ("--epochs 1 --baselines popularity", "twice_rec.cf.sasrec_variant.SASRecVariant.train"),
     "serve": ("--rollout vllm_server", "twice_rec.stages.stage3b_serve.start_model"),
     "grpo": (f"--model_name_or_path {BASE} --cf_model popularity", "twice_rec.stages.stage3c_grpo.prompt_rows"),
     "evaluate": ("--variants oracle", "twice_rec.stages.stage4_evaluate.evaluate_scorer_variant"),
