@@ -40,8 +40,9 @@ def ours(sequences: list[list[int]], num_items: int, width: int, heads: int, los
         hidden_size=width, inner_size=width, num_heads=heads, dropout=DROPOUT, norm="pre", max_length=MAX_LENGTH
     )
     trainer_config = SASRecTrainerConfig(
-        loss=loss, epochs=1 + epochs, batch_size=BATCH, learning_rate=LEARNING_RATE, patience=None
-    )
+        loss=loss, num_negatives=1, epochs=1 + epochs, batch_size=BATCH, learning_rate=LEARNING_RATE, patience=None,
+        validation_steps=-(-len(sequences) // BATCH), ema_decay=0.0, item_dropout=0.0,
+    )  # fmt: skip
     trainer = SASRecTrainer(config, trainer_config, num_items, sequences, lambda model: 0.0, seed=0)
     trainer.run()
     return len(sequences) * epochs / sum(epoch.seconds for epoch in trainer.log[1:])
