@@ -56,7 +56,8 @@ def grpo(recipe: GRPORecipe) -> None:
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
         first = targets_first(recipe, data, rewarder)
-        logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, first)
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
+        logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
         trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
             rollout_func=rollouts,
             model=model,
