@@ -5,8 +5,8 @@ metrics, as every other model. They are fitted on training parts; the few settin
 validation.
 
 To add one, write a class here that takes `TrainingData` and has `scores`, and register it with `@baseline`: recipes,
-tables and stage 3's `cf_model` take its name from `BASELINES`. If its memory grows faster than the data, register with
-`memory` too: then it is refused before any work where it does not fit.
+tables and stage 3's `cf_model` take its name from `BASELINES`. If its memory grows faster than the data, register
+`memory` too: if it does not fit, it is then refused before any work.
 """
 
 from __future__ import annotations
