@@ -11,6 +11,7 @@ from twice_rec.data.sequences import SequenceConfig
 from twice_rec.data.sources import amazon as amazon_module
 from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
 from twice_rec.data.sources.amazon_5core import Amazon5Core
+from twice_rec.data.sources.base import REGISTERED, Source
 from twice_rec.data.sources.recbole import RecBoleSource
 from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.errors import InputError
@@ -460,3 +461,12 @@ class TestAmazon5Core:
         (tmp_path / "D.valid.csv").write_text("user,item\n1,2\n")
         with pytest.raises(InputError, match=r"D.valid.csv, line 1: not the header of a published 5-core.*expected"):
             Amazon5Core(tmp_path, "D").interactions()
+
+
+def test_a_source_without_interactions_cannot_be_defined():
+    with pytest.raises(TypeError, match="source empty: Empty needs rows, or interactions"):
+
+        class Empty(Source, name="empty"):
+            pass
+
+    assert "empty" not in REGISTERED

@@ -78,6 +78,8 @@ class Source(ABC):
     without_title = "item without title"  # what `problems` calls an item without title
 
     def __init_subclass__(cls, name: str) -> None:
+        if cls.rows is Source.rows and cls.interactions is Source.interactions:
+            raise TypeError(f"source {name}: {cls.__name__} needs rows, or interactions")
         REGISTERED[name] = cls
 
     def __post_init__(self) -> None:
@@ -122,9 +124,10 @@ class Source(ABC):
     def rows(self) -> Iterator[Row]:
         """Yield the interactions in the order of the source; records that cannot be used go to `problems`.
 
-        A source that makes a table at once has `interactions` and `review_texts` instead of `rows` and `reviews`.
+        A source that makes a table at once has `interactions` and `review_texts` instead of `rows` and `reviews`; one
+        with neither cannot be defined.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} makes its table at once")
 
     @abstractmethod
     def described(self, wanted: set[str], problems: Problems) -> Iterable[Item]:
