@@ -52,7 +52,9 @@ def ours(data: PreparedData, test: CFQuestions, seed: int, changed: dict[str, ob
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         (figures,) = SASRecVariant(recipe, data, "cpu", lambda figures: None).train({seed: Path(folder)})
-        print(f"{data.folder}: {figures}, {time.perf_counter() - start:.0f} s with its checks", flush=True)
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        first = f"after {log[0]['step']} steps, {log[0]['seconds']:.0f} s, validation was {log[0]['validation']:.4f}"
+        print(f"{data.folder}: {figures}; {first}; {time.perf_counter() - start:.0f} s with its checks", flush=True)
         scorer = SASRecScorer.load(Path(folder) / "model.safetensors", data.catalog)
     return means(test.ranks(scorer)), figures["train_seconds"]
 

@@ -16,7 +16,7 @@ from twice_rec.cf.losses import (
     softmax_loss,
 )
 from twice_rec.cf.recipe import SASRecConfig, SASRecTrainerConfig
-from twice_rec.cf.sasrec import SASRec
+from twice_rec.cf.sasrec import Dropout, SASRec
 from twice_rec.cf.sasrec_training import SASRecTrainer
 from twice_rec.errors import InputError
 from twice_rec.item_sequences import ItemSequences
@@ -44,6 +44,27 @@ def settings(**others):
 
 def trainer(config, trainer_config, sequences, validate=lambda model: 0.0, state_file=None):
     return SASRecTrainer(config, trainer_config, NUM_ITEMS, sequences, validate, 5, state_file)
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    ones = torch.ones(400, 250, requires_grad=True)
+    dropped = Dropout(0.4)(ones)
+    assert sorted(set(dropped.flatten().tolist())) == pytest.approx([0, 1 / 0.6])
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.4, abs=0.01)  # five standard errors are .008
+    dropped.sum().backward()
+    assert torch.equal(ones.grad, dropped.detach())
+    assert torch.equal(Dropout(0.4).eval()(ones), ones)
+    assert torch.equal(Dropout(0.0)(ones), ones)
+
+
+def test_attention_with_dropout_attends_as_without(monkeypatch):
+    model = model_of(dropout=0.5)
+    items = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    expected = model(items)
+    assert not torch.allclose(model.train()(items), expected, atol=1e-3)
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
+    assert torch.allclose(model.train()(items), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])

@@ -32,6 +32,16 @@ from twice_rec.files import atomic_path
 from twice_rec.item_sequences import ItemSequences
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose draws take a quarter of the time on a CPU, where torch's own take a third of a training step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Set a share `p` of the entries to 0, and scale the others by 1 / (1 - p)."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        return x * (torch.rand(x.shape) >= self.p).to(x.dtype).mul_(1 / (1 - self.p))
+
+
 class Block(nn.Module):
     """Causal self-attention, then a feed-forward layer, each with a residual connection and LayerNorm."""
 
@@ -45,7 +55,7 @@ class Block(nn.Module):
         self.outer = nn.Linear(config.inner_size, width)
         self.attention_norm = nn.LayerNorm(width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, real: Tensor, shape: tuple[int, int]) -> Tensor:
         """Transform the real positions, laid end to end: [T, D] -> [T, D].
@@ -65,8 +75,13 @@ class Block(nn.Module):
         # Queries, keys and values go back to their places in the padded batch; only attention needs it.
         padded = x.new_zeros(batch * length, 3 * width).index_copy(0, real, self.query_key_value(x))  # [B * L, 3D]
         q, k, v = padded.view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # [B, H, L, D / H]
+        if self.training and self.config.dropout and x.device.type == "cpu":
+            scores = q @ k.transpose(2, 3) * (width // heads) ** -0.5  # [B, H, L, L]
+            later = torch.ones(length, length, dtype=torch.bool).triu(1)  # [L, L]
+            mixed = self.dropout(scores.masked_fill(later, -torch.inf).softmax(3)) @ v  # [B, H, L, D / H]
+        else:
+            dropout = self.config.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # [B, H, L, D / H]
         return self.output(mixed.transpose(1, 2).reshape(batch * length, width).index_select(0, real))  # [T, D]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -83,7 +98,7 @@ class SASRec(nn.Module):
         self.item_embedding = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
         self.input_norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm == "pre" else nn.Identity()
         self.apply(_initialise)

@@ -14,8 +14,8 @@ from twice_rec.errors import InputError
 
 logger = logging.getLogger("prepare")
 
-# Measured on generated raw files of 1 and 4 million reviews (benchmarks/prepare.py), a little more than they took.
-_MEMORY, _MEMORY_PER_ROW = 0.4e9, 230.0  # bytes
+# Measured on generated raw files of 1 to 16 million reviews (benchmarks/prepare.py), a little more than they took.
+_MEMORY, _MEMORY_PER_ROW = 0.75e9, 180.0  # bytes
 _SCRATCH = 0.25  # bytes of texts on the way per byte of reviews
 _KEPT = 0.35  # share of the interactions that a k-core of 5 or more leaves at most, on Amazon's domains
 _ID = 15  # bytes of an item id with its quotes, in a list of candidates
