@@ -7,7 +7,7 @@ A record that is stored as a line of JSON has the same field names there. `files
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Split = Literal["train", "valid", "test"]
@@ -129,3 +129,6 @@ class Prediction:
     seed: int = 0  # of the model's training run; one file may hold several runs
     ranking: tuple[str, ...] = ()  # the candidates from best to worst (LLMs only)
     answers: tuple[str, ...] = ()  # the completions (LLMs only)
+    first: dict[str, str] = field(default_factory=dict)  # list kind -> the item at place 1; of equals the first listed
+    choices: tuple[str, ...] = ()  # LLMs: the first item in each order of the candidates; "" if none was named
+    places: tuple[int, ...] = ()  # LLMs: where these were listed, from 0; -1 for none

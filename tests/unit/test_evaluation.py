@@ -1,7 +1,7 @@
 """From scores, likelihoods and votes to ranks and metrics; going on after a kill."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +16,15 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.cf_ranking import evaluate_scorer_variant, export_scores
-from twice_rec.evaluation.llm_ranking import answer_rates, ask, evaluate_language_model, rank_by_votes, rationale_of
+from twice_rec.evaluation.llm_ranking import (
+    answer_rates,
+    ask,
+    evaluate_language_model,
+    rank_by_votes,
+    rationale_of,
+    reordered,
+)
+from twice_rec.evaluation.position import order_metrics, position_of
 from twice_rec.evaluation.predictions import metrics_of
 from twice_rec.files import read_json, read_records, write_records
 from twice_rec.llm.prompt_builder import PromptBuilder
@@ -67,6 +75,10 @@ def test_ranks_of_lists_and_of_the_whole_catalogue(data):
     # v: among I2 (1), I3 (1), I5 (5) the tie counts against I2; without I6 and I1 in the catalogue too.
     assert {kind: of.tolist() for kind, of in ranks.items()} == {"uniform": [2, 3], "full": [2, 3]}
     assert questions.mean(TableScorer(SCORES), "uniform/mrr") == pytest.approx((1 / 2 + 1 / 3) / 2)
+    # v: I2 and I3 are tied at the end, I5 scores 5; in the catalogue I6 and I1 were bought.
+    rows = list(questions.predictions(TableScorer(SCORES), seed=1))
+    assert [row.ranks for row in rows] == [{"uniform": 2, "full": 2}, {"uniform": 3, "full": 3}]
+    assert [row.first for row in rows] == [{"uniform": "I6", "full": "I6"}, {"uniform": "I5", "full": "I5"}]
 
 
 def test_missing_lists_say_where_to_add_them(data):
@@ -186,7 +198,7 @@ class FakeGenerator:
 
 
 CONFIG = SimpleNamespace(  # EvaluateRecipe's
-    with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0, seed=3, vote_ties="against_target"
+    with_rationale=True, num_samples=5, temperature=0.9, top_p=1.0, seed=3, vote_ties="against_target", permutations=1
 )
 
 
@@ -226,6 +238,76 @@ def test_a_target_without_votes_ties_with_the_others(vote_ties, rank):
     (prediction,) = ask(FakeGenerator(item_text("I5")), [EXAMPLE], "uniform", WRITER, config, "sampled", 11)
     assert prediction.ranking == ("I5", "I4", "I6")
     assert prediction.ranks == {"uniform": rank}
+
+
+class ByPlace(FakeGenerator):
+    """Likes I4, and the first item of the list 1.5 times as much as it likes the others."""
+
+    def generate(self, prompts, num_samples=1, temperature=1.0, top_p=1.0, seed=None):
+        self.asked.append((prompts, num_samples, seed))
+        return [[Given(item_text(_listed(prompt)[0]))] * num_samples for prompt in prompts]
+
+    def score(self, prompt, answers):
+        first = _listed(prompt)[0]
+        likes = {"I4": 4.0, "I5": 3.0, "I6": 1.0}
+        ids = ["I" + answer.partition("<item_id> I")[2][0] for answer in answers]
+        return [float(np.log(likes[item_id] * (1.5 if item_id == first else 1))) for item_id in ids]
+
+
+def _listed(prompt):
+    """The ids of the candidates, in the order of the prompt."""
+    text = prompt[-1]["content"].partition("Candidates:")[2]
+    return sorted(("I4", "I5", "I6"), key=lambda item_id: text.index(f"item {item_id[1:]}"))
+
+
+def asked_in_orders(ranking, writer, **changed):
+    config = SimpleNamespace(**{**vars(CONFIG), "permutations": 4, **changed})
+    examples = [replace(EXAMPLE, user_id=f"u{i}") for i in range(50)]
+    return ask(ByPlace(), examples, "uniform", writer, config, ranking, 11), examples
+
+
+def test_the_probabilities_of_all_orders_are_averaged():
+    writer = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
+    predictions, examples = asked_in_orders("likelihood", writer)
+    for prediction, example in zip(predictions, examples, strict=True):
+        orders = [reordered(example, number, CONFIG.seed).candidates for number in range(4)]
+        mean = dict.fromkeys(example.candidates, 0.0)
+        for order in orders:
+            likes = {"I4": 4.0, "I5": 3.0, "I6": 1.0}
+            likes[order[0]] *= 1.5
+            for item_id in mean:
+                mean[item_id] += likes[item_id] / sum(likes.values()) / 4
+        assert prediction.ranking == tuple(sorted(mean, key=mean.get, reverse=True))
+        # I5 comes before I4 where it is listed first, 4.5 to 4; the stored order is such a one.
+        assert prediction.choices == tuple("I5" if order[0] == "I5" else "I4" for order in orders)
+        assert prediction.choices[0] == "I5"
+        assert prediction.places == tuple(map(tuple.index, orders, prediction.choices))
+        assert prediction.first == {"uniform": prediction.ranking[0]}
+        assert prediction.ranks == {"uniform": 1 + prediction.ranking.index("I4")}
+    assert len({reordered(example, 1, 3).candidates for example in examples}) == 6  # all orders of three are drawn
+    assert all(sorted(reordered(e, 1, 3).candidates) == ["I4", "I5", "I6"] for e in examples)
+
+
+def test_the_votes_of_all_orders_count():
+    predictions, examples = asked_in_orders("sampled", WRITER)
+    for prediction, example in zip(predictions, examples, strict=True):
+        firsts = [reordered(example, number, CONFIG.seed).candidates[0] for number in range(4)]
+        assert prediction.choices == tuple(firsts)
+        assert prediction.places == (0, 0, 0, 0)
+        assert len(prediction.answers) == 20
+        assert firsts.count(prediction.ranking[0]) == max(map(firsts.count, firsts))
+    metrics = order_metrics(predictions)
+    shares = [[p.choices.count(item) / 4 for item in set(p.choices)] for p in predictions]
+    assert metrics["position/changes"] == pytest.approx(np.mean([len(of) > 1 for of in shares]))
+    assert metrics["position/choice_variance"] == pytest.approx(np.mean([1 - sum(x * x for x in of) for of in shares]))
+    assert position_of(predictions)["by_place"] == [1.0, 0.0, 0.0]
+
+
+def test_a_question_without_a_vote_has_no_choice():
+    (prediction,) = ask(FakeGenerator("junk"), [EXAMPLE], "uniform", WRITER, CONFIG, "sampled", 11)
+    assert (prediction.choices, prediction.places) == (("",), (-1,))
+    assert position_of([prediction])["none"] == 1.0
+    assert order_metrics([prediction]) == {}
 
 
 def batches_of(data):

@@ -60,18 +60,36 @@ class CFQuestions:
     def ranks(self, scorer: CFScorer, lists: Sequence[str] | None = None) -> dict[str, NDArray[np.int64]]:
         """Return the rank of every user's target per list, all or some: int64 [U]. Ties count against the target."""
         parts: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in lists or self.lists}
-        for rows in blocks(len(self.asked.users), len(self._ids)):
-            scores = torch.as_tensor(scorer.scores(self.asked.users[rows], self.asked.histories[rows]))  # [B, N]
-            targets = torch.from_numpy(self.asked.targets[rows].astype(np.int64)).to(scores.device)  # [B]
-            of_target = scores.gather(1, targets[:, None] - 1)  # [B, 1]
+        for rows, scores in self._scores(scorer):
             for kind in parts:
-                if kind == "full":
-                    ranks = self._among_unseen(scores, of_target, rows)
-                else:
-                    shown = torch.from_numpy(self.asked.candidates[kind][rows].astype(np.int64)).to(scores.device)
-                    ranks = _count(_not_below(scores.gather(1, shown - 1), of_target))  # [B]
-                parts[kind].append(ranks.cpu().numpy())
+                parts[kind].append(self._ranks(kind, scores, rows).cpu().numpy())
         return {kind: np.concatenate(ranks) for kind, ranks in parts.items()}
+
+    def _scores(self, scorer: CFScorer) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the rows of a block of users and their scores of the catalogue, [B, N]."""
+        for rows in blocks(len(self.asked.users), len(self._ids)):
+            yield rows, torch.as_tensor(scorer.scores(self.asked.users[rows], self.asked.histories[rows]))
+
+    def _ranks(self, kind: str, scores: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return the ranks of a block's targets in one kind of list: int64 [B]."""
+        targets = torch.from_numpy(self.asked.targets[rows].astype(np.int64)).to(scores.device)  # [B]
+        of_target = scores.gather(1, targets[:, None] - 1)  # [B, 1]
+        if kind == "full":
+            return self._among_unseen(scores, of_target, rows)
+        return _count(_not_below(scores.gather(1, self._shown(kind, scores, rows) - 1), of_target))
+
+    def _shown(self, kind: str, scores: torch.Tensor, rows: slice) -> torch.Tensor:
+        return torch.from_numpy(self.asked.candidates[kind][rows].astype(np.int64)).to(scores.device)  # [B, C]
+
+    def _first(self, kind: str, scores: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return the items at place 1, of equal scores the first listed: indices 1..N, int64 [B]."""
+        if kind == "full":
+            users, seen = torch.from_numpy(_pairs(self.asked.histories[rows], self.asked.targets[rows]))  # [P], [P]
+            unseen = scores.clone()  # [B, N]
+            unseen[users.to(scores.device), seen.to(scores.device) - 1] = -torch.inf
+            return unseen.argmax(1) + 1
+        shown = self._shown(kind, scores, rows)  # [B, C]
+        return shown.gather(1, scores.gather(1, shown - 1).argmax(1, keepdim=True))[:, 0]
 
     def _among_unseen(self, scores: torch.Tensor, of_target: torch.Tensor, rows: slice) -> torch.Tensor:
         """Return the targets' ranks in the catalogue without what the users have seen: int64 [B]."""
@@ -86,10 +104,17 @@ class CFQuestions:
         return float(per_user(name, self.ranks(scorer, [kind])[kind]).mean())
 
     def predictions(self, scorer: CFScorer, seed: int) -> Iterator[Prediction]:
-        """Yield the ranks as records, in the files' order of users."""
-        ranks = self.ranks(scorer)
-        for row, (user_id, target) in enumerate(zip(self.asked.user_ids, self.asked.targets.tolist(), strict=True)):
-            yield Prediction(user_id, self._ids[target - 1], {kind: int(ranks[kind][row]) for kind in self.lists}, seed)
+        """Yield ranks and first items as records, in the files' order of users."""
+        user = 0
+        for rows, scores in self._scores(scorer):
+            ranks = [self._ranks(kind, scores, rows).tolist() for kind in self.lists]
+            first = [self._first(kind, scores, rows).tolist() for kind in self.lists]
+            for of_user, items in zip(zip(*ranks, strict=True), zip(*first, strict=True), strict=True):
+                chosen = dict(zip(self.lists, (self._ids[item - 1] for item in items), strict=True))
+                target = self._ids[self.asked.targets[user] - 1]
+                by_list = dict(zip(self.lists, of_user, strict=True))
+                yield Prediction(self.asked.user_ids[user], target, by_list, seed, first=chosen)
+                user += 1
 
 
 def mean_metrics(ranks: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:

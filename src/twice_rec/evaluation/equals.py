@@ -19,7 +19,7 @@ from twice_rec.manifest import BEGUN, HUB, Hashes, Manifest, check_fresh
 # Settings of an evaluation that say how a language model was asked and ranked.
 TERMS = (
     "ranking", "num_samples", "temperature", "top_p", "with_rationale", "item_first", "max_prompt_tokens",
-    "max_new_tokens", "vote_ties",
+    "max_new_tokens", "vote_ties", "permutations",
 )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
+from twice_rec.evaluation.position import order_metrics
 from twice_rec.evaluation.predictions import METRICS_FILE, PREDICTIONS, metrics_of
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.files import read_records, to_row, write_json
@@ -27,7 +29,7 @@ from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.manifest import HubModel
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
-from twice_rec.prompts import item_answer, rationale_answer
+from twice_rec.prompts import Message, item_answer, rationale_answer
 from twice_rec.random_streams import random_stream, stream_seed
 from twice_rec.records import Example, Prediction
 from twice_rec.run import StageRun
@@ -76,7 +78,7 @@ def evaluate_language_model(
             f"{partial} has {len(rows):,} rows that are not the answers to the {len(asked):,} questions; something "
             "else wrote to it; run the same command with --overwrite true"
         )
-    metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog)}
+    metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog), **order_metrics(rows)}
     write_json(folder / METRICS_FILE, metrics)
     partial.replace(folder / PREDICTIONS)
     return [folder / PREDICTIONS, folder / METRICS_FILE], metrics
@@ -96,29 +98,83 @@ def ask(
     `likelihood`: the model writes its rationale greedily, then every candidate is scored as the answer that follows it.
     If the item comes first or alone, the candidates are scored at once.
     `sampled`: several completions are sampled; see `rank_by_votes`.
+    With several `permutations` all questions are asked with each order of the candidates.
     """
-    prompts = [builder.recommend(example, recipe.with_rationale) for example in examples]
-    completions: list[list[TextCompletion]] = [[] for _ in prompts]
-    if ranking == "sampled":
-        completions = generator.generate(prompts, recipe.num_samples, recipe.temperature, recipe.top_p, sampling_seed)
-    elif recipe.with_rationale and not builder.item_first:
-        completions = generator.generate(prompts)
-    predictions = []
-    for example, prompt, written in zip(examples, prompts, completions, strict=True):
+    rounds = []  # of each order, the questions and what was written
+    for number in range(recipe.permutations):
+        asked = [reordered(example, number, recipe.seed) for example in examples]
+        prompts = [builder.recommend(example, recipe.with_rationale) for example in asked]
+        seed = stream_seed(sampling_seed, "order", number) if number else sampling_seed
+        completions: list[list[TextCompletion]] = [[] for _ in prompts]
         if ranking == "sampled":
-            ranked, tied = rank_by_votes(written, example, builder.catalog)
-            rank = 1 + ranked.index(example.target) if recipe.vote_ties == "listed" else tied
+            completions = generator.generate(prompts, recipe.num_samples, recipe.temperature, recipe.top_p, seed)
+        elif recipe.with_rationale and not builder.item_first:
+            completions = generator.generate(prompts)
+        rounds.append([Asked(*one) for one in zip(asked, prompts, completions, strict=True)])
+    predictions = []
+    for example, orders in zip(examples, zip(*rounds, strict=True), strict=True):
+        if ranking == "sampled":
+            ranked, rank, choices = _by_votes(orders, example, builder.catalog, recipe.vote_ties)
         else:
-            items = [builder.catalog[item_id] for item_id in example.candidates]
-            texts = [rationale_answer(rationale_of(written[0].text), i) if written else item_answer(i) for i in items]
-            scores = np.array([generator.score(prompt, texts)])  # [1, C]
-            if np.isnan(scores).any():
-                raise InputError("the model's log-probabilities are NaN: its weights are damaged; fetch it again")
-            ranked = [example.candidates[position] for position in np.argsort(-scores[0], kind="stable")]
-            rank = int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0])
-        said = tuple(completion.text for completion in written)
-        predictions.append(Prediction(example.user_id, example.target, {kind: rank}, recipe.seed, tuple(ranked), said))
+            ranked, rank, choices = _by_likelihood(orders, example, builder.catalog, generator)
+        places = tuple(
+            one.example.candidates.index(choice) if choice else -1 for one, choice in zip(orders, choices, strict=True)
+        )
+        said = tuple(completion.text for one in orders for completion in one.written)
+        user, target, first = example.user_id, example.target, {kind: ranked[0]}
+        predictions.append(
+            Prediction(user, target, {kind: rank}, recipe.seed, tuple(ranked), said, first, choices, places)
+        )
     return predictions
+
+
+class Asked(NamedTuple):
+    """A question in one order of its candidates, and the completions."""
+
+    example: Example
+    prompt: list[Message]
+    written: Sequence[TextCompletion]
+
+
+def reordered(example: Example, number: int, seed: int) -> Example:
+    """Return a question with another order of the candidates, drawn per user; number 0 is the stored one."""
+    if number == 0:
+        return example
+    order = random_stream(seed, "order of candidates", example.user_id, number).permutation(len(example.candidates))
+    return replace(example, candidates=tuple(example.candidates[place] for place in order))
+
+
+def _by_votes(
+    orders: Sequence[Asked], example: Example, catalog: ItemCatalog, vote_ties: str
+) -> tuple[list[str], int, tuple[str, ...]]:
+    """Return the candidates by the votes of all orders, the target's rank, and each order's first choice."""
+    ranked, tied = rank_by_votes([completion for one in orders for completion in one.written], example, catalog)
+    choices = []
+    for one in orders:
+        votes = [completion for completion in one.written if _vote(completion, example, catalog)]
+        choices.append(rank_by_votes(votes, one.example, catalog)[0][0] if votes else "")
+    return ranked, 1 + ranked.index(example.target) if vote_ties == "listed" else tied, tuple(choices)
+
+
+def _by_likelihood(
+    orders: Sequence[Asked], example: Example, catalog: ItemCatalog, generator: TransformersGenerator
+) -> tuple[list[str], int, tuple[str, ...]]:
+    """Return the candidates by their mean probability in all orders, the target's rank, and each order's choice."""
+    items, scores = (
+        [catalog[item_id] for item_id in example.candidates],
+        np.zeros((len(orders), len(example.candidates))),
+    )
+    for row, one in enumerate(orders):
+        said = rationale_of(one.written[0].text) if one.written else None
+        texts = [item_answer(item) if said is None else rationale_answer(said, item) for item in items]
+        scores[row] = generator.score(one.prompt, texts)  # [K, C]
+    if np.isnan(scores).any():
+        raise InputError("the model's log-probabilities are NaN: its weights are damaged; fetch it again")
+    choices = tuple(example.candidates[place] for place in scores.argmax(axis=1))
+    if len(orders) > 1:
+        scores = np.logaddexp.reduce(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))[None]  # [1, C]
+    ranked = [example.candidates[place] for place in np.argsort(-scores[0], kind="stable")]
+    return ranked, int(ranks_from_scores(scores, [example.candidates.index(example.target)])[0]), choices
 
 
 def rank_by_votes(
@@ -132,13 +188,19 @@ def rank_by_votes(
     """
     votes: dict[str, list[float]] = {item_id: [] for item_id in example.candidates}
     for completion in completions:
-        answer = parse(completion.text)
-        if catalog.outcome(answer, example.candidates, example.target) in (Outcome.HIT, Outcome.MISS):
-            votes[answer.item_id or ""].append(completion.mean_logprob)
+        if item_id := _vote(completion, example, catalog):
+            votes[item_id].append(completion.mean_logprob)
     mean = {item_id: sum(values) / len(values) if values else 0.0 for item_id, values in votes.items()}
     order = {item_id: (-len(votes[item_id]), -mean[item_id]) for item_id in example.candidates}
     tied = sum(place <= order[example.target] for place in order.values())
     return sorted(example.candidates, key=order.__getitem__), tied  # sorting is stable
+
+
+def _vote(completion: TextCompletion, example: Example, catalog: ItemCatalog) -> str | None:
+    """Return the candidate that a completion names, None if it is malformed or names no candidate."""
+    answer = parse(completion.text)
+    is_vote = catalog.outcome(answer, example.candidates, example.target) in (Outcome.HIT, Outcome.MISS)
+    return answer.item_id if is_vote else None
 
 
 def rationale_of(text: str) -> str:
@@ -181,6 +243,7 @@ def evaluate_llm_variant(
     reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
     reads += ["item_first", "seed"]
     reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
+    reads += ["permutations"] if recipe.permutations > 1 else []
     settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
     with StageRun(recipe, "evaluate", f"eval/{name}", [*inputs, model], settings) as run:
         if run.is_finished():

@@ -31,6 +31,12 @@ class LLMRankingConfig(Settings):
         "ranking sampled: rank of a target that ties with others, mostly all without a vote: behind them, or as listed",
     )
     max_new_tokens: int = key(300, "longest completion in tokens", ge=1)
+    permutations: int = key(
+        1,
+        "orders of the candidates in which every question is asked: as stored, the others drawn by seed; the ranking "
+        "is that of all their votes, or of their mean probabilities",
+        ge=1,
+    )
 
 
 class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, DeviceConfig):

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -52,6 +52,7 @@ class Variant:
     values: Mapping[str, NDArray[np.float64]]  # metric key -> [users], averaged over the variant's trainings
     runs: int  # how many trainings these are
     terms: tuple[Terms, ...]  # of each evaluation that is averaged
+    first: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)  # list kind -> user -> first items
 
     def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
         """Return one metric of some users: float64 [len(users)]."""
@@ -117,12 +118,15 @@ def _read(folders: Sequence[Path]) -> Variant:
     users: dict[str, int] = {}
     trainings: dict[tuple[Path, int], None] = {}
     found: dict[str, list[tuple[int, int]]] = {}  # kind of list -> (row of the user, rank)
+    first: dict[str, dict[str, list[str]]] = {}
     for folder in folders:
         for prediction in read_records(folder / PREDICTIONS, Prediction):
             trainings[folder, prediction.seed] = None
             row = users.setdefault(prediction.user_id, len(users))
             for kind, rank in prediction.ranks.items():
                 found.setdefault(kind, []).append((row, rank))
+            for kind, item_id in prediction.first.items():
+                first.setdefault(kind, {}).setdefault(prediction.user_id, []).append(item_id)
     values = {}
     for kind, pairs in found.items():
         rows, ranks = np.array(pairs).T
@@ -133,7 +137,7 @@ def _read(folders: Sequence[Path]) -> Variant:
             )
         for name in METRICS:
             values[f"{kind}/{name}"] = np.bincount(rows, weights=per_user(name, ranks)) / len(trainings)
-    return Variant(users, values, len(trainings), terms)
+    return Variant(users, values, len(trainings), terms, first)
 
 
 def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
+from twice_rec.data.dataset import PreparedData
+from twice_rec.evaluation.groups import details_of
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import read_variants, results_of, save_report, show_report
@@ -27,7 +29,7 @@ def report(recipe: ReportRecipe) -> None:
     evaluations = [terms.folder for variant in variants.values() for terms in variant.terms]
     with StageRun(recipe, "report", "report", [folder / PREDICTIONS for folder in evaluations]) as run:
         run.end_check()
-        results = results_of(variants, recipe, left_out)
+        results = results_of(variants, recipe, left_out) | details_of(variants, PreparedData(runs[0] / "data"), recipe)
         run.finish(save_report(run.path, results, recipe, evaluations), {"left_out": results["left_out"]})
     show_status(recipe.run_path)
     show_report(results, recipe.comparison_metric)
