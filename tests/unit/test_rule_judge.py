@@ -16,9 +16,10 @@ PASTA = item("B1", "Keto", "Penne", "Small Bag", "Oakhaven", "Pasta")
 TEA = item("B2", "Vegan", "Black Tea", "Gift Box", "Kestrel", "Tea")
 SAUCE = item("B3", "Keto", "Pesto", "Twin Pack", "Oakhaven", "Sauces")  # three true reasons
 RICE = item("B4", "Vegan", "Wild Rice", "Large Bag", "Oakhaven", "Rice")  # brand is liked, diet disliked
+VEGAN_SAUCE = item("B7", "Vegan", "Salsa", "Gift Box", "Oakhaven", "Sauces")
 SPICE = item("B5", "Organic", "Paprika", "Sampler", "Juniper", "Spices")  # one true reason: it is called for
 COFFEE = item("B6", "Organic", "Cold Brew", "Sampler", "Juniper", "Coffee")  # none
-CATALOG = ItemCatalog([PASTA, TEA, SAUCE, RICE, SPICE, COFFEE])
+CATALOG = ItemCatalog([PASTA, TEA, SAUCE, RICE, SPICE, COFFEE, VEGAN_SAUCE])
 HISTORY = (Interaction("B2"), Interaction("B1"))
 EXAMPLE = Example("u", HISTORY, ("B3", "B4", "B5", "B6"), "B3")
 TRUE = TrueReasons("u", ("Keto", "Low Sodium", "Oakhaven"), ("Vegan", "Kestrel"), ("Sauces", "Spices"))
@@ -69,8 +70,9 @@ def test_product_types_are_their_categories_and_the_longest_name_counts():
         ("1 likes Keto. 2 likes Oakhaven. 3 likes Juniper.", SAUCE, 2),  # two true, one false
         ("1 likes Keto. 2 likes Juniper.", SAUCE, 1),  # as many false as true
         ("1 likes Keto. 2 likes Oakhaven. Last was Pasta, so Rice.", SAUCE, 2),  # Rice is not called for
-        ("1 likes Oakhaven.", RICE, 3),  # all there are
-        ("1 likes Oakhaven. 2 dislikes Vegan.", RICE, 1),  # speaks against it as much as for it
+        ("1 likes Oakhaven.", RICE, 1),  # all there are, but Vegan speaks against it as much, said or not
+        ("1 likes Oakhaven. 2 dislikes Vegan.", RICE, 1),
+        ("Loves Oakhaven and Keto, and Pasta goes well with Sauces.", VEGAN_SAUCE, 2),  # two for it, one against
         ("1 dislikes Keto. 2 likes Oakhaven.", SAUCE, 1),  # Keto is liked
         ("1 dislikes Kestrel. 2 likes Oakhaven. Last was Pasta, so Sauces.", SAUCE, 3),  # true, and not about it
         ("1 likes Low Sodium. 2 dislikes Vegan.", COFFEE, 1),  # nothing could be named

@@ -13,12 +13,13 @@ A claim is true or false of the user, by the tastes and complements that the int
 true of what the user likes, a disliking of what the user dislikes, a call of a category that completes the last
 interaction's. The last interaction's own category is never false, wherever it stands; another category of the past is
 false if no interaction of the history has it and nothing calls for it. A true liking or call that the item has is a
-named reason for it. What speaks against the item is a true disliking of something that it has.
+named reason for it. What speaks against the item is whatever the user dislikes about it, whether the rationale says so
+or not: reasons for a product whose diet and brand the user avoids satisfy nobody.
 
 Scores: 0, the answer is malformed, or its item is not in the catalogue (any judge; looked up before it is asked).
-3, at least two reasons for the item are named, or all there are, and nothing false and nothing against it is said.
-2, one reason is named and nothing false or against it is said, or there are more named reasons than false claims and
-claims against it. 1, anything else: so also an item for which there is no true reason that a text could name.
+3, at least two reasons for the item are named, or all there are, nothing false is said, and nothing speaks against it.
+2, one of several reasons is named, with nothing false or against it; or there are more named reasons than false claims
+and things against it. 1, anything else: so also an item for which there is no true reason that a text could name.
 
 Limits: it reads words, not meaning, and not which interaction a claim cites; a reason that is true but that no review
 of the history shows counts as one that could have been named.
@@ -108,7 +109,7 @@ class Reading:
     named: tuple[str, ...]  # true reasons for the item that it names
     missing: tuple[str, ...]  # those that it does not name
     false: tuple[Claim, ...]
-    against: tuple[str, ...]  # what the user dislikes about the item, if it says so
+    against: tuple[str, ...]  # what the user dislikes about the item, said or not
 
     @property
     def score(self) -> int:
@@ -150,7 +151,7 @@ class RuleJudge:
             named=tuple(name for name in reasons if name in said),
             missing=tuple(name for name in reasons if name not in said),
             false=tuple(claim for claim in claims if claim.name not in holds[claim.says]),
-            against=tuple(c.name for c in claims if c.says == "dislikes" and c.name in {*true.dislikes} & own),
+            against=tuple(name for name in true.dislikes if name in own),
         )
 
     def score(self, text: str, example: Example, item: Item) -> tuple[int, str]:
