@@ -1,8 +1,9 @@
 """Every prompt text. Stages 2, 3 and 4 ask their tasks in the same words.
 
 Task 1: title -> id, description, details. Task 2: history + candidates -> item. Task 3: the same -> rationale, item.
-Stage 1 asks a strong model for rationales and for checks of them. Stage 0 fixes once, as a `PromptFormat`, how much of
-an item and a review a prompt shows, so that a rationale rests on nothing that the trained model will not see.
+Stage 1 asks a strong model for rationales and for checks of them, and the judge of rationales another. Stage 0 fixes
+once, as a `PromptFormat`, how much of an item and a review a prompt shows, so that a rationale rests on nothing that
+the trained model will not see.
 """
 
 from __future__ import annotations
@@ -111,6 +112,42 @@ _AS_JSON = "Answer with one JSON object and nothing around it:"
 _CHECKER = (
     "You check explanations of purchases before a model learns from them. Hold each one against the customer's "
     "history line by line. When in doubt, a point does not hold."
+)
+
+# The four levels of a judge of rationales -> what they mean. The first is looked up in the catalogue, never asked for.
+LEVELS: Mapping[int, str] = {
+    0: "incorrect: what is recommended is no product of the catalogue",
+    1: "insufficient: the product exists, but the reasons are missing, would fit just any customer or product, or are "
+    "mostly contradicted by what this customer bought and said",
+    2: "acceptable: at least one reason can be read off this customer's purchases and speaks for this product, but "
+    "reasons that matter are missing, or one of them is wrong or has nothing to do with the product",
+    3: "satisfying: every reason can be read off this customer's purchases, none is wrong, and together they make "
+    "clear why this very product answers what the customer needs or likes",
+}
+JUDGED_LEVELS = tuple(level for level in LEVELS if level)
+
+# What a judge writes: key of the JSON object -> what it holds.
+SCORE_FIELDS: Mapping[str, str] = {
+    "why": "what decides, in one sentence",
+    "score": f"a whole number from {JUDGED_LEVELS[0]} to {JUDGED_LEVELS[-1]}",
+}
+CHOICE_FIELDS: Mapping[str, str] = {
+    "why": "what decides, in one sentence",
+    "candidate": "the number of the product in the list",
+}
+HIDDEN_ITEM = "[the product]"  # stands for its title and id
+
+_JUDGE = (
+    "You judge the reasons that an online shop gives with a recommendation. You are shown what a customer bought and "
+    "said, oldest first, the product that was recommended, which exists, and the reasons. Whether the customer would "
+    "buy it does not matter; judge what the reasons are worth. Hold each of them against the purchases, ratings and "
+    "reviews, and against the product. Neither length nor style counts."
+)
+_JUDGE_OF_HIDDEN = (
+    "You read the reasons that an online shop gave with a recommendation and find out which product they were given "
+    "for. You are shown what a customer bought and said, oldest first, a list of products, one of which was "
+    f"recommended, and the reasons, in which {HIDDEN_ITEM} stands for its name. Choose the product that the reasons "
+    "fit best. Go by the reasons alone, not by what you would recommend; if several fit equally, choose one of them."
 )
 
 _RECOMMENDER = "You recommend the product a customer buys next, judging by their purchases and reviews."
@@ -236,20 +273,41 @@ def self_check(history: History, target: Item, shown: PromptFormat, rationale: s
     return _conversation(_CHECKER, "\n\n".join([*parts, _AS_JSON, form]))
 
 
+def judge_score(history: History, item: Item, shown: PromptFormat, rationale: str) -> list[Message]:
+    """Return the prompt that asks for the level of a rationale. It shows no ids, because they explain nothing."""
+    levels = "\n".join(f"{level}: {LEVELS[level]}." for level in JUDGED_LEVELS)
+    product = _history_and_target(history, item, shown, "Recommended product:")
+    parts = [product, f"Reasons:\n{rationale}", f"Scores:\n{levels}", _AS_JSON, json.dumps(SCORE_FIELDS, indent=1)]
+    return _conversation(_JUDGE, "\n\n".join(parts))
+
+
+def judge_choice(history: History, candidates: Sequence[Item], shown: PromptFormat, rationale: str) -> list[Message]:
+    """Return the prompt that asks which candidate a rationale was given for; `rationale` does not name it."""
+    fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
+    products = "\n".join(["Products:", *_numbered([describe_item(item, fields, shown) for item in candidates])])
+    past = "\n".join(_past(history, shown))
+    parts = [past, products, f"Reasons:\n{rationale}", _AS_JSON, json.dumps(CHOICE_FIELDS, indent=1)]
+    return _conversation(_JUDGE_OF_HIDDEN, "\n\n".join(parts))
+
+
 def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[Message]:
     """Return the same question once more, with the completion that could not be used and what is wrong with it."""
     complaint = f"This answer cannot be used: {fault}. Give the whole JSON object again, with that put right."
     return [*messages, {"role": "assistant", "content": completion}, {"role": "user", "content": complaint}]
 
 
-def _history_and_target(history: History, target: Item, shown: PromptFormat) -> str:
+def _history_and_target(history: History, target: Item, shown: PromptFormat, label: str = "Next product:") -> str:
     """Return the history, numbered from 1 as the evidence counts it, and the next product, without ids."""
-    past_fields = [name for name in shown.prompt_history_fields if name != "item_id"]
     next_fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
+    return "\n".join([*_past(history, shown), "", label, describe_item(target, next_fields, shown)])
+
+
+def _past(history: History, shown: PromptFormat) -> list[str]:
+    """Return the lines of the history, numbered from 1, without ids."""
+    past_fields = [name for name in shown.prompt_history_fields if name != "item_id"]
     without_ids = shown.model_copy(update={"prompt_history_fields": past_fields})
     past = [describe_interaction(interaction, item, without_ids) for interaction, item in history]
-    lines = ["Past purchases, oldest first:", *_numbered(past), "", "Next product:"]
-    return "\n".join([*lines, describe_item(target, next_fields, shown)])
+    return ["Past purchases, oldest first:", *_numbered(past)]
 
 
 def _conversation(system: str, user: str) -> list[Message]:

@@ -17,6 +17,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Verdict = Literal["relevant", "weak", "irrelevant"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
+# What a judge of rationales is shown; `evaluation.judge` says more.
+Condition = Literal["item_shown", "item_hidden", "counterfactual"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+
 # Lists in which a target is ranked, in the order of tables -> what the report says of them.
 RANKED_LISTS: Mapping[str, str] = {
     "uniform": "The target among uniformly drawn items.",
@@ -117,6 +121,19 @@ class Rationale:
     evidence: tuple[int, ...]  # positions in the history, from 0
     confidence: float  # the annotator's in its verdict, 0 to 1
     annotator: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrueReasons:
+    """What the synthetic domain knows of one user's test interaction, of what texts show.
+
+    A true reason for an item is an attribute of it that is among `likes`, or its category if that is in `calls_for`.
+    """
+
+    user_id: str
+    likes: tuple[str, ...]  # diets and brands
+    dislikes: tuple[str, ...]
+    calls_for: tuple[str, ...]  # categories that complete the last interaction's
 
 
 @dataclass(frozen=True, slots=True)

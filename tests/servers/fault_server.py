@@ -155,6 +155,13 @@ def good(asked, draw):
     messages = "".join(m["content"] for m in asked["messages"])
     if '"nothing_invented"' in messages:
         return json.dumps({name: draw.random() < 0.97 for name in RUBRIC})
+    if '"score"' in messages:
+        return json.dumps({"why": "as the reviews say", "score": draw.choice((1, 2, 3))})
+    if '"candidate"' in messages:
+        products = asked["messages"][1]["content"].partition("Products:")[2]
+        return json.dumps(
+            {"why": "the only tea", "candidate": draw.randint(1, len(re.findall(r"^\d+\. ", products, re.M)))}
+        )
     question = next(m["content"] for m in reversed(asked["messages"]) if "Past purchases" in m["content"])
     shown = len(re.findall(r"^\d+\. ", question, re.MULTILINE))
     verdict = draw.choices(("relevant", "weak", "irrelevant"), (7, 2, 1))[0]

@@ -39,6 +39,7 @@ STAGES = {
         "--gradient_accumulation_steps 1 --max_completion_length 16",
     ),
     "evaluate": ("twice_rec.stages.stage4_evaluate", "evaluate", "--num_users 6 --batch_size 2 --max_new_tokens 16"),
+    "judge": ("twice_rec.stages.stage4b_judge", "judge", "--num_judged 5"),
     "report": ("twice_rec.stages.stage5_report", "report", "--bootstrap_samples 100"),
 }  # fmt: skip
 

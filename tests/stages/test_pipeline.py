@@ -114,7 +114,9 @@ def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):
     assert files_of(run_dir) == before
     assert capfd.readouterr().err.count("is finished already; nothing to do") == len(
         ["data", "base", "rationales", "sft", "sasrec", "grpo"]
-    ) + len(["sasrec", "random", "popularity", "itemknn", "base", "stage2", "stage3", "oracle"])
+    ) + len(["sasrec", "random", "popularity", "itemknn", "base", "stage2", "stage3", "oracle"]) + len(
+        ["judge/base", "judge/stage2", "judge/stage3"]
+    )
 
 
 def test_other_settings_need_a_word(finished, capfd):
@@ -139,6 +141,7 @@ KILLED = {
         "eval/stage2/predictions.partial.jsonl",
         ["eval/stage2/predictions.jsonl", "eval/stage3/metrics.json"],
     ),
+    "judge": ("judge/base/verdicts.jsonl", ["judge/base/scores.json", "judge/stage3/verdicts.jsonl"]),
 }
 
 

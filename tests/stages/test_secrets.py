@@ -67,6 +67,7 @@ STAGES = {
     "serve": ("--rollout vllm_server", "twice_rec.stages.stage3b_serve.start_model"),
     "grpo": (f"--model_name_or_path {BASE} --cf_model popularity", "twice_rec.stages.stage3c_grpo.prompt_rows"),
     "evaluate": ("--variants oracle", "twice_rec.stages.stage4_evaluate.evaluate_scorer_variant"),
+    "judge": ("--num_judged 2 --variants base", "twice_rec.evaluation.judges.scores_of"),
     "report": ("", "twice_rec.stages.stage5_report.results_of"),
     "status": ("", "twice_rec.stages.status.tree"),
 }
@@ -142,6 +143,7 @@ def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     for stage in ("prepare", "rationales", "evaluate"):
         assert run(stage, run_dir, BASE, *STAGES[stage][0].split()) == 0
+    assert run("evaluate", run_dir, BASE, "--variants", "base", "--num_users", "2") == 0
     return run_dir
 
 
@@ -293,6 +295,14 @@ OF_STAGES = {
     "evaluate": [
         ("--precomputed_scores", f"{{a: 'https://u:{NAMED['login']}@h/x.npz'}}"),
         ("--variants", TOKENS["hub"]),
+    ],
+    "judge": [
+        ("--judges", f"{{a: {{base_url: 'https://u:{NAMED['login']}@host/v1'}}}}"),
+        ("--judges", f"{{a: {{base_url: {NAMED['loose']}}}}}"),
+        ("--judges", f"{{a: {{api_key_env: {NAMED['loose']}}}}}"),
+        ("--judges", f"{{a: {{api_key: {NAMED['key']}}}}}"),
+        ("--judges", f"{{a: {NAMED['key']}}}"),
+        ("--human_labels", TOKENS["hub"]),
     ],
     "report": [("--other_runs", f"runs/{TOKENS['hub']}"), ("--comparisons", f"[[a, {TOKENS['hub']}]]")],
 }

@@ -14,13 +14,13 @@ from twice_rec.data.candidates import CANDIDATE_LISTS
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sources import SOURCES
 from twice_rec.errors import InputError
-from twice_rec.evaluation.recipe import EvaluateRecipe, ReportRecipe
+from twice_rec.evaluation.recipe import EvaluateRecipe, JudgeRecipe, ReportRecipe
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS
 from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.recipe import Settings, TrainerRecipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
-from twice_rec.records import RANKED_LISTS, VERDICTS
+from twice_rec.records import CONDITIONS, RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
 from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.stages.cost import CostRecipe
@@ -43,6 +43,7 @@ CLASSES = {
     **dict.fromkeys(("grpo_4gpus", "grpo_8gpus", "grpo_two_nodes", "grpo_ray"), GRPORecipe),
     "cost": CostRecipe,
     "evaluate": EvaluateRecipe,
+    "judge": JudgeRecipe,
     "report": ReportRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
@@ -101,6 +102,8 @@ def test_a_setting_is_declared_once():
         (PrepareRecipe, "candidate_lists", CANDIDATE_LISTS),
         (PrepareRecipe, "prompt_list", CANDIDATE_LISTS),
         (EvaluateRecipe, "lists", CANDIDATE_LISTS),
+        (JudgeRecipe, "judged_list", CANDIDATE_LISTS),
+        (JudgeRecipe, "conditions", CONDITIONS),
         (EvaluateRecipe, "score_lists", RANKED_LISTS),
         (SASRecRecipe, "lists", RANKED_LISTS),
         (SASRecRecipe, "baselines", BASELINES),

@@ -22,6 +22,7 @@ CATALOG = "catalog.jsonl"
 SEQUENCES = "sequences.jsonl"
 PROMPT = "prompt.json"
 ORACLE = "oracle.npz"
+TRUE_REASONS = "true_reasons.jsonl"  # of the synthetic domain; for the rule judge alone
 STATISTICS = "statistics.json"
 
 # Key of `prompt.json` -> key of the recipe.

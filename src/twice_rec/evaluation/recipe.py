@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError
 
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
 from twice_rec.grpo.recipe import is_grpo_variant
 from twice_rec.llm.recipe import ModelConfig, PromptConfig
+from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, rule
+from twice_rec.records import Condition
+
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _is_ours(variant: str) -> bool:
@@ -84,7 +91,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         if any(map(_is_ours, self.precomputed_scores)):
             return "precomputed_scores uses a name of ours (base, stage2, stage3, stage3_..., oracle); choose another"
         for name in self.precomputed_scores:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            if not _FOLDER.fullmatch(name):
                 return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
             if name.lower() in (*BASELINES, "sasrec") or name.lower().startswith(("base_", "stage2", "stage3")):
                 return f"precomputed_scores has the name {name!r}, which other results have; choose another"
@@ -112,3 +119,86 @@ class ReportRecipe(Recipe):
     def comparisons_are_pairs(self) -> str | None:
         pairs = all(len(pair) == 2 for pair in self.comparisons)
         return None if pairs else "comparisons holds something that is not a pair [a, b]"
+
+
+class JudgeConfig(SamplingConfig, ClientConfig):
+    """Who judges, and how a language model is asked."""
+
+    judged_by: Literal["rule", "openai", "batch"] = key(
+        "rule",
+        "who judges: rule knows the true reasons of the synthetic domain; openai asks any OpenAI-compatible server; "
+        "batch writes and reads files for OpenAI's Batch API or vLLM's run_batch",
+    )
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether a language model judges."""
+        return self.judged_by != "rule"
+
+    def what_decides(self) -> dict[str, Any]:
+        """Return the settings on which the verdicts depend."""
+        return {"judged_by": "model", **self.values_of(SamplingConfig)} if self.asks_a_model else {"judged_by": "rule"}
+
+    @rule
+    def a_model_is_named(self) -> str | None:
+        return f"judged_by {self.judged_by} needs model, found null" if self.asks_a_model and not self.model else None
+
+
+class JudgeRecipe(Recipe, JudgeConfig):
+    """Stage 4b: what the rationales of evaluated models are worth."""
+
+    variants: list[str] = key(["base", "stage2", "stage3"], "evaluations whose rationales are judged: folders of eval/")
+    num_judged: int = key(300, "users whose answers are judged, drawn by seed, the same for all variants", ge=1)
+    judged_list: ListKind = key("uniform", "candidate list that the models were asked about")
+    conditions: list[Condition] = key(
+        ["item_shown", "item_hidden", "counterfactual"],
+        "what judges see: the recommended item and its rationale; the rationale without the item, to find it; the item "
+        "and another user's rationale, as a control",
+    )
+    judges: dict[str, dict[str, Any]] = key(
+        {"rule": {}}, "judges by name, each with the keys in which it differs from the recipe's", hidden=True
+    )
+    human_labels: str | None = key(None, "file of scores that humans gave, whose agreement is measured; null for none")
+    export_for_labels: str | None = key(
+        None, "only write the file that humans fill in, without scores, to this path", changes_result=False
+    )
+    dry_run: bool = key(False, "only say how many calls, tokens and how much money it takes", changes_result=False)
+
+    @property
+    def configs(self) -> Mapping[str, JudgeConfig]:
+        """The settings of each judge; ValidationError if a judge's own keys cannot be."""
+        shared = self.values_of(JudgeConfig)
+        return {name: JudgeConfig.model_validate({**shared, **own}) for name, own in self.judges.items()}
+
+    @rule
+    def something_is_judged(self) -> str | None:
+        empty = [name for name in ("variants", "conditions", "judges") if not getattr(self, name)]
+        return f"{', '.join(empty)} is empty; there is nothing to judge" if empty else None
+
+    @rule
+    def nothing_is_judged_twice(self) -> str | None:
+        for name in ("variants", "conditions"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                return f"{name} names one twice: {', '.join(getattr(self, name))}"
+        return None
+
+    @rule
+    def variants_are_folders(self) -> str | None:
+        wrong = [name for name in self.variants if not _FOLDER.fullmatch(name)]
+        return f"variants holds {wrong[0]!r}, which is no folder of eval/: letters, digits, _ . -" if wrong else None
+
+    @rule
+    def judges_can_be_asked(self) -> str | None:
+        shared = self.values_of(JudgeConfig)
+        for name, own in self.judges.items():
+            if not _FOLDER.fullmatch(name):
+                return f"judges has the name {name!r}; it names a file: letters, digits, _ . -"
+            if unknown := sorted(own.keys() - shared.keys()):
+                return f"judges: {name}: unknown key {unknown[0]}; a judge may have the keys {', '.join(shared)}"
+            try:
+                JudgeConfig.model_validate({**shared, **own})
+            except ValidationError as error:
+                fault = error.errors(include_input=False)[0]
+                where = ".".join(map(str, fault["loc"][:1]))
+                return f"judges: {name}: {where}{': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}"
+        return None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.prompts import PromptFormat, annotation_instructions
@@ -16,7 +17,7 @@ from twice_rec.rationales.exemplars import load_exemplars
 from twice_rec.rationales.faults import Stopped
 from twice_rec.rationales.generate import Collected, Questions
 from twice_rec.rationales.offline import OfflineAnnotator
-from twice_rec.rationales.recipe import RationalesRecipe
+from twice_rec.rationales.recipe import ClientConfig, RationalesRecipe
 from twice_rec.rationales.released import ReleasedRationales
 from twice_rec.records import Example
 
@@ -48,40 +49,50 @@ def open_annotator(
     else:
         with _collected(recipe, catalog, shown) as collected:
             if recipe.annotator == "batch":
-                _take_batches(recipe, collected, examples)
-                figures = {"answers_stored": len(collected.cache), "unusable_responses": collected.cache.unusable}
+                figures = take_batches(recipe.run_path / BATCHES, collected, examples, recipe)
             else:
                 figures = asyncio.run(generate.collect(examples, collected, recipe, len(examples)))
             label = f"{recipe.model}, {'looking forward' if recipe.forward_looking else 'looking back'}"
             yield Annotator(label, collected.annotate, collected.review if recipe.self_check else None, figures)
 
 
-def _take_batches(recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example]) -> None:
-    """Read the result files there are, and write what is still missing; raise Stopped while something is."""
-    folder, cache = recipe.run_path / BATCHES, collected.cache
+def take_batches(
+    folder: Path,
+    collected: Collected,
+    examples: Sequence[Example],
+    config: ClientConfig,
+    limited_by: str = "max_rationales",
+) -> dict[str, Any]:
+    """Read the result files of a folder, and write what is still missing; return figures for the manifest.
+
+    Raises:
+        Stopped: while something is missing, or if the next request files may cost more than is left.
+    """
+    cache = collected.cache
     refused = batch.read_results(folder, cache)
     if any(collected.next_request(example) is None for example in examples):  # else all are refused, and not these
         collected.failures.update(refused)
     if not batch.outstanding(folder, cache):
-        if recipe.max_cost is not None:
-            _require_budget(recipe, collected, examples, recipe.max_cost)
+        if config.max_cost is not None:
+            _require_budget(config, collected, examples, config.max_cost, limited_by)
         batch.write_requests(folder, collected.missing(examples))
     if waiting := batch.outstanding(folder, cache):
-        raise Stopped(batch.instructions(waiting, str(recipe.model)))
+        raise Stopped(batch.instructions(waiting, str(collected.questions.config.model)))
+    return {"answers_stored": len(cache), "unusable_responses": cache.unusable}
 
 
 def _require_budget(
-    recipe: RationalesRecipe, collected: Collected, examples: Sequence[Example], max_cost: float
+    config: ClientConfig, collected: Collected, examples: Sequence[Example], max_cost: float, limited_by: str
 ) -> None:
     """Raise Stopped if the next request files may cost more than is left of the budget."""
     cache, chars_per_token = collected.cache, generate.CHARS_PER_TOKEN
-    spent = recipe.cost(cache.prompt_tokens, cache.completion_tokens)
+    spent = config.cost(cache.prompt_tokens, cache.completion_tokens)
     missing = collected.missing(examples)
-    needed = sum(recipe.cost(request.prompt_chars / chars_per_token, request.max_tokens) for request in missing)
+    needed = sum(config.cost(request.prompt_chars / chars_per_token, request.max_tokens) for request in missing)
     if needed and spent + needed > max_cost:
         raise Stopped(
             f"the budget is used up: {spent:.4f} of max_cost {max_cost:g} spent, and the next request files may cost "
-            f"{needed:.4f}; raise max_cost, or lower max_rationales"
+            f"{needed:.4f}; raise max_cost, or lower {limited_by}"
         )
 
 

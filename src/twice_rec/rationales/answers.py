@@ -1,4 +1,4 @@
-"""The answers of annotators: JSON schemas for servers that enforce them, and one parser for all servers.
+"""The answers of annotators and judges: JSON schemas for servers that enforce them, and one parser for all servers.
 
 The parser takes a JSON object anywhere in a completion (in a code fence, after a preamble, written twice) and nothing
 less: a missing key, an unknown verdict or evidence that does not exist make the answer malformed. It raises nothing but
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from twice_rec import answer_format
-from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
+from twice_rec.prompts import ANNOTATION_FIELDS, CHOICE_FIELDS, JUDGED_LEVELS, RUBRIC, SCORE_FIELDS
 from twice_rec.records import VERDICTS, Verdict
 
 _OPENING = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>|\[THINK\]|◁think▷)", re.IGNORECASE)
@@ -43,6 +43,15 @@ def annotation_schema(num_shown: int) -> dict[str, Any]:
         {"type": "number", "enum": [tenth / 10 for tenth in range(11)]},
     )
     return _schema(dict(zip(ANNOTATION_FIELDS, values, strict=True)))
+
+
+SCORE_SCHEMA = _schema({"why": {"type": "string"}, "score": {"type": "integer", "enum": list(JUDGED_LEVELS)}})
+
+
+def choice_schema(num_candidates: int) -> dict[str, Any]:
+    """Return the schema of a judge's choice among so many candidates."""
+    numbers = {"type": "integer", "enum": list(range(1, num_candidates + 1))}
+    return _schema({"why": {"type": "string"}, "candidate": numbers})
 
 
 class Malformed(Exception):
@@ -86,6 +95,28 @@ def parse_check(text: str) -> tuple[str, ...]:
     for name in RUBRIC:
         _require(isinstance(found[name], bool), f"{name} must be true or false", found[name])
     return tuple(name for name in RUBRIC if not found[name])
+
+
+def parse_score(text: str) -> tuple[int, str]:
+    """Return a judge's score and why it gave it; raises Malformed like the others."""
+    return _numbered(text, SCORE_FIELDS, "score", JUDGED_LEVELS)
+
+
+def parse_choice(text: str, num_candidates: int) -> tuple[int, str]:
+    """Return the number of the candidate that a judge chose, from 1, and why; raises Malformed like the others."""
+    return _numbered(text, CHOICE_FIELDS, "candidate", range(1, num_candidates + 1))
+
+
+def _numbered(text: str, fields: Iterable[str], name: str, allowed: Sequence[int]) -> tuple[int, str]:
+    """Return the number under a key, one of those allowed, and the text of `why`."""
+    found = _single_object(text, fields)
+    number, why = found[name], found["why"]
+    if isinstance(number, str) and number.strip().isdecimal():
+        number = int(number)
+    expected = f"{name} must be a whole number from {allowed[0]} to {allowed[-1]}"
+    _require(type(number) is int and number in allowed, expected, found[name])
+    _require(isinstance(why, str), "why must be text", why)
+    return number, _plain(why)
 
 
 def _require(holds: bool, what: str, found: Any) -> None:

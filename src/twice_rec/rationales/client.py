@@ -73,12 +73,13 @@ class ChatClient:
 
     Args:
         cache: where every completion goes before it is used. The budget counts all that it holds.
+        limited_by: the key by which there are fewer requests, for errors.
 
     Raises:
         InputError: if the config names an environment variable for the API key and it is not set.
     """
 
-    def __init__(self, config: ClientConfig, cache: CompletionCache):
+    def __init__(self, config: ClientConfig, cache: CompletionCache, limited_by: str = "max_rationales"):
         import openai
 
         self.secrets = KNOWN
@@ -87,6 +88,7 @@ class ChatClient:
             self.secrets.add(self._api_key, "API key")
         self.config = config
         self.cache = cache
+        self._limited_by = limited_by
         self.sent = self.answered = 0
         self.faults = Counter[str]()
         self.stopped: Stopped | None = None
@@ -286,7 +288,7 @@ class ChatClient:
             raise self.stop(
                 f"the budget is used up: {self.cost:.4f} of max_cost {limit:g} spent, and {self._reserved + worst:.4f} "
                 "more could be needed for the requests at hand, which are estimated by their lengths (no more than "
-                "they can exceed it); raise max_cost, or lower max_rationales"
+                f"they can exceed it); raise max_cost, or lower {self._limited_by}"
             )
         self._reserved += worst
         return worst

@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
@@ -39,6 +39,53 @@ _SHOWN_OF_CUT_OFF = 200  # characters of a cut-off completion that the model is 
 CHARS_PER_TOKEN = 4  # for estimates
 
 
+class Asks(Protocol):
+    """What a model is asked about rows of some kind: training examples here, recommendations in `evaluation.judge`."""
+
+    @property
+    def config(self) -> SamplingConfig:
+        """What its requests say besides their messages."""
+
+    @property
+    def more(self) -> str:
+        """What may be asked beyond the first request of a row, for estimates; empty if nothing."""
+
+    def everything(self, row: Any) -> Dialogue[None]:
+        """Ask all there is about a row; raises NotAnnotated if no completion can be used."""
+
+
+def talk(
+    config: SamplingConfig, messages: list[Message], schema: Mapping[str, Any], name: str, parse: Callable[[str], T]
+) -> Dialogue[T]:
+    """Ask, and ask again with the fault named, up to `max_reasks` times.
+
+    Raises:
+        NotAnnotated: if the model refuses, or none of its completions can be used.
+    """
+    for _ in range(1 + config.max_reasks):
+        completion = yield Request.of(messages, config, schema, name)
+        if completion.refusal or completion.finish == "content_filter":
+            raise NotAnnotated(f"refused by the model: {completion.refusal[:200] or 'content filter'}")
+        try:
+            return parse(completion.text)
+        except answers.Malformed as error:
+            text, kind, fault = completion.text.strip() or "(nothing)", "malformed answer", str(error)
+        if completion.finish == "length":
+            kind, fault = "cut off", f"it was cut off at {config.max_tokens} tokens; be much shorter"
+            text = f"{text[:_SHOWN_OF_CUT_OFF]} ..."
+        messages = prompts.ask_again(messages, text, fault)
+    raise NotAnnotated(f"{kind}: {fault}")
+
+
+def shown_history(
+    example: Example, catalog: ItemCatalog, shown: PromptFormat
+) -> tuple[list[tuple[Interaction, Item]], int]:
+    """Return the interactions that are shown, and the position of the first of them in the whole history."""
+    most = shown.prompt_history_items or len(example.history)
+    first = max(0, len(example.history) - most)
+    return [(entry, catalog[entry.item_id]) for entry in example.history[first:]], first
+
+
 @dataclass(frozen=True, slots=True)
 class Questions:
     """How examples are asked about.
@@ -55,6 +102,11 @@ class Questions:
     config: SamplingConfig
     checks: Checks | None = None
 
+    @property
+    def more(self) -> str:
+        """See `Asks`."""
+        return "up to as many self-checks, which are shorter" if self.checks else ""
+
     def everything(self, example: Example) -> Dialogue[None]:
         """Ask for a rationale and, if it passes the checks, for its self-check; raises like `annotate`."""
         rationale = yield from self.annotate(example)
@@ -67,45 +119,21 @@ class Questions:
         Raises:
             NotAnnotated: if the model refuses, or none of its completions can be used.
         """
-        past, first = self._history(example)
+        past, first = shown_history(example, self.catalog, self.shown)
         question = prompts.annotation_question(past, self.catalog[example.target], self.shown)
         messages = [*self.instructions, question]
         parse = lambda text: answers.parse_annotation(text, len(past))
-        found = yield from self._talk(messages, answers.annotation_schema(len(past)), "annotation", parse)
+        found = yield from talk(self.config, messages, answers.annotation_schema(len(past)), "annotation", parse)
         evidence = tuple(first + number - 1 for number in found.evidence)  # prompts count from 1 what they show
         judged = (found.rationale, found.verdict, evidence, found.confidence)
         return Rationale(example.user_id, example.target, *judged, annotator=str(self.config.model))
 
     def review(self, example: Example, rationale: Rationale) -> Dialogue[str | None]:
         """Ask for the self-check; returns a reason to reject the rationale, or None. Raises like `annotate`."""
-        past, _ = self._history(example)
+        past, _ = shown_history(example, self.catalog, self.shown)
         messages = prompts.self_check(past, self.catalog[example.target], self.shown, rationale.text)
-        failed = yield from self._talk(messages, answers.CHECK_SCHEMA, "check", answers.parse_check)
+        failed = yield from talk(self.config, messages, answers.CHECK_SCHEMA, "check", answers.parse_check)
         return f"self-check: not {', '.join(failed)}" if failed else None
-
-    def _history(self, example: Example) -> tuple[list[tuple[Interaction, Item]], int]:
-        """Return the interactions that are shown, and the position of the first of them in the whole history."""
-        most = self.shown.prompt_history_items or len(example.history)
-        first = max(0, len(example.history) - most)
-        return [(entry, self.catalog[entry.item_id]) for entry in example.history[first:]], first
-
-    def _talk(
-        self, messages: list[Message], schema: Mapping[str, Any], name: str, parse: Callable[[str], T]
-    ) -> Dialogue[T]:
-        """Ask, and ask again with the fault named, up to `max_reasks` times."""
-        for _ in range(1 + self.config.max_reasks):
-            completion = yield Request.of(messages, self.config, schema, name)
-            if completion.refusal or completion.finish == "content_filter":
-                raise NotAnnotated(f"refused by the model: {completion.refusal[:200] or 'content filter'}")
-            try:
-                return parse(completion.text)
-            except answers.Malformed as error:
-                text, kind, fault = completion.text.strip() or "(nothing)", "malformed answer", str(error)
-            if completion.finish == "length":
-                kind, fault = "cut off", f"it was cut off at {self.config.max_tokens} tokens; be much shorter"
-                text = f"{text[:_SHOWN_OF_CUT_OFF]} ..."
-            messages = prompts.ask_again(messages, text, fault)
-        raise NotAnnotated(f"{kind}: {fault}")
 
 
 class NotCollected(NotAnnotated):
@@ -118,13 +146,13 @@ class NotCollected(NotAnnotated):
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What the stored completions give: rationales and their reviews.
+    """What the stored completions give: rationales and their reviews, if it is they that `questions` ask for.
 
     Args:
         failures: request key -> why it has no completion, for requests that are not sent again.
     """
 
-    questions: Questions
+    questions: Asks
     cache: CompletionCache
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -204,18 +232,24 @@ class _Outcomes:
 
 
 async def collect(
-    examples: Iterable[Example], collected: Collected, config: ClientConfig, total: int | None = None
+    examples: Iterable[Example],
+    collected: Collected,
+    config: ClientConfig,
+    total: int | None = None,
+    what: str = "rationales",
+    limited_by: str = "max_rationales",
 ) -> dict[str, Any]:
     """Ask the server about every example, `concurrency` at a time, until the cache has all completions.
 
-    Returns figures for the manifest. `collected` gets the failures; `total`, the number of examples, is for the bar.
+    Returns figures for the manifest. `collected` gets the failures; `total`, the number of examples, is for the bar,
+    and so is `what`. `limited_by` is the key by which there are fewer examples.
 
     Raises:
         Stopped: if the run cannot go on; what is under way is let finish and stored first.
         Unfinished: if rows got no usable answer, and not because the server refuses these rows.
     """
-    client, model = ChatClient(config, collected.cache), str(collected.questions.config.model)
-    bar = progress(desc="rationales", unit="row", total=total)
+    client, model = ChatClient(config, collected.cache, limited_by), str(collected.questions.config.model)
+    bar = progress(desc=what, unit="row", total=total)
     waiting, outcomes = iter(examples), _Outcomes(config.max_failures_in_a_row)  # shared by all workers
 
     async def complete(example: Example) -> None:
@@ -261,7 +295,7 @@ def estimate(examples: Sequence[Example], collected: Collected, config: ClientCo
         first = first or request
         calls, chars, most = calls + 1, chars + request.prompt_chars, most + request.max_tokens
     tokens, cache = chars // CHARS_PER_TOKEN, collected.cache
-    more = ", and up to as many self-checks, which are shorter" if collected.questions.checks else ""
+    more = f", and {collected.questions.more}" if collected.questions.more else ""
     lines = [
         f"examples: {len(examples):,}; completions stored already: {len(cache):,}, which cost "
         f"{config.cost(cache.prompt_tokens, cache.completion_tokens):.2f}",

@@ -7,7 +7,7 @@ describes the product without a word of its title passes them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from twice_rec.records import Item
 
@@ -67,6 +67,44 @@ def names_title(words: Sequence[str], title: str, at_least: int = _TITLE_WORDS) 
     runs = {tuple(own[i : i + size]) for i in range(len(own) - size + 1)}
     kept = _telling(words)
     return any(tuple(kept[i : i + size]) in runs for i in range(len(kept) - size + 1))
+
+
+def hide_item(text: str, item: Item, by: str) -> str:
+    """Return a text with the item's id, and every part of its title, replaced by other words.
+
+    A part is at least three words of the title in a row, or all of them if it has fewer, whatever is between them.
+    """
+    found = list(_WORD.finditer(text.replace("’", "'")))
+    words, title = [match[0].lower() for match in found], words_of(item.title)
+    spans = [match.span() for match in re.finditer(rf"(?i)(?<!\w){re.escape(item.item_id)}(?!\w)", text)]
+    start = 0
+    while start < len(words):
+        length = max((_in_common(words[start:], title[place:]) for place in range(len(title))), default=0)
+        is_named = length > 0 and length >= min(_TITLE_WORDS, len(title))
+        if is_named:
+            spans.append((found[start].start(), found[start + length - 1].end()))
+        start += length if is_named else 1
+    for begin, end in sorted(_joined(spans), reverse=True):
+        text = text[:begin] + by + text[end:]
+    return text
+
+
+def _in_common(words: Sequence[str], others: Sequence[str]) -> int:
+    """Return with how many equal words two lists begin."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b), min(len(words), len(others))
+    )
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the same places with those that overlap made one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if joined and begin < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 def speaks_of_purchase(text: str, target: Item) -> bool:

@@ -1,8 +1,9 @@
 """Stage 0: a source of interactions -> data/ (catalogue, sequences, candidate lists, statistics).
 
 Writes `catalog.jsonl`, `sequences.jsonl`, `candidates.{train,valid,test}.jsonl`, `prompt.json`, `statistics.json`,
-and for the synthetic domain `oracle.npz` (the true logprobs of every user's next interaction) and the raw files under
-`data/raw/`, which are then read like those of any domain of Amazon Reviews 2023.
+and for the synthetic domain `oracle.npz` (the true logprobs of every user's next interaction), `true_reasons.jsonl`
+(what speaks for and against it) and the raw files under `data/raw/`, which are then read like those of any domain of
+Amazon Reviews 2023.
 
 Deviations from the paper: candidate lists are drawn per user (the release's test lists share one pool of popular
 distractors), and there are popularity-weighted and hard ones too. Training candidates are of the prompt's list only.
@@ -26,7 +27,7 @@ from twice_rec.data.estimate import check_room
 from twice_rec.data.hard import SimilarItems, training_matrix
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sequences import SequenceTable, assemble, log_figures, statistics, write_sequences
-from twice_rec.files import atomic_path, scratch_folder, write_json
+from twice_rec.files import atomic_path, scratch_folder, write_json, write_records
 from twice_rec.records import SPLITS
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
@@ -54,6 +55,8 @@ def prepare(recipe: PrepareRecipe) -> None:
         if oracle is not None:
             with atomic_path(run.path / dataset.ORACLE) as temporary:
                 np.savez_compressed(temporary, scores=oracle)
+        if (reasons := source.true_reasons(table.records(catalog))) is not None:
+            write_records(run.path / dataset.TRUE_REASONS, reasons)
         write_json(run.path / dataset.STATISTICS, figures)
         log_figures(figures)
         run.finish(sorted(path for path in run.path.iterdir() if path.name[0] != "."), figures)

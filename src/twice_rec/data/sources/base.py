@@ -24,7 +24,7 @@ from twice_rec.data.sources.values import as_number
 from twice_rec.data.sources.values import clean_text as clean_text  # every source needs it
 from twice_rec.errors import InputError
 from twice_rec.recipe import Settings, key, rule
-from twice_rec.records import Item, UserSequence
+from twice_rec.records import Item, TrueReasons, UserSequence
 
 _FEWEST_JOINED = 0.01  # share of the reviewed items that the metadata must describe; two domains share next to none
 
@@ -193,4 +193,8 @@ class Source(ABC):
 
     def oracle_scores(self, sequences: Iterable[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32] | None:
         """Return the true log-probabilities of the test targets [users, items], None if nobody knows them."""
+        return None
+
+    def true_reasons(self, sequences: Iterable[UserSequence]) -> Iterable[TrueReasons] | None:
+        """Return what speaks for the test interactions, one record per user with one; None if nobody knows it."""
         return None

@@ -30,7 +30,7 @@ from twice_rec.data.sources.amazon import Amazon2023
 from twice_rec.files import write_jsonl
 from twice_rec.progress import progress
 from twice_rec.recipe import Settings, key
-from twice_rec.records import UserSequence
+from twice_rec.records import TrueReasons, UserSequence
 
 T = TypeVar("T")
 
@@ -104,6 +104,10 @@ class SyntheticSource(Amazon2023, name="synthetic"):
     def oracle_scores(self, sequences: Iterable[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
         """See `SyntheticDomain.test_log_probabilities`."""
         return self._drawn.test_log_probabilities(list(sequences), catalog)
+
+    def true_reasons(self, sequences: Iterable[UserSequence]) -> Iterator[TrueReasons]:
+        """See `SyntheticDomain.test_reasons`."""
+        return self._drawn.test_reasons(sequences)
 
 
 class SyntheticDomain:
@@ -197,6 +201,22 @@ class SyntheticDomain:
         return np.concatenate(
             [self.next_item_log_probabilities(users[part], histories[part])[:, columns] for part in parts]
         )
+
+    def test_reasons(self, sequences: Iterable[UserSequence]) -> Iterator[TrueReasons]:
+        """Yield what speaks for and against each item as the test interaction of each user who has one.
+
+        Cohort and popularity do too, but no text shows them.
+        """
+        user_at, item_at = ({one: at for at, one in enumerate(ids)} for ids in (self.user_ids, self.item_ids))
+        for sequence in sequences:
+            if sequence.test is not None:
+                user = user_at[sequence.user_id]
+                past = self.histories[user]
+                last = past[past.index(item_at[sequence.target("test").item_id]) - 1]
+                tastes = dict(zip((*DIETS, *BRANDS), (*self.diet_taste[user], *self.brand_taste[user]), strict=True))
+                likes, dislikes = (tuple(name for name in tastes if tastes[name] == sign) for sign in (1, -1))
+                called_for = np.flatnonzero(self.complements[self.category[last]]).tolist()
+                yield TrueReasons(sequence.user_id, likes, dislikes, tuple(CATEGORIES[c] for c in called_for))
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """Yield one record per item, in the schema of the raw metadata of 2023."""
