@@ -6,6 +6,7 @@ import re
 from typing import ClassVar, Literal
 
 from twice_rec.cf.baselines import BASELINES
+from twice_rec.cf.recbole_models import RECBOLE_MODELS
 from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
 from twice_rec.grpo.recipe import is_grpo_variant
@@ -80,7 +81,9 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         for name in self.precomputed_scores:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
-            if name.lower() in (*BASELINES, "sasrec") or name.lower().startswith(("base_", "stage2", "stage3")):
+            if name.lower() in (*BASELINES, *RECBOLE_MODELS, "sasrec") or name.lower().startswith(
+                ("base_", "stage2", "stage3")
+            ):
                 return f"precomputed_scores has the name {name!r}, which other results have; choose another"
         return None
 

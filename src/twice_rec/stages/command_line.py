@@ -31,6 +31,7 @@ STAGES = {
     "rationales": ("stage1_rationales", "rationales.sh", "write rationales and keep the good ones"),
     "sft": ("stage2_sft", "sft.sh", "fine-tune the base model on three tasks"),
     "sasrec": ("stage3a_sasrec", "sasrec.sh", "train SASRec, evaluate it and the CF baselines"),
+    "baselines": ("stage3a_baselines", "baselines.sh", "train RecBole's CF models and evaluate them"),
     "serve": ("stage3b_serve", "grpo_step1.sh", "start the rollout servers"),
     "grpo": ("stage3c_grpo", "grpo_step2.sh", "train with confidence-weighted GRPO"),
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),

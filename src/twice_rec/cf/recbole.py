@@ -1,0 +1,269 @@
+"""Models of RecBole 1.2.1: trained and asked by `recbole_runner.py`, a process of RecBole's own environment.
+
+Files go out, scores come in. A training is given the training parts and some users' validation targets, as item
+indices; a scorer is given histories, block by block, as any `CFScorer`. The test targets stay here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from twice_rec.catalog import ItemCatalog
+from twice_rec.cf.confidence import Floats, Histories
+from twice_rec.cf.ranking import CHOSEN_ON, CFQuestions, Data
+from twice_rec.cf.recbole_models import RECBOLE_MODELS
+from twice_rec.cf.recipe import BaselinesRecipe
+from twice_rec.errors import InputError, Unfinished
+from twice_rec.files import read_jsonl, write_json
+from twice_rec.item_sequences import ItemSequences
+from twice_rec.progress import progress
+
+logger = logging.getLogger(__name__)
+
+RUNNER = Path(__file__).with_name("recbole_runner.py")
+MODEL, TUNING = "model.safetensors", "tuning.jsonl"  # what a training leaves
+MOST_ATTRIBUTES = 64  # RecBole's S3Rec makes a list of all attributes at every position of every sequence
+SHORTEST = 10  # length of padded histories below which some models' shapes break
+_MEMBER = re.compile(r'"([^"]{1,60})": "([^"]{1,60})"')
+
+
+def require_environment(python: Path) -> None:
+    """Raise an InputError with the command that makes RecBole's environment if its Python is not there."""
+    if not python.is_file():
+        raise InputError(f"recbole_python is {python}: no such file; make RecBole's environment: {_install(python)}")
+
+
+def _install(python: Path) -> str:
+    return f"VENV={python.parent.parent} bash install.sh requirements-recbole.txt"
+
+
+def item_attributes(catalog: ItemCatalog, most: int = MOST_ATTRIBUTES) -> tuple[NDArray[np.int64], int]:
+    """Return each item's attributes for S3Rec, int64 [N + 1, A] with 0 for none, and how many different ones there are.
+
+    An attribute is a category, the brand, or a member of the details (`"Brand": "Yogi"`), if at least two items have it
+    and not more than half; the `most` frequent are kept.
+    """
+    of_items = [
+        {("category", one) for one in item.categories}
+        | ({("brand", item.brand)} if item.brand else set())
+        | {(name.lower(), value) for name, value in _MEMBER.findall(item.details)}
+        for item in catalog
+    ]
+    counts = Counter(one for found in of_items for one in found)
+    known = [one for one, count in counts.items() if 2 <= count <= len(catalog) / 2]
+    numbers = {one: i for i, one in enumerate(sorted(known, key=lambda one: (-counts[one], one))[:most], start=1)}
+    kept = [sorted(numbers[one] for one in found if one in numbers) for found in of_items]
+    table = np.zeros((len(catalog) + 1, max(1, *map(len, kept))), dtype=np.int64)  # [N + 1, A]
+    for item, row in enumerate(kept, start=1):
+        table[item, : len(row)] = row
+    return table, max(len(numbers), 1)
+
+
+class RecBoleVariant:
+    """One row: the training of a model of RecBole with the recipe's settings, and its scores.
+
+    Args:
+        name: one of `RECBOLE_MODELS`.
+        data: the prepared data.
+        valid: the questions on which settings and weights are chosen.
+    """
+
+    def __init__(self, recipe: BaselinesRecipe, name: str, data: Data, valid: CFQuestions):
+        self._recipe, self._name, self._data, self._valid = recipe, name, data, valid
+        self.log_path = recipe.run_path / "logs" / f"recbole_{name}.log"
+
+    def settings(self) -> list[Mapping[str, Any]]:
+        """Return what the recipe tries, in this order."""
+        return list(RECBOLE_MODELS[self._name].settings[: self._recipe.num_settings])
+
+    def train(self, folder: Path, log: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+        """Train with each setting until the minutes are over; go on where a killed process stopped.
+
+        Writes `model.safetensors`, the best on validation, and `tuning.jsonl`, a line per setting.
+
+        Args:
+            log: is told loss and validation after each epoch.
+
+        Returns:
+            What was measured; `valid/...` by this package's own metric.
+
+        Raises:
+            InputError: if no user has two training interactions.
+            Unfinished: if RecBole's process died.
+        """
+        if not bool((self._data.training_histories().lengths >= 2).any()):
+            raise InputError(f"no user has two training interactions; {self._name} has nothing to learn from")
+        bar = progress(desc=self._name, unit="epoch")
+        with self._process("train", folder) as (process, _), bar:
+            for told in _lines(process):
+                if "tried" in told:
+                    row = told["tried"]
+                    says = f"validation {row['validation']:.4f}, {row['epochs']} epochs, ended by {row['ended']}"
+                    logger.info("%s: tried %s: %s", self._name, row["settings"] or "RecBole's defaults", says)
+                else:
+                    bar.set_postfix(loss=f"{told['loss']:.4f}", validation=f"{told['validation']:.4f}", refresh=False)
+                    bar.update(1)
+                    log({f"{self._name}/{name}": told[name] for name in ("loss", "validation")})
+            process.wait()  # its input must stay open until then
+        return self._figures(folder)
+
+    @contextmanager
+    def scorer(self, folder: Path) -> Iterator[RecBoleScorer]:
+        """Give the trained model as a scorer, which lives as long as its process."""
+        with safe_open(folder / MODEL, framework="np") as file:
+            chosen = json.loads(file.metadata()["settings"])
+        with self._process("score", folder, chosen) as (process, exchange):
+            self._answer(process)
+            yield RecBoleScorer(self, process, exchange, len(self._data.catalog))
+
+    def _figures(self, folder: Path) -> dict[str, Any]:
+        """Measure the chosen model by our own metric, and say what it took."""
+        with self.scorer(folder) as scorer:
+            validation = self._valid.mean(scorer)
+        tried = [row for _, row in read_jsonl(folder / TUNING)]
+        best = max(tried, key=lambda row: row["validation"])
+        if abs(best["validation"] - validation) > 1e-3:
+            logger.warning("%s: validation is %.4f here, %.4f there", self._name, validation, best["validation"])
+        left_out = len(self.settings()) - len(tried)
+        if left_out:
+            logger.warning("%s: minutes are over; %d settings were not tried", self._name, left_out)
+        if best["ended"] != "patience":
+            logger.warning("%s: its training was ended by %s, not by patience", self._name, best["ended"])
+        return {
+            "class": RECBOLE_MODELS[self._name].recbole_class,
+            "settings": best["settings"],
+            "epochs": best["epochs"],
+            "ended": best["ended"],
+            f"valid/{CHOSEN_ON}": validation,
+            "tried": len(tried),
+            "train_seconds": round(sum(row["seconds"] for row in tried), 1),
+            "cpu_seconds": round(sum(row["cpu_seconds"] for row in tried), 1),
+        }
+
+    @contextmanager
+    def _process(self, task: str, folder: Path, settings: Any = None) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+        """Start the runner; it ends with this context, or by itself."""
+        with tempfile.TemporaryDirectory(prefix="twice_rec-") as name:
+            exchange = Path(name)
+            self._write_work(exchange, self.settings() if settings is None else settings)
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            words = [str(self._recipe.python_path), "-I", "-W", "ignore", str(RUNNER), task, name, str(folder.absolute())]
+            with open(self.log_path, "w", encoding="utf-8") as log:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+                )
+                with process:
+                    try:
+                        yield process, exchange
+                    except BaseException:
+                        process.kill()
+                        raise
+                    finally:
+                        _close(process.stdin)
+            if process.returncode:
+                raise self._death(process.returncode)
+
+    def _write_work(self, exchange: Path, settings: Any) -> None:
+        """Write what a process reads: the work, and the sequences as item indices."""
+        recipe, training, asked = self._recipe, self._data.training_histories(), self._valid.asked
+        longest = max(training.lengths.max(initial=0), asked.histories.lengths.max(initial=0)) + 1
+        write_json(
+            exchange / "work.json",
+            {
+                "class": RECBOLE_MODELS[self._name].recbole_class,
+                "settings": settings,
+                **{key: getattr(recipe, key) for key in ("minutes", "epochs", "patience", "seed", "device")},
+                "max_length": max(SHORTEST, min(recipe.max_length, int(longest))),
+            },
+        )
+        attributes, count = np.zeros((len(self._data.catalog) + 1, 1), dtype=np.int64), 1
+        if self._name == "s3rec":
+            attributes, count = item_attributes(self._data.catalog)
+        np.savez(
+            exchange / "data.npz",
+            num_users=len(training),
+            num_items=len(self._data.catalog),
+            attributes=attributes,
+            num_attributes=count,
+            valid_users=asked.users,
+            valid_targets=asked.targets,
+            **_arrays("train", training),
+            **_arrays("valid", asked.histories),
+        )
+
+    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """Return the next line of a process; Unfinished if it died."""
+        for told in _lines(process):
+            return told
+        process.wait()
+        raise self._death(process.returncode)
+
+    def _death(self, status: int) -> Unfinished:
+        lines = [line.strip() for line in self.log_path.read_text("utf-8", "replace").splitlines() if line.strip()]
+        said = lines[-1] if lines else "it said nothing"
+        remedy = "the same command goes on where it stopped"
+        if "No module named" in said:
+            remedy = f"make RecBole's environment: {_install(self._recipe.python_path)}"
+        return Unfinished(
+            f"{self._name}: RecBole's process ended with status {status}: {said}; its log is {self.log_path}; {remedy}"
+        )
+
+
+class RecBoleScorer:
+    """The scores of a trained model, from the process that has it; see `CFScorer`."""
+
+    def __init__(self, variant: RecBoleVariant, process: subprocess.Popen[str], exchange: Path, num_items: int):
+        self._variant, self._process, self._exchange, self._num_items = variant, process, exchange, num_items
+
+    def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
+        """See `CFScorer`; InputError for scores of another shape, or NaN."""
+        path = self._exchange / "scores.npy"
+        np.savez(self._exchange / "questions.npz", users=users, **_arrays("history", ItemSequences.of(histories)))
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("scores\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its death is told below
+        self._variant._answer(self._process)
+        scores: Floats = np.load(path)
+        if scores.shape != (len(users), self._num_items):
+            raise InputError(
+                f"{path.name}: RecBole's process gave scores of the shape {scores.shape}, expected [users, items] = "
+                f"({len(users)}, {self._num_items})"
+            )
+        if np.isnan(scores).any():
+            raise InputError(f"{path.name}: {int(np.isnan(scores).sum())} of RecBole's scores are NaN")
+        return scores
+
+
+def _arrays(prefix: str, sequences: ItemSequences) -> dict[str, Any]:
+    return {f"{prefix}_{name}": getattr(sequences, name) for name in ("items", "starts", "ends")}
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield json.loads(line)
+
+
+def _close(stream: IO[str] | None) -> None:
+    """Close a pipe whose other end may be gone."""
+    try:
+        if stream is not None:
+            stream.close()
+    except BrokenPipeError:
+        pass
