@@ -160,7 +160,16 @@ class RecBoleVariant:
             exchange = Path(name)
             self._write_work(exchange, self.settings() if settings is None else settings)
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            words = [str(self._recipe.python_path), "-I", "-W", "ignore", str(RUNNER), task, name, str(folder.absolute())]
+            words = [
+                str(self._recipe.python_path),
+                "-I",
+                "-W",
+                "ignore",
+                str(RUNNER),
+                task,
+                name,
+                str(folder.absolute()),
+            ]
             with open(self.log_path, "w", encoding="utf-8") as log:
                 process = subprocess.Popen(
                     words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
@@ -251,7 +260,13 @@ class RecBoleScorer:
 
 
 def _arrays(prefix: str, sequences: ItemSequences) -> dict[str, Any]:
-    return {f"{prefix}_{name}": getattr(sequences, name) for name in ("items", "starts", "ends")}
+    """Return sequences as arrays of their own: the array that they are pieces of has the test targets too."""
+    ends = sequences.lengths.cumsum()
+    return {
+        f"{prefix}_items": sequences.flat()[1],
+        f"{prefix}_starts": ends - sequences.lengths,
+        f"{prefix}_ends": ends,
+    }
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:

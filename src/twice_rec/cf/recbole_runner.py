@@ -321,7 +321,7 @@ def train(work: dict[str, Any], data: Any, results: Path) -> None:
             save_file(training.best, results / "model.tmp", metadata)
             os.replace(results / "model.tmp", results / "model.safetensors")
         numbers = {name: value for name, value in vars(progress).items() if name != "validations"}
-        numbers |= {"seconds": round(progress.seconds, 1), "cpu_seconds": round(progress.cpu_seconds, 1)}
+        numbers |= {"seconds": round(progress.seconds, 3), "cpu_seconds": round(progress.cpu_seconds, 3)}
         row = {"settings": training.changed, "validation": reached, "best_epoch": progress.best_epoch, **numbers}
         tried.append({**row, "ended": ended, "validations": [round(one, 6) for one in progress.validations]})
         (results / "tuning.tmp").write_text("".join(json.dumps(one) + "\n" for one in tried))
