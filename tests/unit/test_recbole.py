@@ -27,11 +27,11 @@ FAKE = """
 import json, shutil, sys
 import numpy as np
 from safetensors.numpy import save_file
-task, exchange, results = sys.argv[1:]
+exchange, results = sys.argv[1:]
 work = json.load(open(f"{exchange}/work.json"))
 items = int(np.load(f"{exchange}/data.npz")["num_items"])
 say = lambda **what: print(json.dumps(what), flush=True)
-if task == "train":
+if work["trains"]:
     %(train)s
     for name in ("data.npz", "work.json"):
         shutil.copy(f"{exchange}/{name}", results)
@@ -39,17 +39,16 @@ if task == "train":
     save_file({"a": np.zeros(1)}, f"{results}/model.safetensors", {"settings": "{}"})
     row = {"settings": {}, "validation": 1.0, "epochs": 1, "ended": "patience", "seconds": 2.0, "cpu_seconds": 1.0}
     open(f"{results}/tuning.jsonl", "w").write(json.dumps(row) + "\\n")
-    say(tried=row)
-else:
-    say(ready=True)
-    for line in sys.stdin:
-        asked = np.load(f"{exchange}/questions.npz")
-        last = asked["history_items"][asked["history_ends"] - 1]
-        scores = np.zeros((len(last), items), dtype=np.float32)
-        scores[np.arange(len(last)), last %% items] = 1
-        %(score)s
-        np.save(f"{exchange}/scores.npy", scores)
-        say(scored=len(scores))
+    say(tried={**row, "validations": [1.0]})
+say(ready=True)
+while sys.stdin.read(1):
+    asked = np.load(f"{exchange}/questions.npz")
+    last = asked["history_items"][asked["history_ends"] - 1]
+    scores = np.zeros((len(last), items), dtype=np.float32)
+    scores[np.arange(len(last)), last %% items] = 1
+    %(score)s
+    np.save(f"{exchange}/scores.npy", scores)
+    say(scored=len(scores))
 """
 
 
@@ -121,7 +120,7 @@ def test_test_targets_are_in_no_array(stage):
     ("score", "message"),
     [
         ("scores = scores[:, 1:]", "gave scores of the shape (200, 19), expected [users, items] = (200, 20)"),
-        ("scores[0, 0] = np.nan", "1 of RecBole's scores are NaN"),
+        ("scores[0, 0] = np.nan", "gru4rec: 1 scores of RecBole's process are NaN"),
     ],
 )
 def test_scores_that_cannot_be_used(stage, capfd, score, message):
@@ -245,10 +244,12 @@ def runner(tmp_path, monkeypatch):
     data = PreparedData(tmp_path / "data")
     valid = CFQuestions(data, "valid", ["full"])
     recipe = BaselinesRecipe(run_dir=str(tmp_path), domain="D", seed=1)
-    recbole.RecBoleVariant(recipe, "gru4rec", data, valid)._write_work(tmp_path, [{}, {"learning_rate": 0.3}])
+    variant = recbole.RecBoleVariant(recipe, "gru4rec", data, valid)
+    variant._exchange = tmp_path
+    variant._write_work(trains=True)
     monkeypatch.setattr(recbole_runner, "Model", Bigrams)
-    monkeypatch.setattr(recbole_runner, "end_with_the_parent", lambda: None)
-    work = json.loads((tmp_path / "work.json").read_text()) | {"device": "cpu", "epochs": 6}
+    changed = {"device": "cpu", "epochs": 6, "settings": [{}, {"learning_rate": 0.3}]}
+    work = json.loads((tmp_path / "work.json").read_text()) | changed
 
     def train(name, **changed):
         folder = tmp_path / name
@@ -345,4 +346,4 @@ def test_no_user_with_two_training_interactions(tmp_path):
     recipe = BaselinesRecipe(run_dir=str(tmp_path), domain="D", seed=1)
     variant = recbole.RecBoleVariant(recipe, "gru4rec", data, CFQuestions(data, "valid", ["full"]))
     with pytest.raises(InputError, match="gru4rec has nothing to learn from"):
-        variant.train(tmp_path, lambda values: None)
+        variant.train(lambda values: None)

@@ -12,14 +12,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.confidence import Floats, Histories
@@ -73,26 +72,48 @@ def item_attributes(catalog: ItemCatalog, most: int = MOST_ATTRIBUTES) -> tuple[
 
 
 class RecBoleVariant:
-    """One row: the training of a model of RecBole with the recipe's settings, and its scores.
+    """One row: the training of a model of RecBole with the recipe's settings, and then its scores, as a `CFScorer`.
+
+    While it is entered, one process has the model: it is started when it is first needed, trains, and answers.
 
     Args:
         name: one of `RECBOLE_MODELS`.
         data: the prepared data.
         valid: the questions on which settings and weights are chosen.
+
+    Raises:
+        Unfinished: if RecBole's process died.
     """
 
     def __init__(self, recipe: BaselinesRecipe, name: str, data: Data, valid: CFQuestions):
         self._recipe, self._name, self._data, self._valid = recipe, name, data, valid
+        self.folder = recipe.run_path / name
         self.log_path = recipe.run_path / "logs" / f"recbole_{name}.log"
+        self._exchange = Path()
+        self._process: subprocess.Popen[str] | None = None
+        self._files = ExitStack()
+
+    def __enter__(self) -> RecBoleVariant:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with self._files:
+            if self._process is None:
+                return
+            if kind is not None:
+                self._process.kill()
+            self._process.communicate()  # closes its input, which ends it
+        if kind is None and self._process.returncode:
+            raise self._death()
 
     def settings(self) -> list[Mapping[str, Any]]:
         """Return what the recipe tries, in this order."""
         return list(RECBOLE_MODELS[self._name].settings[: self._recipe.num_settings])
 
-    def train(self, folder: Path, log: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+    def train(self, log: Callable[[dict[str, float]], None]) -> dict[str, Any]:
         """Train with each setting until the minutes are over; go on where a killed process stopped.
 
-        Writes `model.safetensors`, the best on validation, and `tuning.jsonl`, a line per setting.
+        Writes `model.safetensors`, the best on validation, and `tuning.jsonl`, a line per setting, to `folder`.
 
         Args:
             log: is told loss and validation after each epoch.
@@ -102,38 +123,50 @@ class RecBoleVariant:
 
         Raises:
             InputError: if no user has two training interactions.
-            Unfinished: if RecBole's process died.
         """
         if not bool((self._data.training_histories().lengths >= 2).any()):
             raise InputError(f"no user has two training interactions; {self._name} has nothing to learn from")
-        bar = progress(desc=self._name, unit="epoch")
-        with self._process("train", folder) as (process, _), bar:
-            for told in _lines(process):
+        self._start(trains=True)
+        with progress(desc=self._name, unit="epoch") as bar:
+            while "ready" not in (told := self._told()):
                 if "tried" in told:
-                    row = told["tried"]
-                    says = f"validation {row['validation']:.4f}, {row['epochs']} epochs, ended by {row['ended']}"
+                    row, best = told["tried"], max(told["tried"]["validations"], default=0.0)
+                    says = f"validation {best:.4f}, {row['epochs']} epochs, ended by {row['ended']}"
                     logger.info("%s: tried %s: %s", self._name, row["settings"] or "RecBole's defaults", says)
                 else:
                     bar.set_postfix(loss=f"{told['loss']:.4f}", validation=f"{told['validation']:.4f}", refresh=False)
                     bar.update(1)
                     log({f"{self._name}/{name}": told[name] for name in ("loss", "validation")})
-            process.wait()  # its input must stay open until then
-        return self._figures(folder)
+        return self._figures()
 
-    @contextmanager
-    def scorer(self, folder: Path) -> Iterator[RecBoleScorer]:
-        """Give the trained model as a scorer, which lives as long as its process."""
-        with safe_open(folder / MODEL, framework="np") as file:
-            chosen = json.loads(file.metadata()["settings"])
-        with self._process("score", folder, chosen) as (process, exchange):
-            self._answer(process)
-            yield RecBoleScorer(self, process, exchange, len(self._data.catalog))
+    def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
+        """See `CFScorer`; InputError for scores of another shape, or NaN."""
+        if self._process is None:
+            self._start(trains=False)
+            self._told()
+        path = self._exchange / "scores.npy"
+        np.savez(self._exchange / "questions.npz", users=users, **_arrays("history", ItemSequences.of(histories)))
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # its death is told by the next line
+            self._process.stdin.write("?")
+            self._process.stdin.flush()
+        self._told()
+        scores: Floats = np.load(path)
+        expected = (len(users), len(self._data.catalog))
+        if scores.shape != expected:
+            raise InputError(
+                f"{self._name}: RecBole's process gave scores of the shape {scores.shape}, expected [users, items] = "
+                f"{expected}"
+            )
+        if np.isnan(scores).any():
+            raise InputError(f"{self._name}: {int(np.isnan(scores).sum())} scores of RecBole's process are NaN")
+        return scores
 
-    def _figures(self, folder: Path) -> dict[str, Any]:
+    def _figures(self) -> dict[str, Any]:
         """Measure the chosen model by our own metric, and say what it took."""
-        with self.scorer(folder) as scorer:
-            validation = self._valid.mean(scorer)
-        tried = [row for _, row in read_jsonl(folder / TUNING)]
+        validation = self._valid.mean(self)
+        tried = [row for _, row in read_jsonl(self.folder / TUNING)]
         best = max(tried, key=lambda row: row["validation"])
         if abs(best["validation"] - validation) > 1e-3:
             logger.warning("%s: validation is %.4f here, %.4f there", self._name, validation, best["validation"])
@@ -141,7 +174,7 @@ class RecBoleVariant:
         if left_out:
             logger.warning("%s: minutes are over; %d settings were not tried", self._name, left_out)
         if best["ended"] != "patience":
-            logger.warning("%s: its training was ended by %s, not by patience", self._name, best["ended"])
+            logger.warning("%s: its best training was ended by %s, not by patience", self._name, best["ended"])
         return {
             "class": RECBOLE_MODELS[self._name].recbole_class,
             "settings": best["settings"],
@@ -153,47 +186,27 @@ class RecBoleVariant:
             "cpu_seconds": round(sum(row["cpu_seconds"] for row in tried), 1),
         }
 
-    @contextmanager
-    def _process(self, task: str, folder: Path, settings: Any = None) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-        """Start the runner; it ends with this context, or by itself."""
-        with tempfile.TemporaryDirectory(prefix="twice_rec-") as name:
-            exchange = Path(name)
-            self._write_work(exchange, self.settings() if settings is None else settings)
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            words = [
-                str(self._recipe.python_path),
-                "-I",
-                "-W",
-                "ignore",
-                str(RUNNER),
-                task,
-                name,
-                str(folder.absolute()),
-            ]
-            with open(self.log_path, "w", encoding="utf-8") as log:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
-                )
-                with process:
-                    try:
-                        yield process, exchange
-                    except BaseException:
-                        process.kill()
-                        raise
-                    finally:
-                        _close(process.stdin)
-            if process.returncode:
-                raise self._death(process.returncode)
+    def _start(self, trains: bool) -> None:
+        """Start the process, which trains first or takes the weights in `folder`."""
+        self._exchange = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="twice_rec-")))
+        self._write_work(trains)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        words = [str(self._recipe.python_path), "-I", "-W", "ignore", str(RUNNER)]
+        words += [str(self._exchange), str(self.folder.absolute())]
+        pipe = subprocess.PIPE
+        with open(self.log_path, "w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True, encoding="utf-8")
 
-    def _write_work(self, exchange: Path, settings: Any) -> None:
-        """Write what a process reads: the work, and the sequences as item indices."""
+    def _write_work(self, trains: bool) -> None:
+        """Write what the process reads: the work, and the sequences as item indices."""
         recipe, training, asked = self._recipe, self._data.training_histories(), self._valid.asked
         longest = max(training.lengths.max(initial=0), asked.histories.lengths.max(initial=0)) + 1
         write_json(
-            exchange / "work.json",
+            self._exchange / "work.json",
             {
                 "class": RECBOLE_MODELS[self._name].recbole_class,
-                "settings": settings,
+                "trains": trains,
+                "settings": self.settings(),
                 **{key: getattr(recipe, key) for key in ("minutes", "epochs", "patience", "seed", "device")},
                 "max_length": max(SHORTEST, min(recipe.max_length, int(longest))),
             },
@@ -202,7 +215,7 @@ class RecBoleVariant:
         if self._name == "s3rec":
             attributes, count = item_attributes(self._data.catalog)
         np.savez(
-            exchange / "data.npz",
+            self._exchange / "data.npz",
             num_users=len(training),
             num_items=len(self._data.catalog),
             attributes=attributes,
@@ -213,50 +226,27 @@ class RecBoleVariant:
             **_arrays("valid", asked.histories),
         )
 
-    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """Return the next line of a process; Unfinished if it died."""
-        for told in _lines(process):
+    def _told(self) -> dict[str, Any]:
+        """Return what the process tells next."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            told: dict[str, Any] = json.loads(line)
             return told
-        process.wait()
-        raise self._death(process.returncode)
+        self._process.wait()
+        raise self._death()
 
-    def _death(self, status: int) -> Unfinished:
+    def _death(self) -> Unfinished:
+        assert self._process is not None
         lines = [line.strip() for line in self.log_path.read_text("utf-8", "replace").splitlines() if line.strip()]
         said = lines[-1] if lines else "it said nothing"
         remedy = "the same command goes on where it stopped"
         if "No module named" in said:
             remedy = f"make RecBole's environment: {_install(self._recipe.python_path)}"
         return Unfinished(
-            f"{self._name}: RecBole's process ended with status {status}: {said}; its log is {self.log_path}; {remedy}"
+            f"{self._name}: RecBole's process ended with status {self._process.returncode}: {said}; its log is "
+            f"{self.log_path}; {remedy}"
         )
-
-
-class RecBoleScorer:
-    """The scores of a trained model, from the process that has it; see `CFScorer`."""
-
-    def __init__(self, variant: RecBoleVariant, process: subprocess.Popen[str], exchange: Path, num_items: int):
-        self._variant, self._process, self._exchange, self._num_items = variant, process, exchange, num_items
-
-    def scores(self, users: NDArray[np.int64], histories: Histories) -> Floats:
-        """See `CFScorer`; InputError for scores of another shape, or NaN."""
-        path = self._exchange / "scores.npy"
-        np.savez(self._exchange / "questions.npz", users=users, **_arrays("history", ItemSequences.of(histories)))
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("scores\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its death is told below
-        self._variant._answer(self._process)
-        scores: Floats = np.load(path)
-        if scores.shape != (len(users), self._num_items):
-            raise InputError(
-                f"{path.name}: RecBole's process gave scores of the shape {scores.shape}, expected [users, items] = "
-                f"({len(users)}, {self._num_items})"
-            )
-        if np.isnan(scores).any():
-            raise InputError(f"{path.name}: {int(np.isnan(scores).sum())} of RecBole's scores are NaN")
-        return scores
 
 
 def _arrays(prefix: str, sequences: ItemSequences) -> dict[str, Any]:
@@ -267,18 +257,3 @@ def _arrays(prefix: str, sequences: ItemSequences) -> dict[str, Any]:
         f"{prefix}_starts": ends - sequences.lengths,
         f"{prefix}_ends": ends,
     }
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield json.loads(line)
-
-
-def _close(stream: IO[str] | None) -> None:
-    """Close a pipe whose other end may be gone."""
-    try:
-        if stream is not None:
-            stream.close()
-    except BrokenPipeError:
-        pass

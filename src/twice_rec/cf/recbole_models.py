@@ -2,7 +2,8 @@
 
 A setting lists the keys of RecBole that differ from RecBole's own defaults (`recbole/properties/model/NAME.yaml` and
 `overall.yaml`); the first setting of every model changes nothing. RecBole's batch of 2,048 gives few steps per epoch on
-a small domain, so a smaller one is the next. They are tried in this order until the recipe's `minutes` are over.
+a small domain, so a smaller one is the next. They are tried in this order until the recipe's `minutes` are over; each
+gets at most half of the time that is left, the last one all of it.
 """
 
 from __future__ import annotations

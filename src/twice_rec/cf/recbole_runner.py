@@ -1,12 +1,15 @@
-"""Trains one model of RecBole 1.2.1, or asks it for scores, in RecBole's own environment (numpy below 2).
+"""Trains one model of RecBole 1.2.1 and gives its scores, in RecBole's own environment (numpy below 2).
 
-    PYTHON recbole_runner.py train EXCHANGE RESULTS    tries the settings of EXCHANGE/work.json, keeps the best weights
-    PYTHON recbole_runner.py score EXCHANGE RESULTS    answers each line of input: questions.npz -> scores.npy
+    PYTHON recbole_runner.py EXCHANGE RESULTS
 
-`cf/recbole.py` starts it. It is run as a script by another interpreter, so it imports nothing of this package, and
-nothing of the package imports it. From RecBole it takes the models, their losses, their default settings and their
-batch transforms. Data and loop are its own: RecBole's filters, splits and evaluation never see the data, users and
-items keep their indices, and the test targets never come here.
+First it tries the settings of EXCHANGE/work.json, if that says so, and keeps the best weights in RESULTS. Then it
+answers each character of its input: it reads EXCHANGE/questions.npz and writes EXCHANGE/scores.npy. It tells what it
+does in lines of JSON, and ends when its input does. `cf/recbole.py` starts it.
+
+It is run as a script by another interpreter, so it imports nothing of this package, and nothing of the package imports
+it. From RecBole it takes the models, their losses, their default settings and their batch transforms. Data and loop are
+its own: RecBole's filters, splits and evaluation never see the data, users and items keep their indices, and the test
+targets never come here.
 
 A training sees the training parts, each position as RecBole's augmentation makes it: the items before it, and it. After
 each epoch it is validated: NDCG@10 in the whole catalogue without the seen items, ties against the target.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
 import random
 import sys
 import threading
@@ -32,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -305,15 +310,18 @@ def shapes_of(data: Any) -> Shapes:
 
 
 def train(work: dict[str, Any], data: Any, results: Path) -> None:
-    """Try the settings until the minutes are over; RESULTS gets `tuning.jsonl` and the best one's weights."""
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    """Try the settings until the minutes are over; RESULTS gets `tuning.jsonl` and the best one's weights.
+
+    A setting gets at most half of the time that is left, the last one all of it.
+    """
     log, state = results / "tuning.jsonl", results / "state.pt"
     tried = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for number in range(len(tried), len(work["settings"])):
         left = 60 * work["minutes"] - sum(row["seconds"] for row in tried)  # also of before a kill
         if tried and left <= 0:
             break
-        training = Training(work, data, number, left, state)
+        share = left if number == len(work["settings"]) - 1 else left / 2
+        training = Training(work, data, number, share, state)
         ended, progress = training.run(), training.progress
         reached = max(progress.validations, default=-1.0)
         if training.best and reached > max((row["validation"] for row in tried), default=-1.0):
@@ -332,26 +340,43 @@ def train(work: dict[str, Any], data: Any, results: Path) -> None:
         sys.exit(f"no setting could be trained: {tried[-1]['ended']}")
 
 
-def score(work: dict[str, Any], data: Any, results: Path, exchange: Path) -> None:
-    """Answer each line of the input: write the scores of the histories in `questions.npz` to `scores.npy`."""
+def score(work: dict[str, Any], data: Any, exchange: Path, results: Path, asked: Iterator[str]) -> None:
+    """Answer questions: write the scores of the histories in `questions.npz` to `scores.npy`."""
     weights = results / "model.safetensors"
-    model = Model(work, work["settings"], shapes_of(data))
+    with safe_open(weights, framework="pt") as file:
+        chosen = json.loads(file.metadata()["settings"])
+    model = Model(work, chosen, shapes_of(data))
     model.finetune()
     model.module.load_state_dict(load_file(weights, str(model.device)))
     say(ready=True)
-    for _ in sys.stdin:
-        asked = np.load(exchange / "questions.npz")
-        histories = Sequences.of(asked, "history")
-        scores = model.scores(asked["users"].astype(np.int64), histories, np.arange(len(asked["users"])))
+    for _ in asked:
+        questions = np.load(exchange / "questions.npz")
+        histories = Sequences.of(questions, "history")
+        scores = model.scores(questions["users"].astype(np.int64), histories, np.arange(len(questions["users"])))
         np.save(exchange / "scores.npy", scores.cpu().numpy())
         say(scored=len(scores))
 
 
-def end_with_the_parent() -> None:
-    """End this process when its input ends, which is when the process that started it does."""
-    while os.read(0, 1):  # not sys.stdin, whose lock would be held when this process ends by itself
-        pass
-    os._exit(1)
+class Input:
+    """The characters of this process's input. Its end ends the process in the midst of a training too.
+
+    It is the end of the process that started this one, however that ended.
+    """
+
+    def __init__(self) -> None:
+        self.trained = False
+        self._asked = queue.SimpleQueue[str]()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while character := os.read(0, 1):  # not sys.stdin, whose lock would be held when this process ends
+            self._asked.put(character.decode())
+        self._asked.put("")
+        if not self.trained:
+            os._exit(1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._asked.get, "")
 
 
 def say(**what: Any) -> None:
@@ -363,7 +388,7 @@ def say(**what: Any) -> None:
 def main() -> None:
     """The command line."""
     global OUT
-    task, exchange, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    exchange, results = map(Path, sys.argv[1:])
     OUT = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print goes to the log
     sys.argv[1:] = []  # RecBole reads it
@@ -373,10 +398,11 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True
     os.chdir(exchange)  # for whatever RecBole writes
     data = np.load(exchange / "data.npz")
-    if task == "train":
+    asked = Input()
+    if work["trains"]:
         train(work, data, results)
-    else:
-        score(work, data, results, exchange)
+    asked.trained = True
+    score(work, data, exchange, results, iter(asked))
 
 
 OUT = sys.stdout

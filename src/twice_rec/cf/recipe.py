@@ -171,7 +171,9 @@ class BaselinesRecipe(Recipe, DeviceConfig):
     """Stage 3a, the CF models of the paper's Table 1 that RecBole has: train and evaluate them."""
 
     models: list[str] = key(list(RECBOLE_MODELS), f"rows that are made, of {', '.join(RECBOLE_MODELS)}")
-    minutes: float = key(30.0, "most minutes of training per model, over all settings that are tried for it", gt=0)
+    minutes: float = key(
+        30.0, "most minutes of training per model; each setting that is tried gets at most half of what is left", gt=0
+    )
     num_settings: int | None = key(
         None, "settings tried per model, RecBole's defaults first; null for all of cf/recbole_models.py", ge=1
     )

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from twice_rec.cf.ranking import CFQuestions
-from twice_rec.cf.recbole import MODEL, TUNING, RecBoleScorer, RecBoleVariant, require_environment
+from twice_rec.cf.recbole import MODEL, TUNING, RecBoleVariant, require_environment
 from twice_rec.cf.recbole_models import NOT_IN_RECBOLE
 from twice_rec.cf.recipe import BaselinesRecipe
 from twice_rec.data import dataset
@@ -59,23 +58,19 @@ def baselines(recipe: BaselinesRecipe) -> None:
 def _train_and_evaluate(
     recipe: BaselinesRecipe, name: str, data: PreparedData, valid: CFQuestions, inputs: list[Path]
 ) -> None:
-    variant = RecBoleVariant(recipe, name, data, valid)
     own = ("models", "lists", "num_settings")
     settings = {key: value for key, value in recipe.settings().items() if key not in own}
-    with StageRun(recipe, "baselines", name, inputs[:2], {**settings, "tried": variant.settings()}) as run:
-        if not run.is_finished():
-            run.begin()
-            with wandb_run(recipe) as log:
-                figures = variant.train(run.path, log)
-            logger.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in figures.items()))
-            run.finish([run.path / MODEL, run.path / TUNING], figures)
-    model = run.path / MODEL
-
-    def scorers() -> Iterator[RecBoleScorer]:
-        with variant.scorer(run.path) as scorer:
-            yield scorer
-
-    evaluate_scorer_variant(recipe, "baselines", name, data, recipe.lists, scorers, [*inputs, model])
+    with RecBoleVariant(recipe, name, data, valid) as variant:
+        settings["tried"] = variant.settings()
+        with StageRun(recipe, "baselines", name, inputs[:2], settings) as run:
+            if not run.is_finished():
+                run.begin()
+                with wandb_run(recipe) as log:
+                    figures = variant.train(log)
+                logger.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in figures.items()))
+                run.finish([run.path / MODEL, run.path / TUNING], figures)
+        files = [*inputs, variant.folder / MODEL]
+        evaluate_scorer_variant(recipe, "baselines", name, data, recipe.lists, lambda: [variant], files)
 
 
 main = command("baselines", BaselinesRecipe, baselines)
