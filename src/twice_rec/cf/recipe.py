@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.confidence import CONFIDENCES
+from twice_rec.cf.recbole_models import NOT_IN_RECBOLE, RECBOLE_MODELS
 from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, one_of, rule
 from twice_rec.records import RANKED_LISTS
 
@@ -160,6 +162,50 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.variant):
             return f"variant is {self.variant!r}; it names folders: letters, digits, _ . -"
         name = self.variant.lower()  # some disks take upper and lower case for the same
-        if name in (*BASELINES, *_TAKEN) or name.startswith(("grpo", "base_", "stage2", "stage3")):
+        if name in (*BASELINES, *RECBOLE_MODELS, *_TAKEN) or name.startswith(("grpo", "base_", "stage2", "stage3")):
             return f"variant is {self.variant!r}, the name of a baseline or of another stage's results; choose another"
+        return None
+
+
+class BaselinesRecipe(Recipe, DeviceConfig):
+    """Stage 3a, the CF models of the paper's Table 1 that RecBole has: train and evaluate them."""
+
+    models: list[str] = key(list(RECBOLE_MODELS), f"rows that are made, of {', '.join(RECBOLE_MODELS)}")
+    minutes: float = key(
+        30.0, "most minutes of training per model; each setting that is tried gets at most half of what is left", gt=0
+    )
+    num_settings: int | None = key(
+        None, "settings tried per model, RecBole's defaults first; null for all of cf/recbole_models.py", ge=1
+    )
+    epochs: int = key(300, "largest number of epochs per setting", ge=1)
+    patience: int = key(10, "epochs that do not raise the best validation before a setting's training stops", ge=1)
+    max_length: int = key(50, "number of most recent items of a history that the models see", ge=1)
+    validation_users: int | None = key(
+        10_000, "most users who are asked in a validation, drawn by seed as SASRec's; null for all", ge=1
+    )
+    lists: list[RankedList] = key(
+        ["uniform", "full"], "lists that are ranked; full is the whole catalogue without the seen items"
+    )
+    recbole_python: str = key(
+        ".venv-recbole/bin/python",
+        "Python of RecBole's environment, made by: VENV=.venv-recbole bash install.sh requirements-recbole.txt",
+        changes_result=False,
+    )
+
+    @property
+    def python_path(self) -> Path:
+        """The Python of RecBole's environment; not resolved, since a link to another Python would leave it."""
+        return Path(self.recbole_python).expanduser().absolute()
+
+    @rule
+    def models_are_known(self) -> str | None:
+        unknown = [name for name in self.models if name not in RECBOLE_MODELS]
+        why = "".join(f" ({NOT_IN_RECBOLE[name.lower()]})" for name in unknown if name.lower() in NOT_IN_RECBOLE)
+        known = ", ".join(RECBOLE_MODELS)
+        return f"models names {', '.join(unknown)}{why}; known are {known}" if unknown else None
+
+    @rule
+    def models_differ(self) -> str | None:
+        if not self.models or len(set(self.models)) < len(self.models):
+            return f"models is {self.models}; name at least one model, and each once"
         return None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from twice_rec.cf.baselines import BASELINES
+from twice_rec.cf.recbole_models import RECBOLE_MODELS
 from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
 from twice_rec.grpo.recipe import is_grpo_variant
@@ -93,7 +94,9 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         for name in self.precomputed_scores:
             if not _FOLDER.fullmatch(name):
                 return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
-            if name.lower() in (*BASELINES, "sasrec") or name.lower().startswith(("base_", "stage2", "stage3")):
+            if name.lower() in (*BASELINES, *RECBOLE_MODELS, "sasrec") or name.lower().startswith(
+                ("base_", "stage2", "stage3")
+            ):
                 return f"precomputed_scores has the name {name!r}, which other results have; choose another"
         return None
 

@@ -31,6 +31,7 @@ STAGES = {
     "rationales": ("stage1_rationales", "rationales.sh", "write rationales and keep the good ones"),
     "sft": ("stage2_sft", "sft.sh", "fine-tune the base model on three tasks"),
     "sasrec": ("stage3a_sasrec", "sasrec.sh", "train SASRec, evaluate it and the CF baselines"),
+    "baselines": ("stage3a_baselines", "baselines.sh", "train RecBole's CF models and evaluate them"),
     "serve": ("stage3b_serve", "grpo_step1.sh", "start the rollout servers"),
     "grpo": ("stage3c_grpo", "grpo_step2.sh", "train with confidence-weighted GRPO"),
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
@@ -54,7 +55,7 @@ _FULL_IN_WORDS = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `twice-rec STAGE RECIPE [--key value ...]` or `twice-rec status RUN_DIR`; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["status"], ["cost"]):
+    if words[:1] in (["status"], ["cost"], ["released_lists"]):
         name = words[0]
         module = importlib.import_module(f"twice_rec.stages.{name}")
         _log_to_terminal()
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "",
         "twice-rec status RUN_DIR       shows what of a run is fresh, stale, unfinished, running or missing",
         "twice-rec cost RECIPE          estimates what each stage takes: tokens, GPU-hours, API cost, disk",
+        "twice-rec released_lists FOLDER  shows what the authors' released test lists have in common",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
         "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo, rationales and judge would take",

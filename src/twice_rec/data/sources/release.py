@@ -7,6 +7,7 @@ in index order. Reviews and ratings are only in the prompts of `*_llm_{train_cas
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ _META_TEXT = re.compile(r"<item_info> item_id:(\S+)\s*\n- description:(.*?)\n- d
 # One released row (Grocery, item 2302) lost the line break before its details.
 _META_ONE_LINE = re.compile(r"<item_info> item_id:(\S+)\s*\n- description:(.*) details:(.*?)\s*</item_info>", re.DOTALL)
 _HISTORY = re.compile(r"\[Purchase History\] ?:(.*?)\[Candidate List\]", re.DOTALL)
+_CANDIDATES = re.compile(r"\[Candidate List\] ?:(.*)", re.DOTALL)
+_CANDIDATE = re.compile(r"^- item_id:(\S+)", re.MULTILINE)
 _INTERACTION = re.compile(
     r"title:[^\n]*\n- item_id:(\S+)\n- description:(?:(?!\n- item_id:).)*?\n- review:(.*?)\n- rating:(\w+)", re.DOTALL
 )
@@ -170,6 +173,25 @@ class ReleaseSource(Source, name="release"):
         if not found:
             raise InputError("the source has no file *_llm_train_case_1*.json, which holds the released rationales")
         return found
+
+    def test_lists(self) -> list[tuple[list[str], str]]:
+        """Return the candidates' ids and the target's of each released test prompt; InputError if one has no list."""
+        found = []
+        for where, row in self._rows(*(path for path in self._prompts if "_llm_test" in path.name)):
+            shown = _CANDIDATES.search(str(row.get("input", "")))
+            candidates = _CANDIDATE.findall(shown.group(1)) if shown else []
+            target = self._items[self._indices(row, where)[-1] - 1].item_id
+            if target not in candidates:
+                raise InputError(f"{where}: {len(candidates)} candidates in `input`, and the target is none of them")
+            found.append((candidates, target))
+        if not found:
+            raise InputError(f"{self.folder}: no file amazon_{self.domain}_llm_test*.json with test prompts")
+        return found
+
+    def training_counts(self) -> Counter[str]:
+        """Return how often each item occurs in the training sequences, their targets included."""
+        of_rows = (indices for _, indices in self._sequences(self._train))
+        return Counter(self._items[index - 1].item_id for indices in of_rows for index in indices)
 
     def described(self, wanted: set[str], problems: Problems) -> Iterator[Item]:
         """Yield the wanted items (Grocery's item 2276 has no title)."""
