@@ -250,7 +250,8 @@ class StageRun:
     def train(self, trainer: Any) -> dict[str, Any]:
         """Train with one of TRL's trainers, from the newest checkpoint if there is one, and save as its users know it.
 
-        If that checkpoint is of the last step, nothing is trained any more: its weights are the result.
+        If that checkpoint is of the last step, nothing is trained any more: its weights are the result. What the
+        trainer logs is in `log.jsonl` of the folder.
 
         Returns:
             Number of steps, and the last values that the trainer logged; of a resumed training without its mean loss
@@ -261,6 +262,9 @@ class StageRun:
         """
         if IS_MAIN:
             shutil.rmtree(self._replaced, ignore_errors=True)  # disks may be too small for old and new checkpoints
+        from twice_rec.training_log import LOG, TrainingLog, write_log  # loads transformers
+
+        trainer.add_callback(TrainingLog(self.path / LOG))
         checkpoint = last_checkpoint(self.path)
         if checkpoint and _is_of_the_last_step(checkpoint):
             logger.info("%s is of the last step; nothing is left to train", checkpoint)
@@ -280,6 +284,8 @@ class StageRun:
                 summary.pop(name, None)
             trainer.save_metrics("train", result.metrics)
         trainer.save_state()
+        if trainer.is_world_process_zero():
+            write_log(self.path / LOG, trainer.state.log_history)
         last = trainer.state.log_history[-1] if trainer.state.log_history else {}
         return {"steps": trainer.state.global_step, **{k: v for k, v in last.items() if isinstance(v, (int, float))}}
 

@@ -237,6 +237,9 @@ class FakeTrainer:
     def is_world_process_zero(self):
         return True
 
+    def add_callback(self, callback):
+        self.callback = callback
+
     def save_metrics(self, split, metrics):
         self.metrics = metrics
 
@@ -272,8 +275,9 @@ def test_at_the_last_step_nothing_is_trained(tmp_path):
     assert run.train(FakeTrainer(run.path)) == {"steps": 4, "total_flos": 7.0, "epoch": 2.0, "step": 4}
     assert load_file(run.path / "adapter_model.safetensors")["step"].item() == 4
     assert {path.name for path in run.path.iterdir() if path.is_file()} == {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "trainer_state.json",
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "trainer_state.json", "log.jsonl",
     }  # fmt: skip
+    assert json.loads((run.path / "log.jsonl").read_text()) == {"step": 4, "loss": 0.5}
 
 
 def test_a_resumed_training_has_no_mean_loss_since_the_trainer_knows_only_its_own_steps(tmp_path):

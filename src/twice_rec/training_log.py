@@ -1,0 +1,64 @@
+"""What a trainer logged, in files: `log.jsonl` of the results has all of it, the stage's log a line per logged step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from twice_rec.files import write_jsonl
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.jsonl"
+_SHOWN = {"loss": "loss", "reward": "reward", "learning_rate": "learning rate"}  # key of the trainer -> word
+
+
+class TrainingLog(TrainerCallback):
+    """Writes the files while the trainer works.
+
+    A line of `log.jsonl` has the trainer's own names and `step`; a value that is not finite is null. A resumed run
+    drops the lines behind the checkpoint from which it goes on, since it writes them again.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Begin with what the checkpoint knows, of a resumed training; else with nothing."""
+        if state.is_world_process_zero:
+            write_log(self._path, state.log_history)
+
+    def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Add the step that was logged just now."""
+        if not state.is_world_process_zero:
+            return
+        for row in logged_steps(state.log_history[-1:]):
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+            values = ", ".join(f"{word} {row[key]:.4g}" for key, word in _SHOWN.items() if row.get(key) is not None)
+            logger.debug("step %d of %d: %s", row["step"], state.max_steps, values)
+
+
+def write_log(path: Path, log_history: Iterable[Mapping[str, Any]]) -> None:
+    """Write all lines of `log.jsonl` anew; no file if there are none."""
+    if rows := list(logged_steps(log_history)):
+        write_jsonl(path, rows)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def logged_steps(log_history: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a trainer's history, without what it says of a whole training at its end."""
+    for row in log_history:
+        if "loss" in row:
+            yield {"step": row["step"], **{name: _plain(value) for name, value in row.items() if name != "step"}}
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
