@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -40,6 +41,11 @@ def required(says: str, *, changes_result: bool = True, **bounds: float) -> Any:
 def one_of(names: Iterable[str]) -> Any:
     """Return the type of a key whose choices are the names in a registry."""
     return Literal[tuple(names)]
+
+
+def is_named(name: str, stem: str) -> bool:
+    """Whether a name is STEM or STEM_NAME; names that evaluation gives to second rankings are left to it."""
+    return re.fullmatch(rf"{stem}(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)", name) is not None
 
 
 def rule(function: Rule) -> Rule:
