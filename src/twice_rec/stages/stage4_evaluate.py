@@ -1,8 +1,9 @@
 """Stage 4: the same test questions to every variant -> eval/<variant>/ (predictions and metrics).
 
 `base`, `stage2`, `stage3`, `stage2_NAME` and `stage3_NAME` are language models, asked about stored candidate lists, and
-`suffix` names those that are asked in another way (`with_rationale: false`). `oracle` and the models in `precomputed_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their
-own stage. Killed and started again, it goes on behind the last whole batch.
+`suffix` names those that are asked in another way (`with_rationale: false`). `oracle` and the models in
+`precomputed_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their own
+stage. Killed and started again, it goes on behind the last whole batch.
 """
 
 from __future__ import annotations
