@@ -24,6 +24,7 @@ from twice_rec.records import RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
 from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.stages.cost import CostRecipe
+from twice_rec.study.recipe import StudyRecipe
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {
@@ -44,6 +45,7 @@ CLASSES = {
     "cost": CostRecipe,
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
+    "study": StudyRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
 FOLDERS = ("tiny", "grocery", "amazon")

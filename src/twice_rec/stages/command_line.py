@@ -35,6 +35,7 @@ STAGES = {
     "grpo": ("stage3c_grpo", "grpo_step2.sh", "train with confidence-weighted GRPO"),
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
     "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
+    "study": ("stage6_study", "study.sh", "run every variant over several seeds, as one plan of the stages above"),
 }
 
 _NOISY = (
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "twice-rec cost RECIPE          estimates what each stage takes: tokens, GPU-hours, API cost, disk",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
-        "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo and rationales would take",
+        "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo, rationales and study would take",
         "twice-rec STAGE RECIPE --check looks at the recipe and at what the stage reads, and does nothing else",
         "",
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
@@ -107,6 +108,7 @@ def command(
         _log_to_terminal()
         return _guarded(name, lambda: _run(name, recipe_class, body, plan, words))
 
+    stage_main.recipe_class = recipe_class  # type: ignore[attr-defined]
     return stage_main
 
 
