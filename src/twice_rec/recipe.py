@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from twice_rec.errors import InputError
 from twice_rec.masking import BY_VARIABLE, secret_keys
+from twice_rec.progress import is_log
 from twice_rec.random_streams import stream_seed
 
 Rule = Callable[[Any], "str | None"]
@@ -243,7 +244,7 @@ class TrainerRecipe(Recipe):
             seed=stream_seed(self.seed, f"first weights, order and dropout of {self.TRAINER_CONFIG}"),
             report_to="none" if self.wandb == "none" else "wandb",
             run_name=os.environ.get("WANDB_NAME"),
-            **self._trainer_keys,
+            **{"disable_tqdm": is_log(), **self._trainer_keys},
             **others,
         )
 

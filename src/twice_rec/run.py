@@ -259,6 +259,10 @@ class StageRun:
         Raises:
             InputError: if the training ended before its last step.
         """
+        if trainer.args.disable_tqdm:
+            from twice_rec.training_lines import write_lines  # loads transformers
+
+            write_lines(trainer, self.path.name)
         if IS_MAIN:
             shutil.rmtree(self._replaced, ignore_errors=True)  # disks may be too small for old and new checkpoints
         checkpoint = last_checkpoint(self.path)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from twice_rec.errors import CheckedError, InputError, Unfinished
 from twice_rec.masking import masked
+from twice_rec.progress import is_log
 from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.run import IS_MAIN, StageRun
@@ -54,6 +55,8 @@ _FULL_IN_WORDS = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `twice-rec STAGE RECIPE [--key value ...]` or `twice-rec status RUN_DIR`; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if is_log():  # before libraries are loaded that look at it
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if words[:1] in (["status"], ["cost"]):
         name = words[0]
         module = importlib.import_module(f"twice_rec.stages.{name}")
