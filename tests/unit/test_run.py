@@ -231,6 +231,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 class FakeTrainer:
     """A trainer that cannot train."""
 
+    args = SimpleNamespace(disable_tqdm=False)
+
     def __init__(self, folder):
         self.folder, self.accelerator, self.metrics = folder, SimpleNamespace(wait_for_everyone=lambda: None), {}
 

@@ -28,6 +28,7 @@ def run_dir(tmp_path):
     stage(tmp_path, "evaluate", "eval/base", [data])
     stage(tmp_path, "evaluate", "eval/stage2", [data, sft])
     stage(tmp_path, "grpo", "grpo_B", [data, sft])
+    stage(tmp_path, "sft", "sft_short", [data, accepted])
     return tmp_path
 
 
@@ -46,6 +47,8 @@ def test_each_result_is_below_what_it_rests_on(run_dir):
         "grpo_B": ("fresh", 4),
         "eval/stage3_B": ("missing", 5),
         "grpo": ("missing", 4),
+        "sft_short": ("fresh", 3),
+        "eval/stage2_short": ("missing", 4),
         "sasrec": ("missing", 2),
         "eval/base": ("fresh", 2),
         "report": ("missing", 1),

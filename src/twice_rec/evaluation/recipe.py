@@ -15,14 +15,22 @@ from twice_rec.data.candidates import ListKind
 from twice_rec.grpo.recipe import is_grpo_variant
 from twice_rec.llm.recipe import ModelConfig, PromptConfig
 from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
-from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, rule
+from twice_rec.recipe import DeviceConfig, Recipe, Settings, is_named, key, rule
 from twice_rec.records import Condition
+from twice_rec.sft.recipe import is_sft_variant
 
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _is_ours(variant: str) -> bool:
-    return variant in ("base", "stage2", "oracle") or is_grpo_variant(variant)
+    return variant in ("base", "oracle") or is_sft_variant(variant) or is_grpo_variant(variant)
+
+
+# Settings of an evaluation that say how a language model was asked and ranked; results of others are not its equals.
+TERMS = (
+    "ranking", "num_samples", "temperature", "top_p", "with_rationale", "item_first", "max_prompt_tokens",
+    "max_new_tokens", "vote_ties", "permutations",
+)  # fmt: skip
 
 
 class LLMRankingConfig(Settings):
@@ -54,8 +62,8 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
 
     variants: list[str] = key(
         ["base", "stage2", "stage3"],
-        "what is evaluated: base, stage2, stage3 or stage3_NAME (grpo's variant); oracle for the synthetic domain; or "
-        "a name in precomputed_scores",
+        "what is evaluated: base; stage2, stage2_NAME (sft's variant); stage3, stage3_NAME (grpo's); oracle for the "
+        "synthetic domain; or a name in precomputed_scores",
     )
     model_name_or_path: str | None = key(None, "variant base: the model that stage 2 starts from")
     precomputed_scores: dict[str, str] = key(
@@ -70,7 +78,24 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         ["likelihood"],
         "how completions become a ranking; the first keeps the variant's name, the second is <variant>_<ranking>",
     )
+    suffix: str | None = key(
+        None,
+        "added to the names of language models' results, for those that are asked in another way: item_only writes "
+        "stage2 to stage2_item_only; null for none",
+        changes_result=False,
+    )
     batch_size: int = key(8, "questions per batch", ge=1)
+
+    def result_name(self, variant: str, ranking: str) -> str:
+        """Return the name of a language model's results under eval/."""
+        last = None if ranking == self.rankings[0] else ranking
+        return "_".join(part for part in (variant, self.suffix, last) if part is not None)
+
+    @rule
+    def suffix_is_part_of_a_name(self) -> str | None:
+        if self.suffix is None or (self.suffix and is_named(f"stage2_{self.suffix}", "stage2")):
+            return None
+        return f"suffix is {self.suffix!r}; use letters, digits, _ . - and no word sampled or likelihood at the end"
 
     @rule
     def something_is_ranked(self) -> str | None:
@@ -90,7 +115,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     @rule
     def precomputed_scores_have_names_of_their_own(self) -> str | None:
         if any(map(_is_ours, self.precomputed_scores)):
-            return "precomputed_scores uses a name of ours (base, stage2, stage3, stage3_..., oracle); choose another"
+            return "precomputed_scores uses a name of ours (base, stage2..., stage3..., oracle); choose another"
         for name in self.precomputed_scores:
             if not _FOLDER.fullmatch(name):
                 return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
@@ -104,8 +129,8 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     def variants_are_known(self) -> str | None:
         if unknown := [v for v in self.variants if not _is_ours(v) and v not in self.precomputed_scores]:
             return (
-                f"variants names {', '.join(unknown)}; known are base, stage2, stage3, stage3_NAME, oracle and the "
-                "names in precomputed_scores"
+                f"variants names {', '.join(unknown)}; known are base, stage2, stage2_NAME, stage3, stage3_NAME, "
+                "oracle and the names in precomputed_scores"
             )
         return None
 
@@ -114,14 +139,21 @@ class ReportRecipe(Recipe):
     """Stage 5: tables of everything under eval/."""
 
     other_runs: list[str] = key([], "run folders of other seeds on the same data, averaged with run_dir's")
-    comparisons: list[list[str]] = key([], "pairs of variants, [a, b], that are compared on the users both have")
+    comparisons: list[list[str]] = key(
+        [],
+        "pairs of variants, [a, b], that are compared on the users both have; both must have been asked in the same "
+        "way, but for what is named behind them: [stage2, stage2_item_only, with_rationale]",
+    )
     comparison_metric: str = key("uniform/hr@1", "metric of the comparisons")
     bootstrap_samples: int = key(1000, "resamples behind each 95 % interval", ge=100)
 
     @rule
     def comparisons_are_pairs(self) -> str | None:
-        pairs = all(len(pair) == 2 for pair in self.comparisons)
-        return None if pairs else "comparisons holds something that is not a pair [a, b]"
+        if any(len(pair) < 2 for pair in self.comparisons):
+            return "comparisons holds something that is not a pair [a, b]"
+        if unknown := [name for _, _, *names in self.comparisons for name in names if name not in TERMS]:
+            return f"comparisons names {unknown[0]} behind a pair [a, b]; there it can be {', '.join(TERMS)}"
+        return None
 
 
 class JudgeConfig(SamplingConfig, ClientConfig):

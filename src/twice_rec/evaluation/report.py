@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -146,8 +146,8 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
     if not any(metric in variant.values for variant in variants.values()):
         raise InputError(f"comparison_metric is {metric}; no variant was evaluated on it")
     comparisons = []
-    for a, b in recipe.comparisons:
-        if differs := unequal(variants, a, b, metric):
+    for a, b, *but_for in recipe.comparisons:
+        if differs := unequal(variants, a, b, metric, but_for):
             lines.append(f"{a} - {b} left out: {differs}")
         else:
             comparisons.append(compare(variants, a, b, metric, samples, recipe.seed))
@@ -161,8 +161,8 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
     }
 
 
-def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str | None:
-    """Return why two variants cannot be compared, in words; None if they can."""
+def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str, but_for: Collection[str] = ()) -> str | None:
+    """Return why two variants cannot be compared, in words; None if they can. `but_for`: see `difference`."""
     if missing := [name for name in (a, b) if name not in variants]:
         return f"{missing[0]} is not evaluated; {', '.join(variants)} are"
     for name in (a, b):
@@ -170,7 +170,7 @@ def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str
             return f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}"
     left, right = variants[a], variants[b]
     for one, other in itertools.product(left.terms, right.terms):
-        if differs := difference(one, other):
+        if differs := difference(one, other, but_for):
             return f"{one.folder} and {other.folder} have {differs}"
     return difference_of_users(left.terms[0], left.users, right.terms[0], right.users)
 

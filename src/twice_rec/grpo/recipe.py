@@ -18,7 +18,7 @@ from twice_rec.llm.recipe import (
     ModelConfig,
     PromptConfig,
 )
-from twice_rec.recipe import Settings, TrainerRecipe, key, one_of, rule
+from twice_rec.recipe import Settings, TrainerRecipe, is_named, key, one_of, rule
 from twice_rec.run import require
 
 RewardName = one_of(REWARDS)
@@ -26,8 +26,8 @@ run_key = partial(key, changes_result=False)  # of how a run goes, not of what c
 
 
 def is_grpo_variant(variant: str) -> bool:
-    """Whether a name is one of stage 3's results; those that evaluation gives to second rankings are left to it."""
-    return re.fullmatch(r"stage3(?:_[A-Za-z0-9.-]+)*(?<!_sampled)(?<!_likelihood)", variant) is not None
+    """Whether a name is one of stage 3's results."""
+    return is_named(variant, "stage3")
 
 
 def grpo_folder(variant: str) -> str:

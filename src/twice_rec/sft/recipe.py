@@ -14,8 +14,18 @@ from twice_rec.llm.recipe import (
     ModelConfig,
     PromptConfig,
 )
-from twice_rec.recipe import TrainerRecipe, key, required, rule
+from twice_rec.recipe import TrainerRecipe, is_named, key, required, rule
 from twice_rec.sft.dataset import TaskMixConfig
+
+
+def is_sft_variant(variant: str) -> bool:
+    """Whether a name is one of stage 2's results."""
+    return is_named(variant, "stage2")
+
+
+def sft_folder(variant: str) -> str:
+    """Folder of a stage-2 variant under run_dir: `sft` for `stage2`, `sft_NAME` for `stage2_NAME`."""
+    return variant.replace("stage2", "sft", 1)
 
 
 class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, ComputeConfig, TaskMixConfig, EstimateConfig):
@@ -41,6 +51,12 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
         "eval_packing": "training has no evaluation set; leave the key out, and use evaluate.sh",
     }
 
+    variant: str = key(
+        "stage2",
+        "name of the results, stage2 or stage2_NAME: folder sft or sft_NAME under run_dir, and name in evaluate; "
+        "stage 3 starts from stage2, or from the folder that its model_name_or_path names",
+        changes_result=False,
+    )
     model_name_or_path: str = required("the base model: a folder, or a name on the hub")
     quantization: Literal["none", "8bit", "4bit"] = key(
         "none", "quantisation of the frozen base under an adapter, by bitsandbytes on a GPU (release: 8bit)"
@@ -55,6 +71,18 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
         None, "steps between sample completions in samples.jsonl; null for none", changes_result=False, ge=1
     )
     sample_prompts: int = key(4, "number of prompts that get sample completions", changes_result=False, ge=1)
+
+    @property
+    def folder(self) -> str:
+        """Folder of the results under run_dir."""
+        return sft_folder(self.variant)
+
+    @rule
+    def variant_names_a_folder(self) -> str | None:
+        if not is_sft_variant(self.variant):
+            names = "stage2 or stage2_NAME, NAME of letters, digits, _ . - and not sampled or likelihood"
+            return f"variant is {self.variant!r}; it must be {names}"
+        return None
 
     @rule
     def only_adapters_train_on_a_quantised_base(self) -> str | None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from twice_rec.errors import CheckedError, InputError, Unfinished
 from twice_rec.masking import masked
+from twice_rec.progress import is_log
 from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.run import IS_MAIN, StageRun
@@ -37,6 +38,7 @@ STAGES = {
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
     "judge": ("stage4b_judge", "judge.sh", "judge the rationales of evaluated models"),
     "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
+    "study": ("stage6_study", "study.sh", "run every variant over several seeds, as one plan of the stages above"),
 }
 
 _NOISY = (
@@ -55,6 +57,8 @@ _FULL_IN_WORDS = re.compile(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `twice-rec STAGE RECIPE [--key value ...]` or `twice-rec status RUN_DIR`; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if is_log():  # before libraries are loaded that look at it
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if words[:1] in (["status"], ["cost"], ["released_lists"]):
         name = words[0]
         module = importlib.import_module(f"twice_rec.stages.{name}")
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "twice-rec released_lists FOLDER  shows what the authors' released test lists have in common",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
-        "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo, rationales and judge would take",
+        "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo, rationales, judge and study would take",
         "twice-rec STAGE RECIPE --check looks at the recipe and at what the stage reads, and does nothing else",
         "",
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",
@@ -110,6 +114,7 @@ def command(
         _log_to_terminal()
         return _guarded(name, lambda: _run(name, recipe_class, body, plan, words))
 
+    stage_main.recipe_class = recipe_class  # type: ignore[attr-defined]
     return stage_main
 
 

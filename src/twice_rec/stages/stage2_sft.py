@@ -5,7 +5,7 @@ the completions only. The merged model is made from a fresh copy of the base.
 
 Deviations from the release: by default the base is not in 8 bit (`quantization`), since an adapter
 trained on a quantised base and merged into the plain one is not the model that was trained.
-Resumes from the newest complete checkpoint in sft/.
+Resumes from the newest complete checkpoint. `variant` stage2_NAME goes to sft_NAME/.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sft(recipe: SFTRecipe) -> None:
     accepted = require(recipe.run_path / "rationales" / "accepted.jsonl", "rationales.sh")
     base = model_input(recipe.model_name_or_path, recipe.model_revision)
     inputs = [*dataset.training_files(recipe.run_path), accepted, base]
-    with StageRun(recipe, "sft", "sft", inputs) as run:
+    with StageRun(recipe, "sft", recipe.folder, inputs) as run:
         if run.is_finished():
             return
         recipe = at_commit(recipe, base)

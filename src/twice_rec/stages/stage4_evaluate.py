@@ -1,8 +1,9 @@
 """Stage 4: the same test questions to every variant -> eval/<variant>/ (predictions and metrics).
 
-`base`, `stage2`, `stage3` and `stage3_NAME` are language models, asked about stored candidate lists; `oracle` and the
-models in `precomputed_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their
-own stage. Killed and started again, it goes on behind the last whole batch.
+`base`, `stage2`, `stage3`, `stage2_NAME` and `stage3_NAME` are language models, asked about stored candidate lists, and
+`suffix` names those that are asked in another way (`with_rationale: false`). `oracle` and the models in
+`precomputed_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their own
+stage. Killed and started again, it goes on behind the last whole batch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from twice_rec.grpo.recipe import grpo_folder
 from twice_rec.llm.hub import model_input
 from twice_rec.manifest import HubModel, held
 from twice_rec.run import require
+from twice_rec.sft.recipe import is_sft_variant, sft_folder
 from twice_rec.stages.command_line import command
 
 
@@ -37,7 +39,7 @@ def evaluate(recipe: EvaluateRecipe) -> None:
                 _score_file(recipe, data, variant, inputs)
                 continue
             for ranking in recipe.rankings:
-                name = variant if ranking == recipe.rankings[0] else f"{variant}_{ranking}"
+                name = recipe.result_name(variant, ranking)
                 evaluate_llm_variant(recipe, data, name, models[variant], ranking, inputs)
     show_metrics(recipe.run_path)
 
@@ -60,8 +62,9 @@ def _model_of(recipe: EvaluateRecipe, variant: str) -> Path | HubModel:
     """The model of a variant: its folder, or which one of the hub."""
     if variant == "base":
         return model_input(recipe.model_name_or_path or "", recipe.model_revision)
-    if variant == "stage2":
-        return require(recipe.run_path / "sft" / "merged", "sft.sh")
+    if is_sft_variant(variant):
+        made_by = "sft.sh" if variant == "stage2" else f"sft.sh with --variant {variant}"
+        return require(recipe.run_path / sft_folder(variant) / "merged", made_by)
     return require(recipe.run_path / grpo_folder(variant) / "merged", f"grpo_step2.sh with --variant {variant}")
 
 

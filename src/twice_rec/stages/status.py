@@ -36,6 +36,7 @@ _EXPECTED = {
     "sasrec": ("sasrec", "data"),
     "grpo": ("grpo", "sft"),
 }
+_VARIANTS = {"sft": "stage2", "grpo": "stage3"}  # how folders of models begin, and their names in the evaluation
 _DEPTH = {"data": 0, "rationales": 2, "sft": 3, "grpo": 4}  # of inputs; a result is shown below the deepest of its own
 
 
@@ -100,8 +101,9 @@ def nodes_of(run_dir: Path) -> list[Node]:
         says = says_of(run_dir / name, hashes) if name in names else _missing(run_dir, _EXPECTED[name][0])
         nodes.append(Node(name, parent, says))
     for name in stages:
-        variant = "stage2" if name == "sft" else name.replace("grpo", "stage3", 1)
-        if name in names and name.startswith(("sft", "grpo")) and variant not in evaluated:
+        stem, *rest = name.split("_", 1)
+        variant = "_".join([_VARIANTS.get(stem, ""), *rest])
+        if name in names and stem in _VARIANTS and variant not in evaluated:
             nodes.append(Node(f"eval/{variant}", name, f"{_missing(run_dir, 'evaluate')} --variants {variant}"))
     return [*nodes, Node("report", None, _report(run_dir, evaluated, hashes))]
 
