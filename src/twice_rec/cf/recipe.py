@@ -128,6 +128,9 @@ _TAKEN = (
     "logs",
     "wandb",
     "oracle",
+    "ceiling_text",
+    "ceiling_popularity",
+    "ceiling_cohort",
 )  # folders, variants
 
 

@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
+from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.grpo.recipe import is_grpo_variant
 from twice_rec.llm.recipe import ModelConfig, PromptConfig
 from twice_rec.recipe import DeviceConfig, Recipe, Settings, key, rule
 
 
 def _is_ours(variant: str) -> bool:
-    return variant in ("base", "stage2", "oracle") or is_grpo_variant(variant)
+    return variant in ("base", "stage2", *KNOWN_SCORES) or is_grpo_variant(variant)
 
 
 class LLMRankingConfig(Settings):
@@ -40,8 +41,8 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
 
     variants: list[str] = key(
         ["base", "stage2", "stage3"],
-        "what is evaluated: base, stage2, stage3 or stage3_NAME (grpo's variant); oracle for the synthetic domain; or "
-        "a name in precomputed_scores",
+        "what is evaluated: base, stage2, stage3 or stage3_NAME (grpo's variant); for the synthetic domain "
+        f"{', '.join(KNOWN_SCORES)}; or a name in precomputed_scores",
     )
     model_name_or_path: str | None = key(None, "variant base: the model that stage 2 starts from")
     precomputed_scores: dict[str, str] = key(
@@ -51,7 +52,9 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         None, "language models are asked about this many test users, drawn by seed; null for all", ge=1
     )
     lists: list[ListKind] = key(["uniform"], "candidate lists that language models are asked about")
-    score_lists: list[RankedList] = key(["uniform", "full"], "lists that the oracle and precomputed scores rank")
+    score_lists: list[RankedList] = key(
+        ["uniform", "full"], "lists that the oracle, ceilings and precomputed scores rank"
+    )
     rankings: list[Literal["likelihood", "sampled"]] = key(
         ["likelihood"],
         "how completions become a ranking; the first keeps the variant's name, the second is <variant>_<ranking>",
@@ -76,7 +79,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     @rule
     def precomputed_scores_have_names_of_their_own(self) -> str | None:
         if any(map(_is_ours, self.precomputed_scores)):
-            return "precomputed_scores uses a name of ours (base, stage2, stage3, stage3_..., oracle); choose another"
+            return "precomputed_scores uses a name of ours (base, stage2, stage3, oracle, ceiling_...); choose another"
         for name in self.precomputed_scores:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
@@ -88,8 +91,8 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     def variants_are_known(self) -> str | None:
         if unknown := [v for v in self.variants if not _is_ours(v) and v not in self.precomputed_scores]:
             return (
-                f"variants names {', '.join(unknown)}; known are base, stage2, stage3, stage3_NAME, oracle and the "
-                "names in precomputed_scores"
+                f"variants names {', '.join(unknown)}; known are base, stage2, stage3, stage3_NAME, "
+                f"{', '.join(KNOWN_SCORES)} and the names in precomputed_scores"
             )
         return None
 
