@@ -1,4 +1,4 @@
-"""The settings of stages 4 and 5."""
+"""The settings of stages 4, 5 and 7."""
 
 from __future__ import annotations
 
@@ -109,3 +109,33 @@ class ReportRecipe(Recipe):
     def comparisons_are_pairs(self) -> str | None:
         pairs = all(len(pair) == 2 for pair in self.comparisons)
         return None if pairs else "comparisons holds something that is not a pair [a, b]"
+
+
+class AbTestRecipe(Recipe, DeviceConfig):
+    """Stage 7: an A/B test: a simulation on the synthetic domain's click model, or the log of a real test."""
+
+    arms: dict[str, float] = key(
+        {"random": 0.0851, "sasrec": 0.8702, "stage3": 0.0447},
+        "simulation: arm -> share of the visits; an arm is random, a language model or CF model under eval/, or oracle",
+    )
+    visits: int = key(355_150, "simulation: visits, each of which shows one item", ge=1)
+    shown_list: ListKind = key("uniform", "simulation: candidate list of which an arm shows the first of its ranking")
+    latency_calls: int = key(
+        50, "simulation: real calls per arm, one user at a time, whose latency is measured; 0 for none", ge=0
+    )
+    impressions_file: str | None = key(
+        None, "log of a real test instead of the simulation: JSON lines with arm and clicked (true, false, 0, 1)"
+    )
+    looks: int = key(20, "peeking: how often p is looked at in a simulated A/A test with the same traffic", ge=1)
+    aa_tests: int = key(2000, "peeking: number of simulated A/A tests", ge=100)
+
+    @rule
+    def arms_share_the_visits(self) -> str | None:
+        if len(self.arms) < 2:
+            return f"arms has {', '.join(self.arms) or 'nothing'}; a test needs at least two arms"
+        if wrong := [name for name in self.arms if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)]:
+            return f"arms has the name {wrong[0]!r}; it names a folder under eval/: letters, digits, _ . -"
+        if any(share <= 0 for share in self.arms.values()) or abs(sum(self.arms.values()) - 1) > 1e-6:
+            shares = " + ".join(f"{share:g}" for share in self.arms.values())
+            return f"arms has the shares {shares}; they must be above 0 and sum to 1"
+        return None

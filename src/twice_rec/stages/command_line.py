@@ -35,6 +35,7 @@ STAGES = {
     "grpo": ("stage3c_grpo", "grpo_step2.sh", "train with confidence-weighted GRPO"),
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
     "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
+    "ab_test": ("stage7_ab_test", "ab_test.sh", "simulate an A/B test, or count the log of a real one"),
 }
 
 _NOISY = (

@@ -51,7 +51,7 @@ def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs
     if variant in dataset.KNOWN_SCORES and not path.exists():
         raise InputError(
             f"{path}: no such file; only the synthetic domain has an oracle and ceilings: leave {variant} out of "
-            "variants; if an earlier version prepared that domain, run prepare.sh again with --overwrite true"
+            "variants; if an earlier version prepared that domain, remove that folder and run prepare.sh again"
         )
     scorers = lambda: [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
     if not path.exists():
