@@ -13,6 +13,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from stages.pipeline import ROOT, STAGES, run, start
+from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.files import MANIFEST
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def files_of(run_dir):
 def test_every_variant_has_metrics(finished):
     run_dir, _ = finished
     results = json.loads((run_dir / "report" / "results.json").read_text())
-    expected = ["random", "popularity", "itemknn", "sasrec", "base", "stage2", "stage3", "oracle"]
+    expected = ["random", "popularity", "itemknn", "sasrec", "base", "stage2", "stage3", *KNOWN_SCORES]
     assert list(results["variants"]) == expected
     for name in expected:
         row = results["variants"][name]
@@ -114,7 +115,7 @@ def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):
     assert files_of(run_dir) == before
     assert capfd.readouterr().err.count("is finished already; nothing to do") == len(
         ["data", "base", "rationales", "sft", "sasrec", "grpo"]
-    ) + len(["sasrec", "random", "popularity", "itemknn", "base", "stage2", "stage3", "oracle"]) + len(
+    ) + len(["sasrec", "random", "popularity", "itemknn", "base", "stage2", "stage3", *KNOWN_SCORES]) + len(
         ["judge/base", "judge/stage2", "judge/stage3"]
     )
 
@@ -129,7 +130,10 @@ def test_other_settings_need_a_word(finished, capfd):
 
 # What a killed stage must have written before it is killed, and the results to compare.
 KILLED = {
-    "prepare": ("data/sequences.jsonl", ["data/catalog.jsonl", "data/candidates.test.jsonl", "data/oracle.npz"]),
+    "prepare": (
+        "data/sequences.jsonl",
+        ["data/catalog.jsonl", "data/candidates.test.jsonl", "data/oracle.npz", "data/ceiling_text.npz"],
+    ),
     "base": ("base/training_state.pt", ["base/model.safetensors", "base/exam.json", "base/tokenizer.json"]),
     "sft": ("sft/samples.jsonl", ["sft/merged/model.safetensors", "sft/samples.jsonl"]),  # sampled behind a checkpoint
     "sasrec": ("sasrec/training_state.safetensors", ["sasrec/model.safetensors", "eval/sasrec/predictions.jsonl"]),

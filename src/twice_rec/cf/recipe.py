@@ -131,6 +131,9 @@ _TAKEN = (
     "wandb",
     "oracle",
     "study",
+    "ceiling_text",
+    "ceiling_popularity",
+    "ceiling_cohort",
 )  # folders, variants
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data import arrays
+from twice_rec.data.ceilings import CEILINGS
 from twice_rec.errors import InputError
 from twice_rec.files import read_json, read_records, write_json
 from twice_rec.item_sequences import ItemSequences, Questions
@@ -21,12 +22,17 @@ from twice_rec.run import require
 CATALOG = "catalog.jsonl"
 SEQUENCES = "sequences.jsonl"
 PROMPT = "prompt.json"
-ORACLE = "oracle.npz"
 TRUE_REASONS = "true_reasons.jsonl"  # of the synthetic domain; for the rule judge alone
 STATISTICS = "statistics.json"
+KNOWN_SCORES = (*CEILINGS, "oracle")  # rows of tables, from score files that stage 0 writes of the synthetic domain
 
 # Key of `prompt.json` -> key of the recipe.
 _KEYS_OF_PROMPT = {key.removeprefix("prompt_"): key for key in PromptFormat.model_fields}
+
+
+def score_file(name: str) -> str:
+    """Return the name of the file of one of `KNOWN_SCORES`."""
+    return f"{name}.npz"
 
 
 def candidates_file(split: Split) -> str:

@@ -1,4 +1,4 @@
-"""The settings of stages 4 and 5."""
+"""The settings of stages 4, 5 and 7."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recbole_models import RECBOLE_MODELS
 from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
+from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.grpo.recipe import is_grpo_variant
 from twice_rec.llm.recipe import ModelConfig, PromptConfig
 from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
@@ -23,7 +24,7 @@ _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _is_ours(variant: str) -> bool:
-    return variant in ("base", "oracle") or is_sft_variant(variant) or is_grpo_variant(variant)
+    return variant in ("base", *KNOWN_SCORES) or is_sft_variant(variant) or is_grpo_variant(variant)
 
 
 # Settings of an evaluation that say how a language model was asked and ranked; results of others are not its equals.
@@ -62,8 +63,8 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
 
     variants: list[str] = key(
         ["base", "stage2", "stage3"],
-        "what is evaluated: base; stage2, stage2_NAME (sft's variant); stage3, stage3_NAME (grpo's); oracle for the "
-        "synthetic domain; or a name in precomputed_scores",
+        "what is evaluated: base; stage2, stage2_NAME (sft's variant); stage3, stage3_NAME (grpo's); for the synthetic "
+        f"domain {', '.join(KNOWN_SCORES)}; or a name in precomputed_scores",
     )
     model_name_or_path: str | None = key(None, "variant base: the model that stage 2 starts from")
     precomputed_scores: dict[str, str] = key(
@@ -73,7 +74,9 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         None, "language models are asked about this many test users, drawn by seed; null for all", ge=1
     )
     lists: list[ListKind] = key(["uniform"], "candidate lists that language models are asked about")
-    score_lists: list[RankedList] = key(["uniform", "full"], "lists that the oracle and precomputed scores rank")
+    score_lists: list[RankedList] = key(
+        ["uniform", "full"], "lists that the oracle, ceilings and precomputed scores rank"
+    )
     rankings: list[Literal["likelihood", "sampled"]] = key(
         ["likelihood"],
         "how completions become a ranking; the first keeps the variant's name, the second is <variant>_<ranking>",
@@ -115,7 +118,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     @rule
     def precomputed_scores_have_names_of_their_own(self) -> str | None:
         if any(map(_is_ours, self.precomputed_scores)):
-            return "precomputed_scores uses a name of ours (base, stage2..., stage3..., oracle); choose another"
+            return "precomputed_scores uses a name of ours (base, stage2, stage3, oracle, ceiling_...); choose another"
         for name in self.precomputed_scores:
             if not _FOLDER.fullmatch(name):
                 return f"precomputed_scores has the name {name!r}; it names a folder: letters, digits, _ . -"
@@ -130,7 +133,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         if unknown := [v for v in self.variants if not _is_ours(v) and v not in self.precomputed_scores]:
             return (
                 f"variants names {', '.join(unknown)}; known are base, stage2, stage2_NAME, stage3, stage3_NAME, "
-                "oracle and the names in precomputed_scores"
+                f"{', '.join(KNOWN_SCORES)} and the names in precomputed_scores"
             )
         return None
 
@@ -236,4 +239,34 @@ class JudgeRecipe(Recipe, JudgeConfig):
                 fault = error.errors(include_input=False)[0]
                 where = ".".join(map(str, fault["loc"][:1]))
                 return f"judges: {name}: {where}{': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}"
+        return None
+
+
+class AbTestRecipe(Recipe, DeviceConfig):
+    """Stage 4c: an A/B test: a simulation on the synthetic domain's click model, or the log of a real test."""
+
+    arms: dict[str, float] = key(
+        {"random": 0.0851, "sasrec": 0.8702, "stage3": 0.0447},
+        "simulation: arm -> share of the visits; an arm is random, a language model or CF model under eval/, or oracle",
+    )
+    visits: int = key(355_150, "simulation: visits, each of which shows one item", ge=1)
+    shown_list: ListKind = key("uniform", "simulation: candidate list of which an arm shows the first of its ranking")
+    latency_calls: int = key(
+        50, "simulation: real calls per arm, one user at a time, whose latency is measured; 0 for none", ge=0
+    )
+    impressions_file: str | None = key(
+        None, "log of a real test instead of the simulation: JSON lines with arm and clicked (true, false, 0, 1)"
+    )
+    looks: int = key(20, "peeking: how often p is looked at in a simulated A/A test with the same traffic", ge=1)
+    aa_tests: int = key(2000, "peeking: number of simulated A/A tests", ge=100)
+
+    @rule
+    def arms_share_the_visits(self) -> str | None:
+        if len(self.arms) < 2:
+            return f"arms has {', '.join(self.arms) or 'nothing'}; a test needs at least two arms"
+        if wrong := [name for name in self.arms if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)]:
+            return f"arms has the name {wrong[0]!r}; it names a folder under eval/: letters, digits, _ . -"
+        if any(share <= 0 for share in self.arms.values()) or abs(sum(self.arms.values()) - 1) > 1e-6:
+            shares = " + ".join(f"{share:g}" for share in self.arms.values())
+            return f"arms has the shares {shares}; they must be above 0 and sum to 1"
         return None

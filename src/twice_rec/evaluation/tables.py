@@ -10,6 +10,7 @@ from typing import Any
 
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recbole_models import RECBOLE_MODELS
+from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.evaluation.equals import Terms, fresh_evaluations, labels
 from twice_rec.evaluation.predictions import METRICS_FILE
 from twice_rec.files import read_json
@@ -23,7 +24,7 @@ Summary = Mapping[str, Mapping[str, Any]]  # variant -> metrics, n; perhaps aske
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 # Rows of tables come in this order; variants without a place here follow by name.
-ORDER = (*BASELINES, *RECBOLE_MODELS, "sasrec", "base", "stage2", "stage3", "oracle")
+ORDER = (*BASELINES, *RECBOLE_MODELS, "sasrec", "base", "stage2", "stage3", *KNOWN_SCORES)
 
 
 def in_order(variants: Sequence[str]) -> list[str]:

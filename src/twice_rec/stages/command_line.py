@@ -38,6 +38,7 @@ STAGES = {
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
     "judge": ("stage4b_judge", "judge.sh", "judge the rationales of evaluated models"),
     "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
+    "ab_test": ("stage4c_ab_test", "ab_test.sh", "simulate an A/B test, or count the log of a real one"),
     "study": ("stage6_study", "study.sh", "run every variant over several seeds, as one plan of the stages above"),
 }
 

@@ -1,9 +1,9 @@
 """Stage 0: a source of interactions -> data/ (catalogue, sequences, candidate lists, statistics).
 
 Writes `catalog.jsonl`, `sequences.jsonl`, `candidates.{train,valid,test}.jsonl`, `prompt.json`, `statistics.json`,
-and for the synthetic domain `oracle.npz` (the true logprobs of every user's next interaction), `true_reasons.jsonl`
-(what speaks for and against it) and the raw files under `data/raw/`, which are then read like those of any domain of
-Amazon Reviews 2023.
+and for the synthetic domain `oracle.npz` (the true logprobs of every user's next interaction), `ceiling_*.npz` (the
+best rankings from a part of what is true; `data/ceilings.py`), `true_reasons.jsonl` (what speaks for and against it)
+and the raw files under `data/raw/`, which are then read like those of any domain of Amazon Reviews 2023.
 
 Deviations from the paper: candidate lists are drawn per user (the release's test lists share one pool of popular
 distractors), and there are popularity-weighted and hard ones too. Training candidates are of the prompt's list only.
@@ -23,6 +23,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import knn_similarity
 from twice_rec.data import dataset
 from twice_rec.data.candidates import CandidateDraw
+from twice_rec.data.ceilings import known_scores
 from twice_rec.data.estimate import check_room
 from twice_rec.data.hard import SimilarItems, training_matrix
 from twice_rec.data.recipe import PrepareRecipe
@@ -51,10 +52,9 @@ def prepare(recipe: PrepareRecipe) -> None:
         figures |= _write_candidates(recipe, run.path, catalog, table)
         figures["steps"] = [asdict(step) for step in steps]
         dataset.save_prompt_format(run.path / dataset.PROMPT, recipe)
-        oracle = source.oracle_scores(table.records(catalog), catalog)
-        if oracle is not None:
-            with atomic_path(run.path / dataset.ORACLE) as temporary:
-                np.savez_compressed(temporary, scores=oracle)
+        for name, scores in known_scores(source, table.records(catalog), catalog, recipe, recipe.seed):
+            with atomic_path(run.path / dataset.score_file(name)) as temporary:
+                np.savez_compressed(temporary, scores=scores)
         if (reasons := source.true_reasons(table.records(catalog))) is not None:
             write_records(run.path / dataset.TRUE_REASONS, reasons)
         write_json(run.path / dataset.STATISTICS, figures)

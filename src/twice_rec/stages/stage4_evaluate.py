@@ -1,7 +1,7 @@
 """Stage 4: the same test questions to every variant -> eval/<variant>/ (predictions and metrics).
 
 `base`, `stage2`, `stage3`, `stage2_NAME` and `stage3_NAME` are language models, asked about stored candidate lists, and
-`suffix` names those that are asked in another way (`with_rationale: false`). `oracle` and the models in
+`suffix` names those that are asked in another way (`with_rationale: false`). `oracle`, the ceilings and the models in
 `precomputed_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their own
 stage. Killed and started again, it goes on behind the last whole batch.
 """
@@ -45,13 +45,16 @@ def evaluate(recipe: EvaluateRecipe) -> None:
 
 
 def _is_score_file(recipe: EvaluateRecipe, variant: str) -> bool:
-    return variant == "oracle" or variant in recipe.precomputed_scores
+    return variant in dataset.KNOWN_SCORES or variant in recipe.precomputed_scores
 
 
 def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs: list[Path]) -> None:
-    path = Path(recipe.precomputed_scores.get(variant, recipe.run_path / "data" / dataset.ORACLE))
-    if variant == "oracle" and not path.exists():
-        raise InputError(f"{path}: no such file; only the synthetic domain has an oracle, leave it out of variants")
+    path = Path(recipe.precomputed_scores.get(variant, recipe.run_path / "data" / dataset.score_file(variant)))
+    if variant in dataset.KNOWN_SCORES and not path.exists():
+        raise InputError(
+            f"{path}: no such file; only the synthetic domain has an oracle and ceilings: leave {variant} out of "
+            "variants; if an earlier version prepared that domain, remove that folder and run prepare.sh again"
+        )
     scorers = lambda: [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
     if not path.exists():
         raise InputError(f"{path}: no such file; precomputed_scores names it for {variant}")

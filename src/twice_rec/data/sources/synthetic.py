@@ -17,7 +17,9 @@ The five strengths are recipe keys. Everything is drawn from one seed. Only the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +67,16 @@ PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x
 BLAME = ("{x} is not for me", "I do not like {x}", "Never again {x}")
 NEUTRAL_GOOD = ("Good product", "Does the job", "Would buy again")
 NEUTRAL_BAD = ("Nothing special", "Expected more", "Just okay")
+# What a title says -> its place in `review_probabilities`: nothing, good or bad; praise or blame of diet or brand.
+_TITLES = {
+    **dict.fromkeys(NEUTRAL_GOOD, 0),
+    **dict.fromkeys(NEUTRAL_BAD, 1),
+    **{title.format(x=name): 2 + i for i, of in enumerate((DIETS, BRANDS)) for name in of for title in PRAISE},
+    **{title.format(x=name): 4 + i for i, of in enumerate((DIETS, BRANDS)) for name in of for title in BLAME},
+}
+_BUYS, _AVOIDS = "I usually buy", "I usually avoid"
+DIET_TASTES, BRAND_TASTES = (2, 1), (3, 2)  # how many every user likes and dislikes
+_RATING, _PER_FEELING, _RATING_SPREAD = 3.4, 1.2, 0.6  # its mean without feelings, what each adds, its deviation
 _START_MS = 1_577_836_800_000  # 2020-01-01
 _DAY_MS = 86_400_000
 _BATCH = 4096  # users at a time; bounds the memory of [B, N]
@@ -100,6 +112,11 @@ class SyntheticSource(Amazon2023, name="synthetic"):
         self._drawn.write(folder, self.domain)
         self.folder = folder
         super().find_files()
+
+    @property
+    def drawn(self) -> SyntheticDomain:
+        """The domain with all that is hidden about it; there once `generate` has drawn it."""
+        return self._drawn
 
     def oracle_scores(self, sequences: Iterable[UserSequence], catalog: ItemCatalog) -> NDArray[np.float32]:
         """See `SyntheticDomain.test_log_probabilities`."""
@@ -138,8 +155,8 @@ class SyntheticDomain:
         self.appeal = config.synthetic_popularity * base + config.synthetic_brand * fame[self.brand]  # [N]
         rng, u = np.random.default_rng(user_seed), config.synthetic_users  # the users
         self.user_cohort = rng.integers(COHORTS, size=u)  # [U]
-        self.diet_taste = _tastes(rng, u, len(DIETS), liked=2, disliked=1)  # [U, D]
-        self.brand_taste = _tastes(rng, u, len(BRANDS), liked=3, disliked=2)  # [U, B]
+        self.diet_taste = _tastes(rng, u, len(DIETS), *DIET_TASTES)  # [U, D]
+        self.brand_taste = _tastes(rng, u, len(BRANDS), *BRAND_TASTES)  # [U, B]
         self.num_interactions = rng.integers(MIN_INTERACTIONS, MAX_INTERACTIONS + 1, size=u)  # [U]
         self.user_ids = _ids(rng, u, "A", 27)
 
@@ -274,10 +291,8 @@ class SyntheticDomain:
         """
         diet = float(self.diet_taste[user, self.diet[item]])
         brand = float(self.brand_taste[user, self.brand[item]])
-        rating = min(5, max(1, round(3.4 + 1.2 * (diet + brand) + 0.6 * deviation)))
-        felt = [(DIETS[self.diet[item]], diet), (BRANDS[self.brand[item]], brand)]
-        felt = [(name, feeling) for name, feeling in felt if feeling and (feeling > 0) == (rating >= 3)]
-        if felt:
+        rating = min(5, max(1, round(_RATING + _PER_FEELING * (diet + brand) + _RATING_SPREAD * deviation)))
+        if felt := _spoken_of([(DIETS[self.diet[item]], diet), (BRANDS[self.brand[item]], brand)], rating):
             name, feeling = _pick(felt, draw[0])
             title = _pick(PRAISE if feeling > 0 else BLAME, draw[1]).format(x=name)
         else:
@@ -285,13 +300,54 @@ class SyntheticDomain:
         # The text is about the user's taste at large, whatever the item.
         names, taste = _pick(((DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])), draw[2])
         spoken: int = _pick(np.flatnonzero(taste), draw[3])
-        verb = "I usually buy" if taste[spoken] > 0 else "I usually avoid"
+        verb = _BUYS if taste[spoken] > 0 else _AVOIDS
         return rating, title, f"{title}. {verb} {names[spoken]}."
+
+    def review_codes(self) -> list[list[tuple[int, int, int, int]]]:
+        """Return per user and interaction: rating, place of the title in `review_probabilities`, and what the text says
+        of the user's taste: the place of a diet or brand among both, and the feeling for it, 1 or -1.
+        """
+        places = {name: place for place, name in enumerate((*DIETS, *BRANDS))}
+
+        def code(review: Mapping[str, Any]) -> tuple[int, int, int, int]:
+            said = review["text"].removeprefix(f"{review['title']}. ")
+            verb, feeling = (_BUYS, 1) if said.startswith(_BUYS) else (_AVOIDS, -1)
+            return int(review["rating"]), _TITLES[review["title"]], places[said[len(verb) + 1 : -1]], feeling
+
+        reviews = self.reviews()
+        return [[code(review) for review in itertools.islice(reviews, len(one))] for one in self.histories]
 
     def write(self, folder: Path, domain: str) -> None:
         """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, the files of the 2023 set."""
         for name, rows in ((f"meta_{domain}.jsonl", self.metadata()), (f"{domain}.jsonl", self.reviews())):
             write_jsonl(folder / name, progress(rows, desc=f"writing {name}", unit="row"))
+
+
+def review_probabilities() -> NDArray[np.float64]:
+    """Return the probability of each rating and kind of title (`_TITLES`) of a review, given the feelings for the item.
+
+    [5, 6, 3, 3]: rating 1 to 5, kind of title, feeling for the diet 1, 0 or -1, feeling for the brand.
+    """
+    table = np.zeros((5, 6, 3, 3))
+    for i, diet in enumerate((1, 0, -1)):
+        for j, brand in enumerate((1, 0, -1)):
+            mean = _RATING + _PER_FEELING * (diet + brand)
+            below = [0.0, *(_normal((edge - mean) / _RATING_SPREAD) for edge in (1.5, 2.5, 3.5, 4.5)), 1.0]
+            for rating in range(1, 6):
+                felt = _spoken_of([(0, diet), (1, brand)], rating)
+                says = [(2 if feeling > 0 else 4) + which for which, feeling in felt] or [0 if rating >= 4 else 1]
+                table[rating - 1, says, i, j] = (below[rating] - below[rating - 1]) / len(says)
+    return table
+
+
+def _spoken_of(feelings: Sequence[tuple[T, float]], rating: int) -> list[tuple[T, float]]:
+    """Return what the title of a review may speak of: the feelings that go with the rating."""
+    return [(name, feeling) for name, feeling in feelings if feeling and (feeling > 0) == (rating >= 3)]
+
+
+def _normal(value: float) -> float:
+    """Return the probability that a standard normal draw is below a value."""
+    return 0.5 * math.erfc(-value / math.sqrt(2))
 
 
 def _pick(options: Sequence[T] | NDArray[Any], draw: float) -> T:
