@@ -5,7 +5,7 @@ and prompt form.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,11 @@ def fresh_evaluations(run_dir: Path) -> tuple[list[Path], list[str]]:
     return fresh, lines
 
 
-def difference(one: Terms, other: Terms) -> str | None:
+def difference(one: Terms, other: Terms, but_for: Collection[str] = ()) -> str | None:
     """Return in words how two evaluations differ in data, lists, ranking or prompt form; None if they are equals.
 
-    Of the same run, they must not rest on different results of another stage either.
+    Of the same run, they must not rest on different results of another stage either. `but_for` names those of `TERMS`
+    in which they may differ, because the difference itself is what is compared.
     """
     same_run = run_folder(one.folder).resolve() == run_folder(other.folder).resolve()
     for name in one.rests_on.keys() & other.rests_on.keys():
@@ -80,7 +81,7 @@ def difference(one: Terms, other: Terms) -> str | None:
         if one.rests_on[name] != other.rests_on[name] and (within or name.startswith("data/")):
             return f"different {name} (hashes {one.rests_on[name][:12]} and {other.rests_on[name][:12]})"
     for name in TERMS if one.asked and other.asked else ():
-        if (was := one.asked.get(name)) != (now := other.asked.get(name)):
+        if (was := one.asked.get(name)) != (now := other.asked.get(name)) and name not in but_for:
             return f"different {name} ({was} and {now})"
     return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -36,7 +36,7 @@ from twice_rec.files import MANIFEST, hash_file, read_records, write_json, write
 from twice_rec.locks import run_folder
 from twice_rec.manifest import environment
 from twice_rec.markdown import markdown_table
-from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
+from twice_rec.metrics import METRICS, bootstrap_intervals, holm, paired_bootstrap, per_user
 from twice_rec.records import RANKED_LISTS, Prediction
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
             lines.append(f"{a} - {b} left out: {differs}")
         else:
             comparisons.append(compare(variants, a, b, metric, samples, recipe.seed))
+    for row, adjusted in zip(comparisons, holm([row["p"] for row in comparisons]), strict=True):
+        row["p_holm"] = float(adjusted)
     shared, together, others = shared_users(variants)
     of_shared = summarise_variants(together, shared, samples, recipe.seed) if shared else {}
     return {
@@ -157,8 +159,8 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
     }
 
 
-def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str | None:
-    """Return why two variants cannot be compared, in words; None if they can."""
+def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str, but_for: Collection[str] = ()) -> str | None:
+    """Return why two variants cannot be compared, in words; None if they can. `but_for`: see `difference`."""
     if missing := [name for name in (a, b) if name not in variants]:
         return f"{missing[0]} is not evaluated; {', '.join(variants)} are"
     for name in (a, b):
@@ -166,7 +168,7 @@ def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str) -> str
             return f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}"
     left, right = variants[a], variants[b]
     for one, other in itertools.product(left.terms, right.terms):
-        if differs := difference(one, other):
+        if differs := difference(one, other, but_for):
             return f"{one.folder} and {other.folder} have {differs}"
     return difference_of_users(left.terms[0], left.users, right.terms[0], right.users)
 
