@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twice_rec.errors import InputError
+from twice_rec.evaluation.equals import usable_json
 from twice_rec.evaluation.paper import SATISFYING_SHARE
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import Variant, compare, unequal
-from twice_rec.files import read_json
-from twice_rec.manifest import Hashes, check_fresh, making_command
+from twice_rec.manifest import Hashes, making_command
 from twice_rec.metrics import holm
 
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run"
@@ -33,6 +32,7 @@ class Claim:
 
     id: str
     question: str
+    short: str
     says: str
     a: str
     b: str
@@ -43,25 +43,30 @@ class Claim:
 _WITHOUT_RATIONALE = ("with_rationale",)
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("table1_sasrec", "Table 1", "TWiCE-Rec ranks better than SASRec.", "stage3", "sasrec"),
-    Claim("rq3_b_a", "RQ3", "Stage 2 helps: B is above A, the base model.", "stage2", "base"),
-    Claim("rq3_e_b", "RQ3", "Stage 3 helps: E is above B.", "stage3", "stage2"),
-    Claim("rq3_e_d", "RQ3", "CF in the reward helps: E is above D, trained on the match alone.", "stage3", "stage3_D"),
-    Claim("rq3_d_b", "RQ3", "Stage 3 helps without CF too: D is above B.", "stage3_D", "stage2"),
-    Claim("rq3_c_a", "RQ3", "Stage 3 helps without stage 2: C is above A.", "stage3_C", "base"),
-    Claim("rq3_b_c", "RQ3", "Stage 2 alone is above stage 3 alone: B is above C.", "stage2", "stage3_C"),
-    Claim("rq4_3_0", "RQ4", "Lambda 3 is above lambda 0.", "stage3", "stage3_lambda0"),
-    Claim("rq4_3_5", "RQ4", "Lambda 3 is not below lambda 5.", "stage3", "stage3_lambda5", or_equal=True),
+    Claim("table1_sasrec", "Table 1", "TWiCE-Rec > SASRec", "TWiCE-Rec ranks better than SASRec.", "stage3", "sasrec"),
+    Claim("rq3_b_a", "RQ3", "B > A", "Stage 2 helps: B is above A, the base model.", "stage2", "base"),
+    Claim("rq3_e_b", "RQ3", "E > B", "Stage 3 helps: E is above B.", "stage3", "stage2"),
+    Claim("rq3_e_d", "RQ3", "E > D", "CF in the reward helps: E is above D, without CF.", "stage3", "stage3_D"),
+    Claim("rq3_d_b", "RQ3", "D > B", "Stage 3 helps without CF too: D is above B.", "stage3_D", "stage2"),
+    Claim("rq3_c_a", "RQ3", "C > A", "Stage 3 helps without stage 2: C is above A.", "stage3_C", "base"),
+    Claim("rq3_b_c", "RQ3", "B > C", "Stage 2 alone is above stage 3 alone: B is above C.", "stage2", "stage3_C"),
+    Claim("rq4_3_0", "RQ4", "lambda 3 > 0", "Lambda 3 is above lambda 0.", "stage3", "stage3_lambda0"),
     Claim(
-        "rq6_a_b_stage2", "RQ6", "Writing a rationale first helps stage 2: A is above B, asked for the item alone.",
+        "rq4_3_5", "RQ4", "lambda 3 >= 5", "Lambda 3 is not below lambda 5.",
+        "stage3", "stage3_lambda5", or_equal=True,
+    ),
+    Claim(
+        "rq6_a_b_stage2", "RQ6", "A > B, stage 2",
+        "Writing a rationale first helps stage 2: A is above B, asked for the item alone.",
         "stage2", "stage2_item_only", but_for=_WITHOUT_RATIONALE,
     ),
     Claim(
-        "rq6_a_b_stage3", "RQ6", "Writing a rationale first helps stage 3: A is above B, asked for the item alone.",
+        "rq6_a_b_stage3", "RQ6", "A > B, stage 3",
+        "Writing a rationale first helps stage 3: A is above B, asked for the item alone.",
         "stage3", "stage3_item_only", but_for=_WITHOUT_RATIONALE,
     ),
     Claim(
-        "rq6_b_c", "RQ6", "Training on rationales helps an answer without one: B is above C, trained without.",
+        "rq6_b_c", "RQ6", "B > C", "Training on rationales helps an answer without one: B is above C, trained without.",
         "stage2_item_only", "stage2_no_rationale",
     ),
 )  # fmt: skip
@@ -73,8 +78,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "random": ("random",),
 }
 _CTR_CLAIMS = (
-    ("rq5_full_ml", "Shoppers click on TWiCE-Rec more often than on SASRec.", "full", "ML"),
-    ("rq5_ml_random", "Shoppers click on SASRec more often than on random items.", "ML", "random"),
+    ("rq5_full_ml", "CTR full > ML", "Shoppers click on TWiCE-Rec more often than on SASRec.", "full", "ML"),
+    ("rq5_ml_random", "CTR ML > random", "Shoppers click on SASRec more often than on random items.", "ML", "random"),
 )
 
 # The stage that makes a variant's evaluation; all others come from a study.
@@ -88,14 +93,14 @@ def verdict(low: float, high: float, or_equal: bool = False) -> str:
     return CONTRADICTED if high < 0 else NOT_SHOWN
 
 
-def claims_of(variants: Mapping[str, Variant], recipe: ReportRecipe) -> list[dict[str, Any]]:
+def claims_of(variants: Mapping[str, Variant], recipe: ReportRecipe, hashes: Hashes) -> list[dict[str, Any]]:
     """Return one row per claim, for `results.json`; Holm's p-values are over all rows that have one.
 
     A claim about two language models has a row more for each second ranking that both have, such as by votes.
     """
     run_dir = recipe.run_path
     rows = [_compared(claim, suffix, variants, recipe) for claim, suffix in _with_rankings(variants)]
-    rows += [*_judged(run_dir), *_clicked(run_dir)]
+    rows += [*_judged(run_dir, hashes), *_clicked(run_dir, hashes)]
     with_p = [row for row in rows if row.get("p") is not None]
     for row, adjusted in zip(with_p, holm([row["p"] for row in with_p]), strict=True):
         row["p_holm"] = float(adjusted)
@@ -117,7 +122,8 @@ def _ranked(variant: str, suffix: str) -> str:
 
 def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe: ReportRecipe) -> dict[str, Any]:
     a, b, metric = claim.a + suffix, _ranked(claim.b, suffix), recipe.comparison_metric
-    row = _row(claim.id + suffix, claim.question, claim.says, a, b, metric)
+    by = {"": "", "_sampled": ", by votes", "_likelihood": ", by likelihood"}[suffix]
+    row = _row(claim.id + suffix, claim.question, claim.short + by, claim.says, a, b, metric)
     if missing := [name for name in (a, b) if name not in variants]:
         stages = dict.fromkeys(_MADE_BY.get(name, "study") for name in missing)
         commands = [making_command(recipe.run_path, stage) for stage in stages]
@@ -134,20 +140,20 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
     }
 
 
-def _row(claim_id: str, question: str, says: str, a: str, b: str, metric: str) -> dict[str, Any]:
+def _row(claim_id: str, question: str, short: str, says: str, a: str, b: str, metric: str) -> dict[str, Any]:
     """A row of a claim that was not run; what was found is put over it."""
     empty = {"difference": None, "ci95": None, "n": None, "runs": None, "p": None, "p_holm": None}
     return {
-        "id": claim_id, "question": question, "says": says, "a": a, "b": b, "metric": metric, **empty,
+        "id": claim_id, "question": question, "short": short, "says": says, "a": a, "b": b, "metric": metric, **empty,
         "verdict": NOT_RUN,
     }  # fmt: skip
 
 
-def _judged(run_dir: Path, variant: str = "stage3") -> list[dict[str, Any]]:
+def _judged(run_dir: Path, hashes: Hashes, variant: str = "stage3") -> list[dict[str, Any]]:
     """Return RQ2's rows: the share of satisfying rationales less the paper's, one row per judge."""
     says = f"A judge finds {SATISFYING_SHARE:.2%} of the rationales satisfying (score 3)."
-    row = _row("rq2_share3", "RQ2", says, variant, "paper", "judge/share3")
-    found, why = usable(run_dir / "judge" / variant / "scores.json")
+    row = _row("rq2_share3", "RQ2", f"score 3 >= {SATISFYING_SHARE:.2%}", says, variant, "paper", "judge/share3")
+    found, why = usable_json(run_dir / "judge" / variant / "scores.json", hashes)
     rows = []
     for name, conditions in (found or {}).get("judges", {}).items():
         scores = conditions.get("item_shown") or {}
@@ -164,11 +170,11 @@ def _judged(run_dir: Path, variant: str = "stage3") -> list[dict[str, Any]]:
     return rows or [{**row, "why": why, "commands": [making_command(run_dir, "judge")]}]
 
 
-def _clicked(run_dir: Path) -> Iterator[dict[str, Any]]:
+def _clicked(run_dir: Path, hashes: Hashes) -> Iterator[dict[str, Any]]:
     """Yield RQ5's rows: differences of click-through rates in the simulated A/B test."""
-    found, why = usable(run_dir / "ab_test" / "ab_test.json")
-    for claim_id, says, a, b in _CTR_CLAIMS:
-        row = _row(claim_id, "RQ5", f"{says[:-1]} (here a simulation).", a, b, "ctr")
+    found, why = usable_json(run_dir / "ab_test" / "ab_test.json", hashes)
+    for claim_id, short, says, a, b in _CTR_CLAIMS:
+        row = _row(claim_id, "RQ5", short, f"{says[:-1]} (here a simulation).", a, b, "ctr")
         if test := _test_between((found or {}).get("tests", []), a, b):
             arms = (found or {}).get("arms", {})
             shown = sum(arms.get(test[side], {}).get("impressions", 0) for side in ("a", "b"))
@@ -188,18 +194,6 @@ def _test_between(tests: Sequence[Mapping[str, Any]], a: str, b: str) -> dict[st
             turned = {"difference": -test["difference"], "ci95": [-high, -low], "p": test.get("p")}
             return {"a": test["b"], "b": test["a"], **turned}
     return None
-
-
-def usable(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return a result's JSON object if it is there and fresh, else None, and why it is not used."""
-    if not path.exists():
-        return None, f"{path} is not made yet"
-    try:
-        check_fresh(path, Hashes())
-        found = read_json(path)
-    except InputError as error:
-        return None, str(error)
-    return (found, "") if isinstance(found, dict) else (None, f"{path} holds no JSON object")
 
 
 def counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

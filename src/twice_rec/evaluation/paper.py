@@ -1,6 +1,6 @@
 """What the paper reports, to be shown beside ours. Shares are of 1, not of 100.
 
-The paper's lists are not published and its CF rows are near random for 30 candidates, so its values are no targets.
+Its CF rows are near those of a random ranking of 30 candidates, so its values are shown for comparison, never aimed at.
 """
 
 from __future__ import annotations
