@@ -288,6 +288,22 @@ def unfinished_command(folder: Path) -> str:
     return _command(folder, note.get("stage") or folder.name, note.get("command", []))
 
 
+def making_command(run_dir: Path, stage: str) -> str:
+    """Return the command that makes a result that is missing; its recipe lies beside that of another stage of the run.
+
+    If none is found there, the command has the word RECIPE.
+    """
+    for folder in sorted(path.parent for path in run_dir.glob(f"*/{MANIFEST}")):
+        words: list[str] = []
+        with contextlib.suppress(InputError):  # of a damaged one `check_fresh` tells
+            manifest = Manifest.load(folder)
+            words = words_of(manifest.stage, manifest.about.get("command", [])) if manifest else []
+        if words and (recipe := Path(words[0]).with_name(f"{stage}.yaml")).exists():
+            place = words.index("--run_dir") if "--run_dir" in words else len(words)
+            return " ".join(["bash", launcher_of(stage), str(recipe), *words[place : place + 2]])
+    return f"bash {launcher_of(stage)} RECIPE --run_dir {run_dir}"
+
+
 def _command(folder: Path, stage: str, command: list[str]) -> str:
     words = words_of(stage, command)
     if "--run_dir" in words[:-1]:  # the run may have been copied or moved since

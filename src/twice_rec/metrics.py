@@ -1,4 +1,4 @@
-"""Ranking metrics from ranks, and the bootstrap.
+"""Ranking metrics from ranks, the bootstrap, and Holm's correction.
 
 Everything here takes ranks, so a hit means the same for a CF model, an LLM's votes and likelihoods. Rank 1 is best.
 Ties count against the target. Every user counts: nothing is dropped, capped or averaged twice.
@@ -133,3 +133,21 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, samples: int = 1000, seed: int 
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (tail + 1) / (samples + 1))
     return Difference(float((left - right).mean()), (float(low), float(high)), p)
+
+
+def holm(p: ArrayLike) -> FloatArray:
+    """Return the p-values of several comparisons, corrected for their number by Holm's method: float64 [m].
+
+    The smallest is multiplied by m, the next by m - 1, and so on; each is at least the one before, and at most 1.
+
+    Raises:
+        ValueError: if one is not in [0, 1].
+    """
+    values = np.asarray(p, dtype=np.float64)  # [m]
+    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"expected p-values in [0, 1], got {p}")
+    order = np.argsort(values, kind="stable")
+    times = np.arange(len(values), 0, -1)  # m, m - 1, ..., 1
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * times))
+    return adjusted

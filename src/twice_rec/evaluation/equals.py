@@ -13,9 +13,9 @@ from typing import Any
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import TERMS
-from twice_rec.files import MANIFEST
+from twice_rec.files import MANIFEST, read_json
 from twice_rec.locks import owner_of, run_folder
-from twice_rec.manifest import BEGUN, HUB, Hashes, Manifest, check_fresh
+from twice_rec.manifest import BEGUN, HUB, Hashes, Manifest, check_fresh, stage_folder
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,27 @@ def labels(terms: Mapping[str, Terms]) -> dict[str, str]:
         return {}
     says = lambda name, value: str(value) if name == "ranking" else f"{name} {value}"
     return {v: ", ".join(says(name, of[name]) for name in differing if name in of) for v, of in asked.items()}
+
+
+def why_not_usable(path: Path, hashes: Hashes) -> str | None:
+    """Return why a result cannot be used: it is missing, being made, unfinished, changed or stale; None if it can."""
+    if not path.exists():
+        return f"{path} is not there"
+    if (folder := stage_folder(path)) and (owner := owner_of(folder)):
+        return f"{folder} is being made by {owner}"
+    try:
+        check_fresh(path, hashes)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def usable_json(path: Path, hashes: Hashes) -> tuple[dict[str, Any] | None, str]:
+    """Return the JSON object of a result that can be used, else None, and why it is not used."""
+    if why := why_not_usable(path, hashes):
+        return None, why
+    try:
+        found = read_json(path)
+    except InputError as error:
+        return None, str(error)
+    return (found, "") if isinstance(found, dict) else (None, f"{path} holds no JSON object")

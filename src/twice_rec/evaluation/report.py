@@ -12,8 +12,6 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,12 @@ from twice_rec.evaluation.equals import (
 )
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import ReportRecipe
-from twice_rec.evaluation.tables import Summary, Table, in_order, list_table, lists_of, show
-from twice_rec.files import MANIFEST, hash_file, read_records, write_json, write_text
-from twice_rec.locks import run_folder
-from twice_rec.manifest import environment
-from twice_rec.markdown import markdown_table
-from twice_rec.metrics import METRICS, bootstrap_intervals, paired_bootstrap, per_user
-from twice_rec.records import RANKED_LISTS, Prediction
+from twice_rec.evaluation.tables import Summary, in_order
+from twice_rec.files import hash_file, read_records
+from twice_rec.metrics import METRICS, bootstrap_intervals, holm, paired_bootstrap, per_user
+from twice_rec.records import Prediction
 
 logger = logging.getLogger(__name__)
-
-INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count against the target; every user counts."
 
 
 @dataclass(frozen=True)
@@ -151,6 +144,8 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
             lines.append(f"{a} - {b} left out: {differs}")
         else:
             comparisons.append(compare(variants, a, b, metric, samples, recipe.seed))
+    for row, adjusted in zip(comparisons, holm([row["p"] for row in comparisons]), strict=True):
+        row["p_holm"] = float(adjusted)
     shared, together, others = shared_users(variants)
     of_shared = summarise_variants(together, shared, samples, recipe.seed) if shared else {}
     return {
@@ -222,96 +217,3 @@ def compare(
     left, right = (variants[name].column(metric, users) for name in (a, b))
     found = paired_bootstrap(left, right, bootstrap_samples, seed)
     return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
-
-
-def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of paired comparisons."""
-    rows = []
-    for c in comparisons:
-        interval = "[{:+.4f}, {:+.4f}]".format(*c["ci95"])
-        difference = f"{c['difference']:+.4f}"
-        rows.append([f"{c['a']} - {c['b']}", c["metric"], f"{c['n']:,}", difference, interval, f"{c['p']:.3f}"])
-    return ["comparison", "metric", "users", "difference", "95 % interval", "p"], rows
-
-
-def sections_of(results: Mapping[str, Any], metric: str) -> list[tuple[str, str, Table]]:
-    """Return the parts of the page: heading, a sentence, table. The shared users' table is of the metric's list."""
-    says = "Every variant on all users it was evaluated on."
-    sections = [
-        (f"Lists: {kind}", f"{RANKED_LISTS[kind]} {says}", list_table(results["variants"], kind, True))
-        for kind in lists_of(results["variants"])
-    ]
-    shared = list_table(results["common_users"]["variants"], metric.partition("/")[0], True)
-    if shared[1]:
-        says = f"The {results['common_users']['n']:,} users that all of these variants share."
-        sections.insert(0, ("The same users for all", says, shared))
-    if results["comparisons"]:
-        sections.insert(1, ("Comparisons", "Paired over users.", comparison_table(results["comparisons"])))
-    if results["left_out"]:
-        says = "Not in these tables or comparisons, because it is stale or not equal to the rest."
-        sections.append(("Left out", says, (["what and why"], [[line] for line in results["left_out"]])))
-    return sections
-
-
-def save_report(
-    folder: Path, results: Mapping[str, Any], recipe: ReportRecipe, evaluations: Sequence[Path]
-) -> list[Path]:
-    """Write index.html, tables.md and results.json, each with what it was made of; return them."""
-    about, sections = environment(), sections_of(results, recipe.comparison_metric)
-    made_of = {str(path / MANIFEST): hash_file(path / MANIFEST) for path in evaluations}
-    manifest = {"domain": recipe.domain, "evaluations": made_of, **about}
-    write_json(folder / "results.json", {**results, "manifest": manifest})
-    title = f"TWiCE-Rec on {recipe.domain}"
-    facts = {
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "run": ", ".join(dict.fromkeys(str(run_folder(path)) for path in evaluations)),
-        "commit": str(about["commit"]),
-        "python": about["python"],
-        "packages": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
-    }
-    write_text(folder / "index.html", html_page(title, sections, facts))
-    text = "\n\n".join(f"## {heading}\n\n{says}\n\n{markdown_table(*table)}" for heading, says, table in sections)
-    write_text(folder / "tables.md", f"# {title}\n\n{INTRO}\n\n{text}\n")
-    return [folder / name for name in ("index.html", "tables.md", "results.json")]
-
-
-def show_report(results: Mapping[str, Any], metric: str) -> None:
-    """Print the shared users' table, without intervals, the comparisons, and what is left out."""
-    common = results["common_users"]
-    table = list_table(common["variants"], metric.partition("/")[0])
-    if table[1]:
-        which = "all variants" if len(common["variants"]) == len(results["variants"]) else "these variants"
-        show(f"The {common['n']:,} users that {which} share:\n\n{markdown_table(*table)}")
-    if results["comparisons"]:
-        show(markdown_table(*comparison_table(results["comparisons"])))
-    for line in results["left_out"]:
-        logger.warning("%s", line)
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } p { max-width: 48rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; font-weight: 600 } th { background: #f4f4f4 }
-dt { float: left; clear: left; width: 9rem; color: #666 } dd { margin-left: 9.5rem }
-"""
-
-
-def html_page(title: str, sections: Sequence[tuple[str, str, Table]], facts: Mapping[str, str]) -> str:
-    """Return one self-contained page; `facts` says how it was made, name -> value."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
-
-    parts = [f"<h1>{escape(title)}</h1><p>{escape(INTRO)}</p>"]
-    for heading, says, (header, rows) in sections:
-        table = f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
-        parts.append(f'<h2>{escape(heading)}</h2><p>{escape(says)}</p><div class="wide">{table}</div>')
-    made = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    parts.append(f"<h2>How this was made</h2><dl>{made}</dl>")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )

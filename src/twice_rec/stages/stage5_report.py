@@ -1,7 +1,9 @@
-"""Stage 5: everything under eval/ -> report/ (index.html, tables.md, results.json), and the tables on the terminal.
+"""Stage 5: everything under eval/ -> report/ (index.html, tables.md, tables.tex, results.json, figures/), and shown.
 
-Made anew whenever it is called: it only sums up what the other stages measured, and shows what of the run is fresh,
-stale or missing. Runs of other seeds are averaged, user by user. Stale results are left out.
+The page opens with the paper's claims and their verdicts. Beside eval/ it reads what the run has of training logs, the
+CF model, judges and the A/B test. Made anew whenever it is called: it only sums up what the other stages measured, and
+shows what of the run is fresh, stale or missing. Runs of other seeds are averaged, user by user. Stale results are left
+out.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ import sys
 from pathlib import Path
 
 from twice_rec.data.dataset import PreparedData
+from twice_rec.evaluation.claims import claims_of
+from twice_rec.evaluation.evidence import Sources, gather
 from twice_rec.evaluation.groups import details_of
+from twice_rec.evaluation.page import save_report, show_report
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import ReportRecipe
-from twice_rec.evaluation.report import read_variants, results_of, save_report, show_report
+from twice_rec.evaluation.report import read_variants, results_of
+from twice_rec.manifest import Hashes
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
 from twice_rec.stages.status import show_status
@@ -27,10 +33,17 @@ def report(recipe: ReportRecipe) -> None:
     runs = list(dict.fromkeys([recipe.run_path, *map(Path, recipe.other_runs)]))  # one that is named twice counts once
     variants, left_out = read_variants(runs)
     evaluations = [terms.folder for variant in variants.values() for terms in variant.terms]
-    with StageRun(recipe, "report", "report", [folder / PREDICTIONS for folder in evaluations]) as run:
+    hashes = Hashes()
+    sources = Sources(recipe, variants, hashes)
+    with StageRun(
+        recipe, "report", "report", [*(folder / PREDICTIONS for folder in evaluations), *sources.paths]
+    ) as run:
         run.end_check()
-        results = results_of(variants, recipe, left_out) | details_of(variants, PreparedData(runs[0] / "data"), recipe)
-        run.finish(save_report(run.path, results, recipe, evaluations), {"left_out": results["left_out"]})
+        results = results_of(variants, recipe, [*left_out, *sources.lines])
+        results["claims"] = claims_of(variants, recipe, hashes)
+        results |= details_of(variants, PreparedData(runs[0] / "data"), recipe)
+        evidence = gather(recipe, variants, sources)
+        run.finish(save_report(run.path, results, evidence, recipe, evaluations), {"left_out": results["left_out"]})
     show_status(recipe.run_path)
     show_report(results, recipe.comparison_metric)
     logger.info("with intervals and all lists: %s", run.path / "index.html")

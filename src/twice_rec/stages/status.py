@@ -19,11 +19,10 @@ from twice_rec.manifest import (
     Hashes,
     Manifest,
     changed_output,
-    launcher_of,
+    making_command,
     redo_command,
     stale_because,
     unfinished_command,
-    words_of,
 )
 
 _WIDTH = 100
@@ -150,12 +149,5 @@ def _report(run_dir: Path, evaluated: Sequence[str], hashes: Hashes) -> str:
 
 
 def _missing(run_dir: Path, stage: str) -> str:
-    """Say which command makes a result; its recipe lies beside the one that another stage of the run was made by."""
-    says = f"missing; make it: bash {launcher_of(stage)}"
-    for name in _EXPECTED:
-        manifest = Manifest.load(run_dir / name)
-        words = words_of(manifest.stage, manifest.about.get("command", [])) if manifest else []
-        if words and (recipe := Path(words[0]).with_name(f"{stage}.yaml")).exists():
-            place = words.index("--run_dir") if "--run_dir" in words else len(words)
-            return " ".join([says, str(recipe), *words[place : place + 2]])
-    return f"{says} RECIPE --run_dir {run_dir}"
+    """Say which command makes a result."""
+    return f"missing; make it: {making_command(run_dir, stage)}"
