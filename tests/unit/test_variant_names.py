@@ -12,7 +12,9 @@ from twice_rec.recipe_reader import load_recipe
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 
 
-@pytest.mark.parametrize("name", ["rationales", "Rationales", "wandb", "base_sampled", "grpo_x", "../data", "ease"])
+@pytest.mark.parametrize(
+    "name", ["rationales", "Rationales", "judge", "wandb", "base_sampled", "grpo_x", "../data", "ease"]
+)
 def test_a_sasrec_has_a_folder_of_its_own(name):
     with pytest.raises(InputError, match="variant is"):
         load_recipe(TINY / "sasrec.yaml", SASRecRecipe, ["--variant", name, "--overwrite", "true"])

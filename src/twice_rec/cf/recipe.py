@@ -124,6 +124,7 @@ _TAKEN = (
     "sft",
     "base",
     "eval",
+    "judge",
     "report",
     "logs",
     "wandb",
