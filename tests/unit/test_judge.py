@@ -10,7 +10,7 @@ from prompt_formats import prompt_format
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation import human_labels
+from twice_rec.evaluation import human_labels, judges
 from twice_rec.evaluation.judge import Answer, JudgedRow, JudgeQuestions, judged, questions_of
 from twice_rec.evaluation.judge_scores import scores_of, table_of
 from twice_rec.evaluation.recipe import JudgeRecipe
@@ -426,6 +426,25 @@ def test_what_cannot_be_judged_is_said_in_one_line(prepared, capfd, flags, messa
     assert len(errors) == 1
     assert message in errors[0]
     assert sorted(prepared.glob("judge/*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [*rows, rows[0]], "is there twice"),
+        (lambda rows: [{**rows[0], "target": "B000000000"}, *rows[1:]], "was asked about another list than data/ has"),
+        (lambda rows: [{**rows[0], "ranking": rows[1]["ranking"]}, *rows[1:]], "was asked about another list"),
+        (lambda rows: [{**rows[0], "user_id": "nobody"}, *rows[1:]], "user nobody was asked about another list"),
+        (lambda rows: [{**rows[0], "answers": []}, *rows[1:]], "has no completion to judge"),
+    ],
+)
+def test_predictions_that_cannot_be(prepared, change, message):
+    recipe = load_recipe(RECIPE, JudgeRecipe, ["--run_dir", str(prepared), "--variants", "stage3"])
+    rows = [json.loads(line) for line in (prepared / "eval" / "stage3" / "predictions.jsonl").read_text().splitlines()]
+    path = prepared / "changed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+    with pytest.raises(InputError, match=message):
+        judges.read_answers(recipe, PreparedData(prepared / "data"), {"stage3": path})
 
 
 def test_fewer_users_than_wanted_are_all_judged_and_it_is_said(prepared, capfd):

@@ -26,7 +26,8 @@ def run_dir(tmp_path):
     accepted = stage(tmp_path, "rationales", "rationales", [data])
     sft = stage(tmp_path, "sft", "sft", [data, accepted])
     stage(tmp_path, "evaluate", "eval/base", [data])
-    stage(tmp_path, "evaluate", "eval/stage2", [data, sft])
+    answers = stage(tmp_path, "evaluate", "eval/stage2", [data, sft])
+    stage(tmp_path, "judge", "judge/stage2", [data, answers])
     stage(tmp_path, "grpo", "grpo_B", [data, sft])
     stage(tmp_path, "sft", "sft_short", [data, accepted])
     return tmp_path
@@ -44,6 +45,7 @@ def test_each_result_is_below_what_it_rests_on(run_dir):
         "rationales": ("fresh", 2),
         "sft": ("fresh", 3),
         "eval/stage2": ("fresh", 4),
+        "judge/stage2": ("fresh", 5),
         "grpo_B": ("fresh", 4),
         "eval/stage3_B": ("missing", 5),
         "grpo": ("missing", 4),
@@ -73,6 +75,7 @@ def test_stale_running_unfinished_and_gone(run_dir, capsys):
     assert "grpo_B running: process" in text
     assert "sasrec unfinished; finish it: bash sasrec.sh" in text
     assert "eval/base fresh, but eval/base/out.txt is gone" in text
+    assert "judge/stage2 stale: it rests on rationales/out.txt" in text
 
 
 def test_a_report_is_stale_once_something_is_newer(run_dir):

@@ -14,6 +14,7 @@ from twice_rec.data.sources import SOURCES
 from twice_rec.data.sources.amazon import Amazon2023
 from twice_rec.data.sources.synthetic import (
     BRANDS,
+    CATEGORIES,
     DIETS,
     MAX_ITEMS,
     PRODUCT_TYPES,
@@ -161,6 +162,28 @@ def test_as_a_source_it_writes_its_files_and_knows_the_oracle(raw, domain, tmp_p
     expected = domain.test_log_probabilities(sequences, catalog)
     assert np.array_equal(source.oracle_scores(sequences, catalog), expected)
     assert Amazon2023(raw, "World").oracle_scores(sequences, catalog) is None
+
+
+def test_true_reasons_are_those_that_the_next_item_was_drawn_by(raw, domain):
+    """Held against the formula: the log-probability of an item moves by the strengths times the reasons for it."""
+    catalog, sequences = assemble(Amazon2023(raw, "World"), SEQUENCES)
+    reasons = {row.user_id: row for row in domain.test_reasons(sequences)}
+    assert list(reasons) == [sequence.user_id for sequence in sequences if sequence.test is not None]
+    scores = domain.test_log_probabilities(sequences, catalog)
+    for sequence, logs in list(zip(sequences, scores, strict=True))[:40]:
+        true, user = reasons[sequence.user_id], domain.user_ids.index(sequence.user_id)
+        assert (len(true.likes), len(true.dislikes), len(true.calls_for)) == (5, 3, 2)
+        expected = []
+        for item_id in catalog.ids:
+            j = domain.item_ids.index(item_id)
+            diet_and_brand = (DIETS[domain.diet[j]], BRANDS[domain.brand[j]])
+            taste = sum((name in true.likes) - (name in true.dislikes) for name in diet_and_brand)
+            utility = 2.2 * taste + 2.4 * (CATEGORIES[domain.category[j]] in true.calls_for) + domain.appeal[j]
+            expected.append(utility + 2.6 * (domain.cohort[j] == domain.user_cohort[user]))
+        left = np.isfinite(logs)
+        gap = (logs - np.array(expected))[left]
+        assert np.abs(gap - gap[0]).max() < 1e-4  # all but the constant of the softmax
+    assert Amazon2023(raw, "World").true_reasons(sequences) is None
 
 
 def test_sources_of_a_recipe(tmp_path):

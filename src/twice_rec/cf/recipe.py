@@ -126,6 +126,7 @@ _TAKEN = (
     "sft",
     "base",
     "eval",
+    "judge",
     "report",
     "logs",
     "wandb",

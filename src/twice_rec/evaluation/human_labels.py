@@ -37,7 +37,7 @@ class Label:
     rationale: str = ""
 
 
-Labels = Mapping[tuple[str, str], int]  # (user, condition) -> score
+Labels = dict[tuple[str, str], int]  # (user, condition) -> score
 
 
 def export(
@@ -78,7 +78,7 @@ def export(
 
 def read(
     path: Path, questions: Mapping[str, Sequence[Question]], judges: Sequence[str]
-) -> dict[str, dict[str, dict[tuple[str, str], int]]]:
+) -> dict[str, dict[str, Labels]]:
     """Return variant -> human -> (user, condition) -> score, of the lines that have a score.
 
     Lines about other variants are passed over, and counted in the log.
@@ -92,7 +92,7 @@ def read(
             that is there twice; names file and line.
     """
     known = {variant: {(q.example.user_id, q.condition) for q in asked} for variant, asked in questions.items()}
-    found: dict[str, dict[str, dict[tuple[str, str], int]]] = {variant: {} for variant in known}
+    found: dict[str, dict[str, Labels]] = {variant: {} for variant in known}
     lines: dict[tuple[str, str, str, str], int] = {}
     others = 0
     for number, label in enumerate(read_records(path, Label), start=1):

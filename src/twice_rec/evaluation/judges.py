@@ -23,7 +23,7 @@ from twice_rec.evaluation.judge_scores import SCORES, VERDICTS, scores_of
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import JudgeConfig, JudgeRecipe
 from twice_rec.evaluation.rule_judge import RuleJudge
-from twice_rec.files import read_records, write_json, write_records
+from twice_rec.files import MANIFEST, read_records, write_json, write_records
 from twice_rec.prompts import PromptFormat
 from twice_rec.random_streams import random_stream
 from twice_rec.rationales import annotators, generate
@@ -71,8 +71,9 @@ def true_reasons_file(recipe: JudgeRecipe) -> Path:
     if not path.exists():
         raise InputError(
             f"{path}: no such file; only the synthetic domain knows what truly speaks for an item. For other data set "
-            "judged_by to openai or batch; if it is the synthetic domain, prepared by an earlier version, make it "
-            "again: bash prepare.sh RECIPE --overwrite true (its other files stay as they are)"
+            "judged_by to openai or batch. If this is the synthetic domain, prepared by an earlier version, remove "
+            f"{path.with_name(MANIFEST)} and prepare it again: bash prepare.sh RECIPE --overwrite true (the other "
+            "files will be the same)"
         )
     return path
 
@@ -84,13 +85,16 @@ def read_answers(recipe: JudgeRecipe, data: PreparedData, files: Mapping[str, Pa
         files: variant -> its predictions.
 
     Raises:
-        InputError: if the variants share no user, or if predictions are not about the stored lists.
+        InputError: if the variants share no user, if predictions are not about the stored lists, or a user is twice.
     """
     kind = recipe.judged_list
     examples = {example.user_id: example for example in data.examples("test", kind)}
     found: dict[str, dict[str, Prediction]] = {}
     for variant, path in files.items():
-        rows = {row.user_id: row for row in read_records(path, Prediction) if kind in row.ranks}
+        rows: dict[str, Prediction] = {}
+        for row in read_records(path, Prediction):
+            if kind in row.ranks and rows.setdefault(row.user_id, row) is not row:
+                raise InputError(f"{path}: user {row.user_id} is there twice; evaluate it again")
         for user, row in rows.items():
             example = examples.get(user)
             if example is None or row.target != example.target or set(row.ranking) != set(example.candidates):

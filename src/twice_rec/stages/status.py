@@ -89,16 +89,21 @@ def tree(run_dir: Path) -> list[str]:
 
 def nodes_of(run_dir: Path) -> list[Node]:
     """Return every result of a run that is there or expected."""
-    there = [path for path in [*run_dir.glob("*"), *run_dir.glob("eval/*")] if _is_result(path)]
+    paths = [path for pattern in ("*", "eval/*", "judge/*") for path in run_dir.glob(pattern)]
+    there = [path for path in paths if _is_result(path)]
     names = {path.relative_to(run_dir).as_posix() for path in there}
     evaluated = in_order([name.removeprefix("eval/") for name in names if name.startswith("eval/")])
-    others = sorted(name for name in names if name not in (*_EXPECTED, "report") and not name.startswith("eval/"))
+    judged = sorted(name for name in names if name.startswith("judge/"))
+    others = sorted(n for n in names if n not in (*_EXPECTED, "report", *judged) and not n.startswith("eval/"))
     stages, hashes = [*_EXPECTED, *others], Hashes()
     nodes = []
     for name in [*stages, *(f"eval/{variant}" for variant in evaluated)]:
         parent = _parent(run_dir / name, stages) if name in names else _EXPECTED[name][1]
         says = says_of(run_dir / name, hashes) if name in names else _missing(run_dir, _EXPECTED[name][0])
         nodes.append(Node(name, parent, says))
+    for name in judged:
+        evaluation = name.replace("judge/", "eval/", 1)
+        nodes.append(Node(name, evaluation if evaluation in names else None, says_of(run_dir / name, hashes)))
     for name in stages:
         stem, *rest = name.split("_", 1)
         variant = "_".join([_VARIANTS.get(stem, ""), *rest])
