@@ -41,6 +41,7 @@ STAGES = {
     "evaluate": ("twice_rec.stages.stage4_evaluate", "evaluate", "--num_users 6 --batch_size 2 --max_new_tokens 16"),
     "judge": ("twice_rec.stages.stage4b_judge", "judge", "--num_judged 5"),
     "report": ("twice_rec.stages.stage5_report", "report", "--bootstrap_samples 100"),
+    "ab_test": ("twice_rec.stages.stage4c_ab_test", "ab_test", "--visits 400 --latency_calls 1 --aa_tests 100"),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from twice_rec.catalog import Outcome
 from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.data.dataset import PreparedData, candidates_file
 from twice_rec.data.recipe import PrepareRecipe
-from twice_rec.evaluation.recipe import EvaluateRecipe, JudgeRecipe, ReportRecipe
+from twice_rec.evaluation.recipe import AbTestRecipe, EvaluateRecipe, JudgeRecipe, ReportRecipe
 from twice_rec.files import MANIFEST, hash_file, read_records
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.manifest import BEGUN
@@ -185,7 +185,7 @@ def is_consistent(run_dir):
 
 RECIPES = {
     "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
-    "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "report": ReportRecipe,
+    "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe, "report": ReportRecipe,
 }  # fmt: skip
 assert set(RECIPES) == set(command_line.STAGES) - {"serve"}, "a new stage is drawn as well"
 

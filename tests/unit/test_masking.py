@@ -12,7 +12,7 @@ from tiny_base.recipe import BaseModelRecipe
 from twice_rec.cf.recipe import SASRecRecipe
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.errors import InputError, Unfinished
-from twice_rec.evaluation.recipe import EvaluateRecipe, JudgeRecipe, ReportRecipe
+from twice_rec.evaluation.recipe import AbTestRecipe, EvaluateRecipe, JudgeRecipe, ReportRecipe
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.masking import Secrets, looks_secret, masked, masked_values, masked_words, secret_keys
 from twice_rec.rationales.faults import Fault
@@ -34,7 +34,7 @@ TOKENS = [
     RANDOM,
 ]
 RECIPES = [BaseModelRecipe, PrepareRecipe, RationalesRecipe, SFTRecipe, SASRecRecipe, GRPORecipe, EvaluateRecipe]
-RECIPES = [*RECIPES, JudgeRecipe, ReportRecipe]
+RECIPES = [*RECIPES, JudgeRecipe, AbTestRecipe, ReportRecipe]
 
 
 @pytest.mark.parametrize("token", TOKENS)

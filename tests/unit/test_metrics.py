@@ -2,6 +2,7 @@
 
 import math
 
+import ir_measures
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +19,29 @@ def test_rank_counts_columns_at_least_as_high():
 def test_ties_count_against_the_target():
     assert metrics.ranks_from_scores([[1.0, 1.0, 1.0, 0.0]], [0]).tolist() == [3]
     assert metrics.ranks_from_scores(np.zeros((1, 30)), [4]).tolist() == [30]
+
+
+def test_an_independent_library_agrees():
+    """ir-measures, which is trec_eval: names break its ties, the last one first, so the target is called "a"."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 10, size=(400, 30)).astype(float)  # about three items of each score
+    target = rng.integers(30, size=400)
+    run = {
+        str(user): {("a" if item == target[user] else f"b{item}"): score for item, score in enumerate(row)}
+        for user, row in enumerate(scores.tolist())
+    }
+    peers = {f"hr@{k}": ir_measures.Success @ k for k in (1, 5, 10)}
+    peers |= {f"ndcg@{k}": ir_measures.nDCG @ k for k in (5, 10)} | {"mrr": ir_measures.RR}
+    names = {str(peer): name for name, peer in peers.items()}
+    assert set(peers) == set(metrics.METRICS)
+    truth = {str(user): {"a": 1} for user in range(400)}
+    theirs = {name: np.zeros(400) for name in peers}
+    for row in ir_measures.iter_calc(list(peers.values()), truth, run):
+        theirs[names[str(row.measure)]][int(row.query_id)] = row.value
+    ranks = metrics.ranks_from_scores(scores, target)
+    for name, values in theirs.items():
+        assert np.abs(values - metrics.per_user(name, ranks)).max() < 1e-12, name
+    assert 0 < theirs["hr@1"].mean() < theirs["hr@10"].mean() < 1
 
 
 def test_masked_columns_do_not_count():

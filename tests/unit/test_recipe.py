@@ -14,7 +14,7 @@ from twice_rec.data.candidates import CANDIDATE_LISTS
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sources import SOURCES
 from twice_rec.errors import InputError
-from twice_rec.evaluation.recipe import EvaluateRecipe, JudgeRecipe, ReportRecipe
+from twice_rec.evaluation.recipe import AbTestRecipe, EvaluateRecipe, JudgeRecipe, ReportRecipe
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS
 from twice_rec.rationales.recipe import RationalesRecipe
@@ -47,6 +47,7 @@ CLASSES = {
     "judge": JudgeRecipe,
     "report": ReportRecipe,
     "study": StudyRecipe,
+    "ab_test": AbTestRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
 FOLDERS = ("tiny", "grocery", "amazon")
@@ -107,6 +108,7 @@ def test_a_setting_is_declared_once():
         (JudgeRecipe, "judged_list", CANDIDATE_LISTS),
         (JudgeRecipe, "conditions", CONDITIONS),
         (EvaluateRecipe, "score_lists", RANKED_LISTS),
+        (AbTestRecipe, "shown_list", CANDIDATE_LISTS),
         (SASRecRecipe, "lists", RANKED_LISTS),
         (SASRecRecipe, "baselines", BASELINES),
         (GRPORecipe, "reward_funcs", REWARDS),

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.sources.base import Source
@@ -174,11 +175,12 @@ class Ceiling:
         best = np.full(len(there), -np.inf)
         np.maximum.at(best, user, weight)
         weight = np.exp(weight - best[user])  # [R]
-        shape = (len(there), len(self._own), len(DIETS), len(BRANDS))
-        cells = np.zeros(shape, np.float32)  # E[exp(taste * t)] by cohort, diet and brand
         of_diet = np.exp(self._taste * _DIET_STATES[diet])  # [R, diets]
-        np.add.at(cells, (user, cohort), (weight[:, None] * of_diet)[:, :, None] * means[:, None])
-        of_item = cells[:, :, self._domain.diet, self._domain.brand]  # [U, H, N]
+        of_cell = (of_diet[:, :, None] * means[:, None]).reshape(len(user), -1)  # [R, diets * B]
+        shape = (len(there) * len(self._own), len(user))
+        sums = sparse.csr_matrix((weight, (user * len(self._own) + cohort, np.arange(len(user)))), shape)  # [U * H, R]
+        cells = (sums @ of_cell).reshape(len(there), len(self._own), len(DIETS), len(BRANDS)).astype(np.float32)
+        of_item = cells[:, :, self._domain.diet, self._domain.brand]  # [U, H, N], E[exp(taste * t)]
         scores = np.log((of_item * np.exp(self._own)).sum(axis=1)) + self._known[shown.last]  # [U, N]
         rows, columns = np.nonzero(there)
         scores[rows, shown.item[rows, columns]] = -np.inf

@@ -17,9 +17,8 @@ The five strengths are recipe keys. Everything is drawn from one seed. Only the 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +34,10 @@ from twice_rec.recipe import Settings, key
 from twice_rec.records import TrueReasons, UserSequence
 
 T = TypeVar("T")
+
+# What a review tells: its rating, the kind of its title (`title_kinds`), and what its text says of the user's taste: a
+# place in DIETS + BRANDS, and the feeling for it, 1 or -1.
+ReviewCode = tuple[int, int, int, int]
 
 # Category -> its product types.
 PRODUCT_TYPES: dict[str, tuple[str, ...]] = {
@@ -67,14 +70,6 @@ PRAISE = ("Love that it is {x}", "{x} is what I look for", "Always happy with {x
 BLAME = ("{x} is not for me", "I do not like {x}", "Never again {x}")
 NEUTRAL_GOOD = ("Good product", "Does the job", "Would buy again")
 NEUTRAL_BAD = ("Nothing special", "Expected more", "Just okay")
-# What a title says -> its place in `review_probabilities`: nothing, good or bad; praise or blame of diet or brand.
-_TITLES = {
-    **dict.fromkeys(NEUTRAL_GOOD, 0),
-    **dict.fromkeys(NEUTRAL_BAD, 1),
-    **{title.format(x=name): 2 + i for i, of in enumerate((DIETS, BRANDS)) for name in of for title in PRAISE},
-    **{title.format(x=name): 4 + i for i, of in enumerate((DIETS, BRANDS)) for name in of for title in BLAME},
-}
-_BUYS, _AVOIDS = "I usually buy", "I usually avoid"
 DIET_TASTES, BRAND_TASTES = (2, 1), (3, 2)  # how many every user likes and dislikes
 _RATING, _PER_FEELING, _RATING_SPREAD = 3.4, 1.2, 0.6  # its mean without feelings, what each adds, its deviation
 _START_MS = 1_577_836_800_000  # 2020-01-01
@@ -159,6 +154,7 @@ class SyntheticDomain:
         self.brand_taste = _tastes(rng, u, len(BRANDS), *BRAND_TASTES)  # [U, B]
         self.num_interactions = rng.integers(MIN_INTERACTIONS, MAX_INTERACTIONS + 1, size=u)  # [U]
         self.user_ids = _ids(rng, u, "A", 27)
+        self._codes: list[Any] = [None] * u
 
     def taste(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return t(p, i) of the formula: float32 [len(users), N], between -2 and 2."""
@@ -263,12 +259,14 @@ class SyntheticDomain:
         """Yield one record per interaction, in the schema of the raw reviews of 2023, user after user."""
         rng = np.random.default_rng(self._review_seed)
         for user, history in enumerate(self.histories):
+            codes = []
             draws = rng.random((len(history) + 1, 8)).tolist()
             noise = rng.standard_normal(len(history)).tolist()
             time = _START_MS + int(draws[-1][0] * 365 * _DAY_MS)
             for item, draw, deviation in zip(history, draws, noise, strict=False):
                 time += int((1 + 29 * draw[0]) * _DAY_MS)
-                rating, title, text = self._review(user, item, deviation, draw[1:6])
+                rating, title, text, code = self._review(user, item, deviation, draw[1:6])
+                codes.append(code)
                 yield {
                     "rating": float(rating),
                     "title": title,
@@ -281,9 +279,12 @@ class SyntheticDomain:
                     "helpful_vote": int(3 * draw[6]),
                     "verified_purchase": draw[7] < 0.95,
                 }
+            self._codes[user] = codes
 
-    def _review(self, user: int, item: int, deviation: float, draw: Sequence[float]) -> tuple[int, str, str]:
-        """Return rating, title and text that agree with the user's taste for the item's diet and brand.
+    def _review(
+        self, user: int, item: int, deviation: float, draw: Sequence[float]
+    ) -> tuple[int, str, str, ReviewCode]:
+        """Return rating, title and text that agree with the user's taste for the item's diet and brand; what they tell.
 
         Args:
             deviation: a standard normal draw, for whatever else moves the rating.
@@ -292,30 +293,22 @@ class SyntheticDomain:
         diet = float(self.diet_taste[user, self.diet[item]])
         brand = float(self.brand_taste[user, self.brand[item]])
         rating = min(5, max(1, round(_RATING + _PER_FEELING * (diet + brand) + _RATING_SPREAD * deviation)))
-        if felt := _spoken_of([(DIETS[self.diet[item]], diet), (BRANDS[self.brand[item]], brand)], rating):
-            name, feeling = _pick(felt, draw[0])
-            title = _pick(PRAISE if feeling > 0 else BLAME, draw[1]).format(x=name)
-        else:
-            title = _pick(NEUTRAL_GOOD if rating >= 4 else NEUTRAL_BAD, draw[1])
+        kind = _pick(title_kinds(diet, brand, rating), draw[0])
+        words = (NEUTRAL_GOOD, NEUTRAL_BAD, PRAISE, PRAISE, BLAME, BLAME)[kind]
+        title = _pick(words, draw[1]).format(x=BRANDS[self.brand[item]] if kind % 2 else DIETS[self.diet[item]])
         # The text is about the user's taste at large, whatever the item.
         names, taste = _pick(((DIETS, self.diet_taste[user]), (BRANDS, self.brand_taste[user])), draw[2])
         spoken: int = _pick(np.flatnonzero(taste), draw[3])
-        verb = _BUYS if taste[spoken] > 0 else _AVOIDS
-        return rating, title, f"{title}. {verb} {names[spoken]}."
+        verb = "I usually buy" if taste[spoken] > 0 else "I usually avoid"
+        code = (rating, kind, int(spoken) + (len(DIETS) if names is BRANDS else 0), int(taste[spoken]))
+        return rating, title, f"{title}. {verb} {names[spoken]}.", code
 
-    def review_codes(self) -> list[list[tuple[int, int, int, int]]]:
-        """Return per user and interaction: rating, place of the title in `review_probabilities`, and what the text says
-        of the user's taste: the place of a diet or brand among both, and the feeling for it, 1 or -1.
-        """
-        places = {name: place for place, name in enumerate((*DIETS, *BRANDS))}
-
-        def code(review: Mapping[str, Any]) -> tuple[int, int, int, int]:
-            said = review["text"].removeprefix(f"{review['title']}. ")
-            verb, feeling = (_BUYS, 1) if said.startswith(_BUYS) else (_AVOIDS, -1)
-            return int(review["rating"]), _TITLES[review["title"]], places[said[len(verb) + 1 : -1]], feeling
-
-        reviews = self.reviews()
-        return [[code(review) for review in itertools.islice(reviews, len(one))] for one in self.histories]
+    def review_codes(self) -> list[list[ReviewCode]]:
+        """Return what the reviews tell, per user and interaction; writes them first if nobody has."""
+        if None in self._codes:
+            for _ in self.reviews():
+                pass
+        return self._codes
 
     def write(self, folder: Path, domain: str) -> None:
         """Write `<domain>.jsonl` and `meta_<domain>.jsonl`, the files of the 2023 set."""
@@ -324,7 +317,7 @@ class SyntheticDomain:
 
 
 def review_probabilities() -> NDArray[np.float64]:
-    """Return the probability of each rating and kind of title (`_TITLES`) of a review, given the feelings for the item.
+    """Return the probability of each rating and kind of title of a review, given the feelings for the item.
 
     [5, 6, 3, 3]: rating 1 to 5, kind of title, feeling for the diet 1, 0 or -1, feeling for the brand.
     """
@@ -334,15 +327,21 @@ def review_probabilities() -> NDArray[np.float64]:
             mean = _RATING + _PER_FEELING * (diet + brand)
             below = [0.0, *(_normal((edge - mean) / _RATING_SPREAD) for edge in (1.5, 2.5, 3.5, 4.5)), 1.0]
             for rating in range(1, 6):
-                felt = _spoken_of([(0, diet), (1, brand)], rating)
-                says = [(2 if feeling > 0 else 4) + which for which, feeling in felt] or [0 if rating >= 4 else 1]
-                table[rating - 1, says, i, j] = (below[rating] - below[rating - 1]) / len(says)
+                kinds = title_kinds(diet, brand, rating)
+                table[rating - 1, kinds, i, j] = (below[rating] - below[rating - 1]) / len(kinds)
     return table
 
 
-def _spoken_of(feelings: Sequence[tuple[T, float]], rating: int) -> list[tuple[T, float]]:
-    """Return what the title of a review may speak of: the feelings that go with the rating."""
-    return [(name, feeling) for name, feeling in feelings if feeling and (feeling > 0) == (rating >= 3)]
+def title_kinds(diet: float, brand: float, rating: int) -> list[int]:
+    """Return the kinds of title that a review may have, each as likely, given the feelings for diet and brand.
+
+    A title speaks of a feeling that goes with the rating: 2 praises the diet, 3 the brand, 4 blames the diet, 5 the
+    brand. If there is none, it says nothing of taste: 0 is good, 1 bad.
+    """
+    felt = [
+        (which, feeling) for which, feeling in ((0, diet), (1, brand)) if feeling and (feeling > 0) == (rating >= 3)
+    ]
+    return [(2 if feeling > 0 else 4) + which for which, feeling in felt] or [0 if rating >= 4 else 1]
 
 
 def _normal(value: float) -> float:
