@@ -97,7 +97,6 @@ class Model:
         from recbole.data.transform import construct_transform
         from recbole.utils import get_model
 
-        torch.autograd.set_detect_anomaly(False)
         self.length, self._shapes, self._interaction = work["max_length"], shapes, Interaction
         self.name, self.device = work["class"], torch.device(work["device"])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -111,6 +110,7 @@ class Model:
         self.batch_size, self.learning_rate = config["train_batch_size"], config["learning_rate"]
         self.weight_decay, self.pretrain_epochs = config["weight_decay"], config["pretrain_epochs"] or 0
         self.module = get_model(self.name)(config, shapes).to(self.device)
+        torch.autograd.set_detect_anomaly(False)  # the import of SINE has turned it on
 
     def finetune(self) -> None:
         """Go from S3Rec's pretraining to its training, as RecBole does when it loads the pretrained weights."""
