@@ -207,7 +207,11 @@ class RecBoleVariant:
                 "class": RECBOLE_MODELS[self._name].recbole_class,
                 "trains": trains,
                 "settings": self.settings(),
-                **{key: getattr(recipe, key) for key in ("minutes", "epochs", "patience", "seed", "device")},
+                "minutes": recipe.minutes,
+                "epochs": recipe.epochs,
+                "patience": recipe.patience,
+                "seed": recipe.seed,
+                "device": recipe.device,
                 "max_length": max(SHORTEST, min(recipe.max_length, int(longest))),
             },
         )
