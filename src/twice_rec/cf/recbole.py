@@ -183,7 +183,7 @@ class RecBoleVariant:
             f"valid/{CHOSEN_ON}": validation,
             "tried": len(tried),
             "train_seconds": round(sum(row["seconds"] for row in tried), 1),
-            "cpu_seconds": round(sum(row["cpu_seconds"] for row in tried), 1),
+            "passed_seconds": round(sum(row["passed_seconds"] for row in tried), 1),
         }
 
     def _start(self, trains: bool) -> None:
