@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from stages.pipeline import ROOT
 from twice_rec.files import read_records, to_row
 from twice_rec.records import Item, UserSequence
 from twice_rec.stages import stage0_prepare, stage3a_sasrec
+from twice_rec.stages.command_line import main
 
 SHARED = ROOT.parent / "shared" / "data"
 CASES = ROOT.parent / "shared" / "cases" / "order"
@@ -176,3 +178,12 @@ def test_beauty_reviews_of_2023_without_metadata(tmp_path):
     sequences = lines(tmp_path / "run" / "data" / "sequences.jsonl")
     texts = [entry.get("review_text", "") for row in sequences for entry in row["interactions"]]
     assert any(not text.isascii() for text in texts)
+
+
+def test_the_released_lists_share_their_distractors(capfd):
+    assert main(["released_lists", str(SHARED / "twice_grocery")]) == 0
+    shown = capfd.readouterr().out
+    assert "100 released test lists of 30 candidates" in shown
+    assert "29 items are in more than 50% of the lists, 29 in all of them" in shown
+    assert "95 of 100 targets are not in the pool" in shown
+    assert re.search(r"not in the shared pool +\| +0\.9500 ", shown)

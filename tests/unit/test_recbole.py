@@ -37,7 +37,7 @@ if work["trains"]:
         shutil.copy(f"{exchange}/{name}", results)
     say(setting=0, epoch=1, loss=1.5, validation=1.0)
     save_file({"a": np.zeros(1)}, f"{results}/model.safetensors", {"settings": "{}"})
-    row = {"settings": {}, "validation": 1.0, "epochs": 1, "ended": "patience", "seconds": 2.0, "cpu_seconds": 1.0}
+    row = {"settings": {}, "validation": 1.0, "epochs": 1, "ended": "patience", "seconds": 2.0, "passed_seconds": 1.0}
     open(f"{results}/tuning.jsonl", "w").write(json.dumps(row) + "\\n")
     say(tried={**row, "validations": [1.0]})
 say(ready=True)
@@ -76,7 +76,7 @@ def test_scores_come_in_and_are_ranked_here(stage, capfd):
     assert metrics["n"] == 200  # the user with one training interaction too
     assert metrics["uniform/hr@1"] == metrics["full/hr@1"] == 1.0
     manifest = json.loads((stage.path / "gru4rec/manifest.json").read_text())
-    figures = {"class": "GRU4Rec", "valid/full/ndcg@10": 1.0, "tried": 1, "train_seconds": 2.0, "cpu_seconds": 1.0}
+    figures = {"class": "GRU4Rec", "valid/full/ndcg@10": 1.0, "tried": 1, "train_seconds": 2.0, "passed_seconds": 1.0}
     assert figures.items() <= manifest["figures"].items()
     said = capfd.readouterr().err
     assert said.count("RecBole 1.2.1 does not have it: no row") == 1
@@ -307,6 +307,18 @@ def test_minutes_and_patience_end_a_training(runner):
     rows = runner("b", epochs=500, patience=2)
     assert {row["ended"] for row in rows} == {"patience"}
     assert all(row["epochs"] == row["best_epoch"] + 2 for row in rows)
+
+
+def test_a_clock_does_not_count_what_others_computed(monkeypatch):
+    now = {"monotonic": 100.0, "process_time": 10.0}
+    monkeypatch.setattr(recbole_runner.time, "monotonic", lambda: now["monotonic"])
+    monkeypatch.setattr(recbole_runner.time, "process_time", lambda: now["process_time"])
+    clocks = [recbole_runner.Clock(torch.device(name)) for name in ("cpu", "cuda")]
+    now |= {"monotonic": 160.0, "process_time": 15.0}
+    assert [clock.seconds() for clock in clocks] == [5.0, 60.0]
+    now["process_time"] = 200.0  # several threads
+    assert [clock.seconds() for clock in clocks] == [60.0, 60.0]
+    assert clocks[0].passed() == 60.0
 
 
 def test_a_loss_that_is_not_finite_ends_a_setting(runner, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from tiny_base.recipe import BaseModelRecipe
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.confidence import CONFIDENCES
-from twice_rec.cf.recipe import SASRecRecipe
+from twice_rec.cf.recipe import BaselinesRecipe, SASRecRecipe
 from twice_rec.data.candidates import CANDIDATE_LISTS
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.data.sources import SOURCES
@@ -37,6 +37,7 @@ CLASSES = {
     **dict.fromkeys(("sft_4gpus", "sft_8gpus"), SFTRecipe),
     "sasrec": SASRecRecipe,
     "sasrec_release": SASRecRecipe,
+    "baselines": BaselinesRecipe,
     "grpo": GRPORecipe,
     "grpo_improved": GRPORecipe,
     "grpo_server": GRPORecipe,

@@ -15,14 +15,16 @@ TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 
 @pytest.mark.parametrize(
     "name",
-    ["rationales", "Rationales", "judge", "wandb", "base_sampled", "grpo_x", "sft_x", "../data", "ease", "study"],
+    ["rationales", "Rationales", "judge", "wandb", "base_sampled", "grpo_x", "sft_x", "../data", "ease", "S3Rec", "study"],
 )
 def test_a_sasrec_has_a_folder_of_its_own(name):
     with pytest.raises(InputError, match="variant is"):
         load_recipe(TINY / "sasrec.yaml", SASRecRecipe, ["--variant", name, "--overwrite", "true"])
 
 
-@pytest.mark.parametrize("name", ["sasrec", "itemknn", "stage2_sampled", "../data", ".locks", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["sasrec", "itemknn", "bert4rec", "GRU4Rec", "stage2_sampled", "../data", ".locks", "a/b"]
+)
 def test_precomputed_scores_have_a_folder_of_their_own(name):
     with pytest.raises(InputError, match="precomputed_scores has the name"):
         load_recipe(TINY / "evaluate.yaml", EvaluateRecipe, ["--precomputed_scores", f"{{'{name}': a.npz}}"])

@@ -183,7 +183,7 @@ class RecBoleVariant:
             f"valid/{CHOSEN_ON}": validation,
             "tried": len(tried),
             "train_seconds": round(sum(row["seconds"] for row in tried), 1),
-            "cpu_seconds": round(sum(row["cpu_seconds"] for row in tried), 1),
+            "passed_seconds": round(sum(row["passed_seconds"] for row in tried), 1),
         }
 
     def _start(self, trains: bool) -> None:
@@ -207,7 +207,11 @@ class RecBoleVariant:
                 "class": RECBOLE_MODELS[self._name].recbole_class,
                 "trains": trains,
                 "settings": self.settings(),
-                **{key: getattr(recipe, key) for key in ("minutes", "epochs", "patience", "seed", "device")},
+                "minutes": recipe.minutes,
+                "epochs": recipe.epochs,
+                "patience": recipe.patience,
+                "seed": recipe.seed,
+                "device": recipe.device,
                 "max_length": max(SHORTEST, min(recipe.max_length, int(longest))),
             },
         )

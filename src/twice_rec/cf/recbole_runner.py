@@ -97,7 +97,6 @@ class Model:
         from recbole.data.transform import construct_transform
         from recbole.utils import get_model
 
-        torch.autograd.set_detect_anomaly(False)
         self.length, self._shapes, self._interaction = work["max_length"], shapes, Interaction
         self.name, self.device = work["class"], torch.device(work["device"])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -111,6 +110,7 @@ class Model:
         self.batch_size, self.learning_rate = config["train_batch_size"], config["learning_rate"]
         self.weight_decay, self.pretrain_epochs = config["weight_decay"], config["pretrain_epochs"] or 0
         self.module = get_model(self.name)(config, shapes).to(self.device)
+        torch.autograd.set_detect_anomaly(False)  # the import of SINE has turned it on
 
     def finetune(self) -> None:
         """Go from S3Rec's pretraining to its training, as RecBole does when it loads the pretrained weights."""
@@ -151,14 +151,32 @@ class Model:
         return scores[:, 1 : self._shapes.item_num].float()
 
 
+class Clock:
+    """Counts seconds of work: on a CPU at most those that this process computed, on a GPU those that passed.
+
+    So other work on the same cores takes nothing from a training's time.
+    """
+
+    def __init__(self, device: torch.device):
+        self._is_cpu, self._passed, self._computed = device.type == "cpu", time.monotonic(), time.process_time()
+
+    def passed(self) -> float:
+        """Return the seconds since this clock was made."""
+        return time.monotonic() - self._passed
+
+    def seconds(self) -> float:
+        """Return the seconds of work since then."""
+        return min(self.passed(), time.process_time() - self._computed) if self._is_cpu else self.passed()
+
+
 @dataclass
 class Progress:
     """How far the training with one setting is."""
 
     epochs: int = 0
     pretrain_epochs: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    seconds: float = 0.0  # of work, see `Clock`
+    passed_seconds: float = 0.0
     validations: list[float] = field(default_factory=list)
 
     @property
@@ -171,7 +189,7 @@ class Training:
     """The training of one model with one setting.
 
     Args:
-        seconds: it ends soon after so many, in the middle of an epoch if need be.
+        seconds: it ends soon after so many of work, in the middle of an epoch if need be.
     """
 
     def __init__(self, work: dict[str, Any], data: Any, number: int, seconds: float, state: Path):
@@ -187,13 +205,12 @@ class Training:
         self._owners = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))  # [S], whose each position is
         firsts = np.repeat((lengths - 1).clip(0).cumsum() - (lengths - 1).clip(0), (lengths - 1).clip(0))  # [S]
         self._places = self._train.starts[self._owners] + 1 + np.arange(len(self._owners)) - firsts  # [S], in items
-        self._began = self._cpu_began = 0.0
+        self._clock, self._before = Clock(self.model.device), (0.0, 0.0)
 
     def run(self) -> str:
         """Train to the end of patience, epochs or time; return which it was."""
         self._restore()
-        before, cpu_before = self.progress.seconds, self.progress.cpu_seconds
-        self._began, self._cpu_began = time.monotonic() - before, time.process_time() - cpu_before
+        self._before = self.progress.seconds, self.progress.passed_seconds
         if not self.progress.epochs:
             self._pretrain()
         self.model.finetune()
@@ -209,7 +226,7 @@ class Training:
         return "epochs"
 
     def _left(self) -> float:
-        return self._seconds - (time.monotonic() - self._began)
+        return self._seconds - self._before[0] - self._clock.seconds()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         model = self.model
@@ -265,8 +282,8 @@ class Training:
         progress.validations.append(self.validation())
         if progress.best_epoch == progress.epochs:
             self.best = {name: tensor.cpu().clone() for name, tensor in self.model.module.state_dict().items()}
-        progress.seconds = time.monotonic() - self._began
-        progress.cpu_seconds = time.process_time() - self._cpu_began
+        progress.seconds = self._before[0] + self._clock.seconds()
+        progress.passed_seconds = self._before[1] + self._clock.passed()
         state = {
             "number": self._number,
             "progress": dict(vars(progress)),
@@ -329,7 +346,7 @@ def train(work: dict[str, Any], data: Any, results: Path) -> None:
             save_file(training.best, results / "model.tmp", metadata)
             os.replace(results / "model.tmp", results / "model.safetensors")
         numbers = {name: value for name, value in vars(progress).items() if name != "validations"}
-        numbers |= {"seconds": round(progress.seconds, 3), "cpu_seconds": round(progress.cpu_seconds, 3)}
+        numbers |= {"seconds": round(progress.seconds, 3), "passed_seconds": round(progress.passed_seconds, 3)}
         row = {"settings": training.changed, "validation": reached, "best_epoch": progress.best_epoch, **numbers}
         tried.append({**row, "ended": ended, "validations": [round(one, 6) for one in progress.validations]})
         (results / "tuning.tmp").write_text("".join(json.dumps(one) + "\n" for one in tried))

@@ -179,7 +179,10 @@ class BaselinesRecipe(Recipe, DeviceConfig):
 
     models: list[str] = key(list(RECBOLE_MODELS), f"rows that are made, of {', '.join(RECBOLE_MODELS)}")
     minutes: float = key(
-        30.0, "most minutes of training per model; each setting that is tried gets at most half of what is left", gt=0
+        30.0,
+        "most minutes of training per model, on a CPU without those in which other work had it; each setting that is "
+        "tried gets at most half of what is left",
+        gt=0,
     )
     num_settings: int | None = key(
         None, "settings tried per model, RecBole's defaults first; null for all of cf/recbole_models.py", ge=1
