@@ -116,7 +116,7 @@ class FakeTrainer:
 
 
 def state(step):
-    return SimpleNamespace(global_step=step, is_world_process_zero=True)
+    return SimpleNamespace(global_step=step, max_steps=100, is_world_process_zero=True)
 
 
 def read(path):
@@ -195,6 +195,8 @@ def test_samples_are_shown_with_their_rewards(tmp_path, caplog):
         "step 2, hit, collaborative 2, structure 1, advantage +0.50: a",
         "step 2, miss, collaborative 0, structure 1, advantage +0.50: f",
     ]
+    told = run_steps(tmp_path, caplog, [GOOD] * 100, sample_every=1000)  # and at the last step
+    assert [record.getMessage()[:9] for record in told][-2:] == ["step 100,"] * 2
 
 
 def test_samples_go_to_wandb(tmp_path, monkeypatch):
@@ -208,6 +210,7 @@ def test_samples_go_to_wandb(tmp_path, monkeypatch):
     ((table, commit),) = logged
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.data]
     assert [row["completion"] for row in rows] == list("abcdef")
+    assert [row["prompt"] for row in rows] == ["?"] * 6
     assert rows[2]["log_popularity"] is None
     assert not commit
 
