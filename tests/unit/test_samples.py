@@ -22,4 +22,6 @@ def test_a_resumed_run_replaces_the_samples_of_steps_that_it_repeats(tmp_path, m
         state = SimpleNamespace(global_step=step, max_steps=7, is_world_process_zero=True)
         callback.on_step_end(SimpleNamespace(report_to=[]), state, None, model, processing_class=None)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["answer"]) for line in lines] == [(s, f"to {name}") for s in (2, 4, 6, 7) for name in "ab"]
+    assert [(line["step"], line["answer"]) for line in lines] == [
+        (s, f"to {name}") for s in (2, 4, 6, 7) for name in "ab"
+    ]

@@ -35,6 +35,7 @@ STAGES = {
     "grpo": ("stage3c_grpo", "grpo_step2.sh", "train with confidence-weighted GRPO"),
     "evaluate": ("stage4_evaluate", "evaluate.sh", "ask every model the same test questions"),
     "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
+    "share": ("stage6_share", "share.sh", "put a model, its card and its results in a folder, or on the hub"),
 }
 
 _NOISY = (
