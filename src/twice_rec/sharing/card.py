@@ -104,9 +104,8 @@ def _base(facts: Facts) -> str:
     base = facts.base
     if base.hub_id is None:
         return f"`{base.name}`, a folder, not a model of the hub"
-    return f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" + (
-        f", commit `{base.commit}`" if base.commit else ""
-    )
+    commit = f", commit `{base.commit}`" if base.commit else ""
+    return f"[{base.hub_id}](https://huggingface.co/{base.hub_id}){commit}"
 
 
 def _method(facts: Facts) -> Iterable[str]:
@@ -145,7 +144,7 @@ _ROWS = {
 
 def _trained(config: Mapping[str, Any]) -> str:
     rank, alpha = config.get("lora_r"), config.get("lora_alpha")
-    how = f"LoRA of rank {rank}, alpha {alpha}" if config.get("use_peft") else "all weights trained"
+    how = f"LoRA of rank {rank}, alpha {alpha}" if config.get("use_peft") else "All weights trained"
     return f"{how}, learning rate {config.get('learning_rate', 'the default')}, {config.get('dtype')}"
 
 
@@ -182,7 +181,7 @@ def _results(recipe: ShareRecipe, evaluations: Sequence[Evaluation]) -> str:
         "are models of the same run on the same users and lists."
     ]
     for evaluation in evaluations:
-        asked = ", ".join(f"{name} {value}" for name, value in evaluation.asked.items())
+        asked = ", ".join(f"{name} {_value(value)}" for name, value in evaluation.asked.items())
         says.append(f"**{evaluation.name}**, {evaluation.users:,} users ({asked}):")
         for kind in RANKED_LISTS:
             if rows := _rows(evaluation, kind):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,9 @@ def push(folder: Path, recipe: ShareRecipe) -> str:
 def _told(error: Exception, name: str) -> InputError | Unfinished | None:
     """Return what a user can do about an error of the hub's library; None if it is no word of a server."""
     import httpx
+    from huggingface_hub import constants
 
-    where = os.environ.get("HF_ENDPOINT") or "the hub"
+    where = constants.ENDPOINT
     status = next((status for link in _chain(error) if (status := _status(link))), None)
     if status == 401:
         remedy = "log in by `hf auth login`, or set HF_TOKEN to a valid one"
