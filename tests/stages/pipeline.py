@@ -40,6 +40,7 @@ STAGES = {
     ),
     "evaluate": ("twice_rec.stages.stage4_evaluate", "evaluate", "--num_users 6 --batch_size 2 --max_new_tokens 16"),
     "report": ("twice_rec.stages.stage5_report", "report", "--bootstrap_samples 100"),
+    "share": ("twice_rec.stages.stage6_share", "share", "--bootstrap_samples 100"),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.records import RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sharing.recipe import ShareRecipe
 from twice_rec.stages.cost import CostRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ CLASSES = {
     "cost": CostRecipe,
     "evaluate": EvaluateRecipe,
     "report": ReportRecipe,
+    "share": ShareRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
 FOLDERS = ("tiny", "grocery", "amazon")
