@@ -23,13 +23,12 @@ from twice_rec.errors import InputError
 logger = logging.getLogger(__name__)
 
 _TRIES, _PAUSE_SECONDS = 4, 0.1  # `owner_of` holds a lock for a moment; nobody is to be refused because of that
+WITH_VARIANTS = ("eval", "judge", "share")  # folders of a run that hold a folder of results per variant
 
 
 def run_folder(results: Path) -> Path:
-    """Return the run's folder that a stage's folder lies in: all lie right in it, but `eval/NAME` and
-    `judge/NAME`.
-    """
-    return results.parent.parent if results.parent.name in ("eval", "judge") else results.parent
+    """Return the run's folder that a stage's folder lies in: all lie right in it, but those of `WITH_VARIANTS`."""
+    return results.parent.parent if results.parent.name in WITH_VARIANTS else results.parent
 
 
 @contextlib.contextmanager

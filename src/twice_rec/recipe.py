@@ -170,8 +170,8 @@ class TrainerRecipe(Recipe):
                 "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
                 "hub_revision",
             ),
-            "results stay in run_dir, and recipes hold no tokens; upload the finished folder with `hf upload`, "
-            "which takes the token of `hf auth login` or HF_TOKEN",
+            "results stay in run_dir, and recipes hold no tokens; upload the finished model with share.sh and its "
+            "hub_model_id, which takes the token of `hf auth login` or HF_TOKEN",
         ),
         **dict.fromkeys(
             (

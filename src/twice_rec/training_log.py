@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
 _SHOWN = {"loss": "loss", "reward": "reward", "learning_rate": "learning rate"}  # key of the trainer -> word
+_BEGIN, _END = 200, 600  # characters of a prompt that tables show
 
 
 class TrainingLog(TrainerCallback):
@@ -58,6 +59,17 @@ def logged_steps(log_history: Iterable[Mapping[str, Any]]) -> Iterator[dict[str,
     for row in log_history:
         if "loss" in row:
             yield {"step": row["step"], **{name: _plain(value) for name, value in row.items() if name != "step"}}
+
+
+def is_last(state: Any) -> bool:
+    """Whether a trainer has reached its last step."""
+    return bool(state.global_step >= state.max_steps)
+
+
+def shortened(prompt: Sequence[Mapping[str, str]]) -> str:
+    """Return the messages of a prompt as one text for a table, of which the middle is left out if it is long."""
+    text = "\n".join(message["content"] for message in prompt)
+    return text if len(text) <= _BEGIN + _END else f"{text[:_BEGIN]} ... {text[-_END:]}"
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,7 @@ from twice_rec.manifest import BEGUN
 from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.records import SPLITS, CandidateLists
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sharing.recipe import ShareRecipe
 from twice_rec.stages import command_line
 
 TIMES = int(os.environ.get("TWICE_REC_FUZZ", "0"))
@@ -186,6 +187,7 @@ def is_consistent(run_dir):
 RECIPES = {
     "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
     "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe, "report": ReportRecipe,
+    "share": ShareRecipe,
 }  # fmt: skip
 assert set(RECIPES) == set(command_line.STAGES) - {"serve"}, "a new stage is drawn as well"
 

@@ -1,5 +1,6 @@
 """Every completion in files, the figures of a step as fractions, the warnings' words; with TRL's trainer itself."""
 
+import json
 import logging
 import math
 import string
@@ -23,6 +24,8 @@ from twice_rec.grpo.scoring import StepRewards
 from twice_rec.item_sequences import ItemSequences
 from twice_rec.llm.generation import PolicyScorer
 from twice_rec.records import Item
+from twice_rec.training_log import TrainingLog
+from wandb_file import history, tables
 
 WEIGHTS = {"collaborative": 4.0, "structure": 1.0}
 
@@ -116,7 +119,7 @@ class FakeTrainer:
 
 
 def state(step):
-    return SimpleNamespace(global_step=step, is_world_process_zero=True)
+    return SimpleNamespace(global_step=step, max_steps=100, is_world_process_zero=True)
 
 
 def read(path):
@@ -195,6 +198,8 @@ def test_samples_are_shown_with_their_rewards(tmp_path, caplog):
         "step 2, hit, collaborative 2, structure 1, advantage +0.50: a",
         "step 2, miss, collaborative 0, structure 1, advantage +0.50: f",
     ]
+    told = run_steps(tmp_path, caplog, [GOOD] * 100, sample_every=1000)  # and at the last step
+    assert [record.getMessage()[:9] for record in told][-2:] == ["step 100,"] * 2
 
 
 def test_samples_go_to_wandb(tmp_path, monkeypatch):
@@ -208,6 +213,7 @@ def test_samples_go_to_wandb(tmp_path, monkeypatch):
     ((table, commit),) = logged
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.data]
     assert [row["completion"] for row in rows] == list("abcdef")
+    assert [row["prompt"] for row in rows] == ["?"] * 6
     assert rows[2]["log_popularity"] is None
     assert not commit
 
@@ -251,6 +257,7 @@ def train(tokenizer, folder, steps, resume=None, names=("match", "tags", "rank")
     )
     log = CompletionLog(trainer, 1, 2)
     trainer.add_callback(log)
+    trainer.add_callback(TrainingLog(folder / "log.jsonl"))
     trainer.train(resume_from_checkpoint=resume)
     return trainer, log
 
@@ -270,6 +277,35 @@ def test_files_hold_what_the_trainer_trained_on(tokenizer, tmp_path):
         assert logged["outcome/malformed"] == found["outcome"].count("malformed") / 4
         assert logged["groups/without_variance"] == logged["frac_reward_zero_std"]
         assert "completions/clipped_ratio" in logged
+
+
+def test_an_offline_run_of_wandb_has_the_curves_and_a_table_of_completions(tokenizer, tmp_path, monkeypatch):
+    import wandb
+
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "PROJECT": "p", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    _, log = train(tokenizer, tmp_path / "grpo", 2, report_to=["wandb"], save_strategy="no")
+    wandb.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    rows = [row for row in history(next(folder.glob("*.wandb"))) if "train/loss" in row]
+    lines = [json.loads(line) for line in (tmp_path / "grpo" / "log.jsonl").read_text().splitlines()]
+    assert [row["train/global_step"] for row in rows] == [line["step"] for line in lines] == [1, 2]
+    for row, line in zip(rows, lines, strict=True):
+        for name in ("loss", "reward", "learning_rate", "rewards/match/mean", "outcome/malformed", "kl"):
+            if name in line:
+                assert row[f"train/{name}"] == pytest.approx(line[name], rel=1e-6, abs=1e-9), name
+        assert {"loss", "reward", "learning_rate", "rewards/match/mean"} <= line.keys()
+    shown = tables(folder, "completions")
+    assert [[row["step"] for row in table] for table in shown] == [[1, 1], [2, 2]]
+    for step, table in enumerate(shown, start=1):
+        kept = read(log.path(step))
+        for row, place in zip(table, (0, 3), strict=True):  # the first and the last completion of the step
+            assert row["prompt"] == kept["prompt"][place][0]["content"]
+            assert row["completion"] == kept["completion"][place][0]["content"]
+            assert row["outcome"] == kept["outcome"][place]
+            for name in ("match", "tags", "rank", "advantage"):
+                assert row[name] == pytest.approx(kept[name][place]), name
 
 
 def test_a_resumed_run_leaves_no_file_twice_and_none_of_steps_ahead(tokenizer, tmp_path):

@@ -21,7 +21,7 @@ LEVELS = {
     "answer_format": 1, "catalog": 1, "prompts": 1, "progress": 1, "training_lines": 1, "markdown": 1, "recipe": 1,
     "recipe_reader": 1, "locks": 1, "manifest": 1, "training_log": 1, "run": 1,
     "data": 2, "rationales": 2, "llm": 2, "cf": 2,
-    "sft": 3, "grpo": 3, "evaluation": 3,
+    "sft": 3, "grpo": 3, "evaluation": 3, "sharing": 3,
     "stages": 4, "study": 4, "__main__": 4,
 }  # fmt: skip
 HEAVY = {"trl", "vllm", "openai", "deepspeed"}

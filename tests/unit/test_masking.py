@@ -19,6 +19,7 @@ from twice_rec.rationales.faults import Fault
 from twice_rec.rationales.recipe import ClientConfig, RationalesRecipe
 from twice_rec.recipe_reader import load_recipe
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sharing.recipe import ShareRecipe
 
 RANDOM = "Xk29fJq03LmZp81QwErT7"  # as a key of no known provider
 TOKENS = [
@@ -34,7 +35,7 @@ TOKENS = [
     RANDOM,
 ]
 RECIPES = [BaseModelRecipe, PrepareRecipe, RationalesRecipe, SFTRecipe, SASRecRecipe, GRPORecipe, EvaluateRecipe]
-RECIPES = [*RECIPES, JudgeRecipe, AbTestRecipe, ReportRecipe]
+RECIPES = [*RECIPES, JudgeRecipe, AbTestRecipe, ReportRecipe, ShareRecipe]
 
 
 @pytest.mark.parametrize("token", TOKENS)

@@ -23,6 +23,7 @@ from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.records import CONDITIONS, RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
 from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sharing.recipe import ShareRecipe
 from twice_rec.stages.cost import CostRecipe
 from twice_rec.study.recipe import StudyRecipe
 
@@ -49,6 +50,7 @@ CLASSES = {
     "report": ReportRecipe,
     "study": StudyRecipe,
     "ab_test": AbTestRecipe,
+    "share": ShareRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
 FOLDERS = ("tiny", "grocery", "amazon")

@@ -5,7 +5,7 @@ import logging
 import math
 from types import SimpleNamespace
 
-from twice_rec.training_log import TrainingLog
+from twice_rec.training_log import TrainingLog, shortened
 
 SUMMARY = {"train_loss": 0.3, "train_runtime": 1.0, "epoch": 1.0, "step": 3}
 
@@ -61,3 +61,8 @@ def test_what_is_no_step_and_no_number_is_left_out(tmp_path):
 def test_other_processes_write_nothing(tmp_path):
     train(tmp_path / "log.jsonl", [1], main=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_long_prompt_the_middle_is_left_out():
+    assert shortened([{"content": "a" * 799}]) == "a" * 799
+    assert shortened([{"content": "a" * 200}, {"content": "b" * 99 + "c" * 600}]) == "a" * 200 + " ... " + "c" * 600

@@ -17,6 +17,7 @@ from twice_rec.catalog import Outcome
 from twice_rec.files import atomic_path
 from twice_rec.grpo.rewards import REWARDS
 from twice_rec.grpo.trl_private import metrics, newest_completions
+from twice_rec.training_log import is_last, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class CompletionLog(TrainerCallback):
 
     Args:
         trainer: a GRPOTrainer; it is read at the end of each step.
-        sample_every: show samples in the log, and in wandb if that is on, every so many steps; None for never.
+        sample_every: show samples in the log, and in wandb if that is on, every so many steps and at the last one; None
+            for never.
         sample_completions: number of samples.
     """
 
@@ -156,14 +158,15 @@ class CompletionLog(TrainerCallback):
         if state.is_world_process_zero:
             with atomic_path(self.path(state.global_step)) as temporary:
                 pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
-            if self._sample_every and state.global_step % self._sample_every == 0:
+            if self._sample_every and (state.global_step % self._sample_every == 0 or is_last(state)):
                 self._show(columns, names, "wandb" in args.report_to)
 
     def _show(self, columns: Columns, rewards: Sequence[str], to_wandb: bool) -> None:
         count = len(columns["completion"])
         chosen = np.unique(np.linspace(0, count - 1, min(self._sample_completions, count)).astype(int))
-        rows = [{name: values[i] for name, values in columns.items() if name != "prompt"} for i in chosen]
+        rows = [{name: values[i] for name, values in columns.items()} for i in chosen]
         for row in rows:
+            row["prompt"] = shortened(row["prompt"])
             row["completion"] = row["completion"][0]["content"]
             earned = ", ".join([row["outcome"], *(f"{name} {row[name]:.3g}" for name in rewards)])
             text = " ".join(row["completion"].split())

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from twice_rec.files import read_jsonl, write_jsonl
 from twice_rec.llm.generation import TransformersGenerator
 from twice_rec.sft.dataset import Row
+from twice_rec.training_log import is_last, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class SampleCompletions(TrainerCallback):
     They go to the log, to wandb as a table if it is on, and to a file.
 
     Args:
-        every: steps between two samples.
+        every: steps between two samples; there are also some at the last step.
         path: JSON lines with `step`, `task`, `answer`, `expected`; a resumed run replaces those of repeated steps.
     """
 
@@ -35,7 +36,8 @@ class SampleCompletions(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
         """Sample, if it is time; the trainer calls this."""
-        if state.global_step % self._every or not state.is_world_process_zero or is_deepspeed_zero3_enabled():
+        is_time = state.global_step % self._every == 0 or is_last(state)
+        if not is_time or not state.is_world_process_zero or is_deepspeed_zero3_enabled():
             return  # under ZeRO-3 no process has the whole model
         training = model.training
         generator = TransformersGenerator(model, others["processing_class"], self._max_new_tokens)
@@ -52,5 +54,7 @@ class SampleCompletions(TrainerCallback):
         if "wandb" in args.report_to:
             import wandb
 
-            table = wandb.Table(columns=list(lines[0]), data=[list(line.values()) for line in lines])
+            prompts = [shortened(row.prompt) for row in self._rows]
+            data = [[*line.values(), prompt] for line, prompt in zip(lines, prompts, strict=True)]
+            table = wandb.Table(columns=[*lines[0], "prompt"], data=data)
             wandb.log({"samples": table}, commit=False)

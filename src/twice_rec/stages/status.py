@@ -13,7 +13,7 @@ from pathlib import Path
 from twice_rec.errors import InputError
 from twice_rec.evaluation.tables import in_order, show
 from twice_rec.files import MANIFEST, read_json
-from twice_rec.locks import owner_of, run_folder
+from twice_rec.locks import WITH_VARIANTS, owner_of, run_folder
 from twice_rec.manifest import (
     BEGUN,
     Hashes,
@@ -89,8 +89,8 @@ def tree(run_dir: Path) -> list[str]:
 
 def nodes_of(run_dir: Path) -> list[Node]:
     """Return every result of a run that is there or expected."""
-    paths = [path for pattern in ("*", "eval/*", "judge/*") for path in run_dir.glob(pattern)]
-    there = [path for path in paths if _is_result(path)]
+    patterns = ("*", *(f"{folder}/*" for folder in WITH_VARIANTS))
+    there = [path for pattern in patterns for path in run_dir.glob(pattern) if _is_result(path)]
     names = {path.relative_to(run_dir).as_posix() for path in there}
     evaluated = in_order([name.removeprefix("eval/") for name in names if name.startswith("eval/")])
     judged = sorted(name for name in names if name.startswith("judge/"))
