@@ -171,7 +171,7 @@ def test_a_sasrec_that_holds_out_the_prompts_of_one_seed_is_not_shared(tmp_path)
         make_plan(study(tmp_path / "tiny", shared, parts=[]))
     shared[1]["held_out_prompts"] = 0.0
     assert len(make_plan(study(tmp_path / "tiny", shared, parts=[]))) == 2
-    assert len(make_plan(study(tmp_path / "tiny", shared[:1] + [{"stage": "sasrec"}], parts=[]))) == 3
+    assert len(make_plan(study(tmp_path / "tiny", [*shared[:1], {"stage": "sasrec"}], parts=[]))) == 3
 
 
 def results(folder, stage, config, seconds, outputs=None):

@@ -283,7 +283,8 @@ def waits_for(run: Run, runs: Sequence[Run]) -> list[Run]:
 def _in_order(runs: Sequence[Run]) -> list[Run]:
     """Sort runs: seed by seed, each run behind those that it waits for, and reports last."""
     ordered: list[Run] = []
-    by_seed = sorted(runs, key=lambda run: (bool(run.reports_on), run.domain, run.seed))  # sorting is stable
+    domains = list(dict.fromkeys(run.domain for run in runs))
+    by_seed = sorted(runs, key=lambda run: (bool(run.reports_on), domains.index(run.domain), run.seed))  # stable
     waiting = {run: waits_for(run, runs) for run in runs}
 
     def add(run: Run, behind: tuple[Run, ...]) -> None:
