@@ -38,7 +38,11 @@ STAGES = {
         "--max_steps 3 --save_steps 1 --num_generations 4 --per_device_train_batch_size 4 "
         "--gradient_accumulation_steps 1 --max_completion_length 16",
     ),
-    "evaluate": ("twice_rec.stages.stage4_evaluate", "evaluate", "--num_users 6 --batch_size 2 --max_new_tokens 16"),
+    "evaluate": (
+        "twice_rec.stages.stage4_evaluate",
+        "evaluate",
+        "--num_users 6 --batch_size 2 --max_new_tokens 16 --rankings likelihood",
+    ),
     "report": ("twice_rec.stages.stage5_report", "report", "--bootstrap_samples 100"),
 }  # fmt: skip
 
