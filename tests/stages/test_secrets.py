@@ -68,6 +68,7 @@ STAGES = {
     "grpo": (f"--model_name_or_path {BASE} --cf_model popularity", "twice_rec.stages.stage3c_grpo.prompt_rows"),
     "evaluate": ("--variants oracle", "twice_rec.stages.stage4_evaluate.evaluate_scorer_variant"),
     "report": ("", "twice_rec.stages.stage5_report.results_of"),
+    "study": ("", "twice_rec.stages.stage6_study.make_plan"),
     "status": ("", "twice_rec.stages.status.tree"),
 }
 AGAIN = {  # flags with which a finished stage works once more
@@ -223,7 +224,7 @@ def test_a_stage_whose_input_is_missing(tmp_path, capfd, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_succeeds(run_dir, tmp_path, capfd, stage):
     """Or, if it trains for long, that is looked at by `--check`."""
-    more = {"sft": ["--check"], "grpo": ["--check"], "serve": ["--rollout", "transformers"]}
+    more = {"sft": ["--check"], "grpo": ["--check"], "study": ["--check"], "serve": ["--rollout", "transformers"]}
     assert ends(stage, run_dir, *more.get(stage, AGAIN.get(stage, []))) == 0
     if stage in WITH_RECIPE:
         assert ends(stage, run_dir, "--show") == ends(stage, run_dir, "--help") == 0
@@ -295,6 +296,13 @@ OF_STAGES = {
         ("--variants", TOKENS["hub"]),
     ],
     "report": [("--other_runs", f"runs/{TOKENS['hub']}"), ("--comparisons", f"[[a, {TOKENS['hub']}]]")],
+    "study": [
+        ("--recipes_dir", f"recipes/{TOKENS['hub']}"),
+        ("--parts", TOKENS["openai"]),
+        ("--overrides", f"{{rationales: {{extra_headers: {{X-Api-Key: {NAMED['header']}}}}}}}"),
+        ("--overrides", f"{{sft: {{hub_token: {NAMED['key']}}}}}"),
+        ("--runs", f"[{{stage: sft, variant: {TOKENS['hub']}}}]"),
+    ],
 }
 
 

@@ -62,19 +62,18 @@ def quick(monkeypatch):
 
 
 def test_runs_go_behind_what_they_need_and_as_many_at_once_as_there_are_places(tmp_path):
-    note = "echo begin $0 >> {log}; sleep 0.3; echo end $0 >> {log}"
     log = tmp_path / "order"
-    names = {"a": (), "b": (), "c": (), "d": ("a", "b")}
-    runs = [script(tmp_path, n, note.format(log=log).replace("$0", n), needs) for n, needs in names.items()]
+    a_and_b_wait_for_each_other = "until [ $(grep -c 'begin [ab]' {log}) = 2 ]; do sleep 0.02; done; "
+    runs = []
+    for name, needs in {"a": (), "b": (), "c": (), "d": ("a", "b")}.items():
+        meets = a_and_b_wait_for_each_other.format(log=log) if name in "ab" else ""
+        runs.append(script(tmp_path, name, f"echo begin {name} >> {log}; {meets}echo end {name} >> {log}", needs))
     runner = study(tmp_path, runs)
     runner.run()
     assert states(runner) == dict.fromkeys("abcd", DONE)
     lines = log.read_text().splitlines()
-    running, most = 0, 0
-    for line in lines:
-        running += 1 if line.startswith("begin") else -1
-        most = max(most, running)
-    assert most == 2
+    running = [sum(1 if line.startswith("begin") else -1 for line in lines[: n + 1]) for n in range(len(lines))]
+    assert max(running) == 2
     assert lines.index("begin d") > max(lines.index("end a"), lines.index("end b"))
 
 

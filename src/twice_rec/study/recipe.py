@@ -23,7 +23,7 @@ class StudyRecipe(Recipe):
     the first seed everywhere.
     """
 
-    seeds: int = key(3, "trainings of each variant, with seed, seed + 1, ...", ge=1)
+    seeds: int = key(3, "trainings of each variant, with seed, seed + 1, ...", ge=1, le=100)
     domains: list[str] | None = key(
         None, "domains of the study, each in its own run_dir, in which {domain} is replaced; null for domain alone"
     )
@@ -38,7 +38,7 @@ class StudyRecipe(Recipe):
         "keys of the stage"
     )
     processes: int | None = key(
-        None, "runs at the same time; null for one per GPU, or one per core without a GPU", ge=1
+        None, "runs at the same time; null for one per GPU, or one per core without a GPU", ge=1, le=1024
     )
     server_shares_gpu: bool = key(
         False, "stage 3's rollout server is on the trainer's GPU (grpo_one_gpu.yaml) and not on GPUs of its own"
@@ -62,6 +62,8 @@ class StudyRecipe(Recipe):
             for name, kind in ENTRY.items():
                 if name in entry and not isinstance(entry[name], kind):
                     return f"{where} has {name} {entry[name]!r}; it must be a {kind.__name__}"
+            if not all(isinstance(name, str) for name in (*entry.get("needs", ()), *entry.get("others", ()))):
+                return f"{where} has needs or others that are not names"
             if taken := [name for name in SET_BY_THE_STUDY if name in entry or name in entry.get("others", {})]:
                 return f"{where} has {taken[0]}, which the study sets itself; leave it out"
         return None
