@@ -95,7 +95,7 @@ def make_plan(study: StudyRecipe, here: bool = True) -> list[Run]:
         raise InputError(f"recipes_dir is {folder}, which is no folder; name one with recipes, such as recipes/tiny")
     errors: list[str] = []
     runs: list[Run] = []
-    domains = study.domains or [study.domain]
+    domains = study.all_domains
     for domain in domains:
         for run in _of_domain(study, domain, len(domains) > 1, here, errors):
             of_makers = makers(runs)
@@ -144,11 +144,6 @@ def seed_folders(study: StudyRecipe, domain: str) -> dict[int, Path]:
     first = Path(study.run_dir.replace("{domain}", domain)).expanduser()
     seeds = range(study.seed, study.seed + study.seeds)
     return {seed: first if seed == study.seed else Path(f"{first}_seed{seed}") for seed in seeds}
-
-
-def first_folder(study: StudyRecipe) -> Path:
-    """Return the run folder of the first seed of the first domain."""
-    return next(iter(seed_folders(study, (study.domains or [study.domain])[0]).values()))
 
 
 def recipe_class(stage: str) -> type[Recipe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from twice_rec.recipe import Recipe, key, required, rule
@@ -43,6 +44,16 @@ class StudyRecipe(Recipe):
     server_shares_gpu: bool = key(
         False, "stage 3's rollout server is on the trainer's GPU (grpo_one_gpu.yaml) and not on GPUs of its own"
     )
+
+    @property
+    def all_domains(self) -> list[str]:
+        """The domains of the study."""
+        return self.domains or [self.domain]
+
+    @property
+    def run_path(self) -> Path:
+        """The run folder of the first seed of the first domain."""
+        return Path(self.run_dir.replace("{domain}", self.all_domains[0])).expanduser()
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the entries of `runs` that belong to the study."""
