@@ -14,6 +14,8 @@ bash rationales.sh
 bash sft.sh
 bash sasrec.sh
 bash grpo_step1.sh
-bash grpo_step2.sh --max_steps 16 # of 128, which take 4 to 7 minutes
-bash evaluate.sh
+bash grpo_step2.sh
+bash evaluate.sh --variants base oracle --rankings likelihood # one greedy completion per user, not five more
+bash evaluate.sh --variants stage2 stage3
+bash evaluate.sh --variants stage2 --with_rationale false --suffix item_only --rankings likelihood
 bash report.sh

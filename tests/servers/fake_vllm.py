@@ -11,10 +11,11 @@ class FakeVLLM:
     Args:
         base: the name of its base model.
         answer: token ids of every answer.
+        port: 0 for a free one.
         changes: attribute -> value, see the attributes.
     """
 
-    def __init__(self, base, answer, **changes):
+    def __init__(self, base, answer, port=0, **changes):
         self.base, self.answer = base, answer
         self.max_model_len = 8192
         self.lora = True  # else load_lora_adapter is unknown
@@ -28,7 +29,7 @@ class FakeVLLM:
         for name, value in changes.items():
             setattr(self, name, value)
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"fake": self}))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from servers.fake_vllm import FakeVLLM
-from servers.processes import ROOT, free_port
+from servers.processes import ROOT, free_port, is_alive
 from stages.pipeline import run
 from twice_rec.errors import InputError
 from twice_rec.grpo.rollout import vllm as server_rollout
 from twice_rec.grpo.rollout.vllm import Patience, ServerGone
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
-from twice_rec.stages import stage3c_grpo
+from twice_rec.stages import stage3c_grpo, stage6_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 STOP = 4  # <end_of_turn> of the tiny tokenizer
@@ -265,3 +265,31 @@ def test_patience_has_a_limit_and_says_so_once(caplog):
         Patience(0.3).retry("h:1", fail)
     assert len(tries) > 3
     assert sum("does not answer (the server's words); waiting up to 0.3 s" in text for text in caplog.messages) == 1
+
+
+def test_a_study_starts_the_servers_of_its_runs_and_ends_them(run_dir, tmp_path, monkeypatch):
+    """Its servers are a vLLM by name that is the fake, found before any real one."""
+    package = tmp_path / "stand_in" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(
+        "import os, pathlib, sys, threading\n"
+        "from servers.fake_vllm import FakeVLLM\n"
+        "value = lambda flag: sys.argv[sys.argv.index(flag) + 1]\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        f"FakeVLLM(value('--served-model-name'), [10, 11, 12, {STOP}], int(value('--port')))\n"
+        "threading.Event().wait()\n"
+    )
+    places = (tmp_path / "stand_in", ROOT / "src", ROOT / "tests")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
+    flags = iter(STEP.split())
+    step = {name.removeprefix("--"): int(value) for name, value in zip(flags, flags, strict=True)}
+    words = [str(ROOT / "recipes" / "tiny" / "study.yaml"), "--run_dir", str(run_dir), "--seeds", "1", "--parts", "[]"]
+    words += ["--recipes_dir", str(ROOT / "recipes" / "tiny"), "--overrides", json.dumps({"grpo": step})]
+    words += ["--runs", json.dumps([{"stage": "grpo", "recipe": "grpo_server.yaml"}])]
+    assert stage6_study.main(words) == 0
+    assert [row["rollout/policy_version"] for row in history(run_dir)] == [0, 1, 2]
+    (row,) = json.loads((run_dir / "study" / "study.json").read_text())["runs"]
+    assert (row["what"], row["state"]) == ("stage3_server", "done")
+    assert not is_alive(int((tmp_path / "pid").read_text()))

@@ -38,17 +38,27 @@ STAGES = {
         "--max_steps 3 --save_steps 1 --num_generations 4 --per_device_train_batch_size 4 "
         "--gradient_accumulation_steps 1 --max_completion_length 16",
     ),
-    "evaluate": ("twice_rec.stages.stage4_evaluate", "evaluate", "--num_users 6 --batch_size 2 --max_new_tokens 16"),
+    "evaluate": (
+        "twice_rec.stages.stage4_evaluate",
+        "evaluate",
+        "--num_users 6 --batch_size 2 --max_new_tokens 16 --rankings likelihood",
+    ),
     "judge": ("twice_rec.stages.stage4b_judge", "judge", "--num_judged 5"),
     "report": ("twice_rec.stages.stage5_report", "report", "--bootstrap_samples 100"),
     "ab_test": ("twice_rec.stages.stage4c_ab_test", "ab_test", "--visits 400 --latency_calls 1 --aa_tests 100"),
     "share": ("twice_rec.stages.stage6_share", "share", "--bootstrap_samples 100"),
 }  # fmt: skip
 
+# Stages that reproduce.sh does not run.
+OTHERS = {
+    "study": ("twice_rec.stages.stage6_study", "study", f"--seeds 1 --recipes_dir {ROOT}/recipes/tiny"),
+}  # fmt: skip
+ALL = {**STAGES, **OTHERS}
+
 
 def words(stage, run_dir, base, *more):
     """The command line behind `python -m`."""
-    _, recipe, flags = STAGES[stage]
+    _, recipe, flags = ALL[stage]
     model = ["--model_name_or_path", str(base)] if stage in ("sft", "evaluate") else []
     path = ROOT / "tiny_base" / "recipe.yaml" if stage == "base" else ROOT / "recipes" / "tiny" / f"{recipe}.yaml"
     return ["--config", str(path), "--run_dir", str(run_dir), *flags.split(), *model, *more]
@@ -56,14 +66,14 @@ def words(stage, run_dir, base, *more):
 
 def run(stage, run_dir, base, *more):
     """Run a stage in this process; returns its exit status."""
-    module = importlib.import_module(STAGES[stage][0])
+    module = importlib.import_module(ALL[stage][0])
     return module.main(words(stage, run_dir, base, *more))
 
 
 def start(stage, run_dir, base, *more):
     """Start a stage as a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", STAGES[stage][0], *words(stage, run_dir, base, *more)]
+    command = [sys.executable, "-m", ALL[stage][0], *words(stage, run_dir, base, *more)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from servers import moods
 from servers.fault_server import good
 from stages import child, odd_inputs
-from stages.pipeline import ROOT, STAGES, words
+from stages.pipeline import ALL, ROOT, STAGES, words
 from twice_rec import prompts
 from twice_rec.answer_format import parse
 from twice_rec.catalog import Outcome
@@ -44,6 +44,7 @@ from twice_rec.records import SPLITS, CandidateLists
 from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.sharing.recipe import ShareRecipe
 from twice_rec.stages import command_line
+from twice_rec.study.recipe import StudyRecipe
 
 TIMES = int(os.environ.get("TWICE_REC_FUZZ", "0"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * max(1, TIMES))]
@@ -107,7 +108,7 @@ def said(stage, given_words):
     """Run a stage in this process; returns its exit status and all that it said."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = importlib.import_module(STAGES[stage][0]).main(given_words)
+        status = importlib.import_module(ALL[stage][0]).main(given_words)
     return status, output.getvalue()
 
 
@@ -187,7 +188,7 @@ def is_consistent(run_dir):
 RECIPES = {
     "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
     "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe, "report": ReportRecipe,
-    "share": ShareRecipe,
+    "share": ShareRecipe, "study": StudyRecipe,
 }  # fmt: skip
 assert set(RECIPES) == set(command_line.STAGES) - {"serve"}, "a new stage is drawn as well"
 
@@ -206,7 +207,7 @@ def test_recipes(finished, tmp_path, stage, data):
     before = results_of(run_dir)
     with folder(tmp_path) as here:
         content, flags = data.draw(
-            odd_inputs.recipe_files(RECIPES[stage], ROOT / "recipes" / "tiny" / f"{STAGES[stage][1]}.yaml")
+            odd_inputs.recipe_files(RECIPES[stage], ROOT / "recipes" / "tiny" / f"{ALL[stage][1]}.yaml")
         )
         (here / "recipe.yaml").write_bytes(content)
         how = data.draw(st.sampled_from(["--check", "--check", "--show"]))

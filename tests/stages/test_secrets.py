@@ -69,6 +69,7 @@ STAGES = {
     "evaluate": ("--variants oracle", "twice_rec.stages.stage4_evaluate.evaluate_scorer_variant"),
     "judge": ("--num_judged 2 --variants base", "twice_rec.evaluation.judges.scores_of"),
     "report": ("", "twice_rec.stages.stage5_report.results_of"),
+    "study": ("", "twice_rec.stages.stage6_study.make_plan"),
     "status": ("", "twice_rec.stages.status.tree"),
 }
 AGAIN = {  # flags with which a finished stage works once more
@@ -225,7 +226,7 @@ def test_a_stage_whose_input_is_missing(tmp_path, capfd, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_succeeds(run_dir, tmp_path, capfd, stage):
     """Or, if it trains for long, that is looked at by `--check`."""
-    more = {"sft": ["--check"], "grpo": ["--check"], "serve": ["--rollout", "transformers"]}
+    more = {"sft": ["--check"], "grpo": ["--check"], "study": ["--check"], "serve": ["--rollout", "transformers"]}
     assert ends(stage, run_dir, *more.get(stage, AGAIN.get(stage, []))) == 0
     if stage in WITH_RECIPE:
         assert ends(stage, run_dir, "--show") == ends(stage, run_dir, "--help") == 0
@@ -305,6 +306,13 @@ OF_STAGES = {
         ("--human_labels", TOKENS["hub"]),
     ],
     "report": [("--other_runs", f"runs/{TOKENS['hub']}"), ("--comparisons", f"[[a, {TOKENS['hub']}]]")],
+    "study": [
+        ("--recipes_dir", f"recipes/{TOKENS['hub']}"),
+        ("--parts", TOKENS["openai"]),
+        ("--overrides", f"{{rationales: {{extra_headers: {{X-Api-Key: {NAMED['header']}}}}}}}"),
+        ("--overrides", f"{{sft: {{hub_token: {NAMED['key']}}}}}"),
+        ("--runs", f"[{{stage: sft, variant: {TOKENS['hub']}}}]"),
+    ],
 }
 
 

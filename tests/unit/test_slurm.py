@@ -121,7 +121,7 @@ def test_there_is_a_job_for_every_stage():
     assert launchers == stages
 
 
-@pytest.mark.parametrize("name", ["prepare", "rationales", "sasrec", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["prepare", "rationales", "sasrec", "evaluate", "report", "study"])
 def test_a_simple_job_starts_its_stage(start, name):
     (line,) = start(f"recipes/slurm/{name}.sbatch")
     assert line.startswith(f"python -m twice_rec {name} recipes/grocery/{name}.yaml ")

@@ -107,7 +107,9 @@ def test_overrides_reach_all_runs_of_a_stage_and_an_entry_wins(tmp_path):
 
 
 def test_each_domain_has_a_folder_and_a_report(tmp_path):
-    runs = make_plan(study(tmp_path / "{domain}", domains=["Beauty", "Toys"], seeds=1, parts=[]))
+    recipe = study(tmp_path / "{domain}", domains=["Beauty", "Toys"], seeds=1, parts=[])
+    assert recipe.run_path == tmp_path / "Beauty"
+    runs = make_plan(recipe)
     assert {run.run_dir for run in runs} == {tmp_path / "Beauty", tmp_path / "Toys"}
     assert told(runs)[-2:] == ["Beauty seed 42 report", "Toys seed 42 report"]
     of = {run.name: run for run in runs}
@@ -171,7 +173,7 @@ def test_a_sasrec_that_holds_out_the_prompts_of_one_seed_is_not_shared(tmp_path)
         make_plan(study(tmp_path / "tiny", shared, parts=[]))
     shared[1]["held_out_prompts"] = 0.0
     assert len(make_plan(study(tmp_path / "tiny", shared, parts=[]))) == 2
-    assert len(make_plan(study(tmp_path / "tiny", shared[:1] + [{"stage": "sasrec"}], parts=[]))) == 3
+    assert len(make_plan(study(tmp_path / "tiny", [*shared[:1], {"stage": "sasrec"}], parts=[]))) == 3
 
 
 def results(folder, stage, config, seconds, outputs=None):

@@ -20,7 +20,7 @@ from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
 from twice_rec.study.expected import expected_of
 from twice_rec.study.places import Places
-from twice_rec.study.plan import first_folder, make_plan
+from twice_rec.study.plan import make_plan
 from twice_rec.study.recipe import StudyRecipe
 from twice_rec.study.runner import GOOD, Runner
 from twice_rec.study.tables import plan_table, result_table
@@ -34,7 +34,7 @@ def study(recipe: StudyRecipe) -> None:
     places.check(runs)
     StageRun.end_check()
     show(plan_table(runs, expected_of(runs, recipe), places))
-    folder = first_folder(recipe) / "study"
+    folder = recipe.run_path / "study"
     with writing(folder):
         runner = Runner(runs, places, folder)
         with contextlib.ExitStack() as stack:
@@ -46,7 +46,8 @@ def study(recipe: StudyRecipe) -> None:
             f"{len(failed)} of {len(rows)} runs are not done, the first of them {failed[0].run.name}; its log is "
             f"{failed[0].log}. The same command runs what is missing"
         )
-    logger.info("%d runs done; %s", len(rows), folder)
+    reports = [str(path / "index.html") for row in rows if row.run.reports_on for path in row.run.makes]
+    logger.info("%d runs done; %s", len(rows), ", ".join(reports) or folder)
 
 
 def plan(recipe: StudyRecipe) -> None:

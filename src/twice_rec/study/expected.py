@@ -127,10 +127,9 @@ def _difference(manifest: Manifest, run: Run, ranking: str | None) -> set[str] |
     if isinstance(recipe, EvaluateRecipe) and ranking is None:
         given["lists"] = given["score_lists"]  # of a score file
     of_trl = recipe.trainer_keys if isinstance(recipe, TrainerRecipe) else {}
-    was = recipe.under_present_names(manifest.config)
-    known = {name: value for name, value in was.items() if name in given or name in of_trl}
-    differing = {name for name, value in known.items() if name not in _OWN and given.get(name) != value}
-    return differing | {name for name in of_trl if name not in was} | {name for name in was if name not in given}
+    was = {name: value for name, value in recipe.under_present_names(manifest.config).items() if name not in _OWN}
+    differing = {name for name, value in was.items() if name not in given or given[name] != value}
+    return differing | {name for name in of_trl if name not in was}
 
 
 def _estimates(study: StudyRecipe, domain: str) -> Mapping[str, Any]:

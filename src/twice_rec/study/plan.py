@@ -91,9 +91,11 @@ def make_plan(study: StudyRecipe, here: bool = True) -> list[Run]:
     Raises:
         InputError: one message with everything that is wrong with any recipe.
     """
+    if not (folder := Path(study.recipes_dir).expanduser()).is_dir():
+        raise InputError(f"recipes_dir is {folder}, which is no folder; name one with recipes, such as recipes/tiny")
     errors: list[str] = []
     runs: list[Run] = []
-    domains = study.domains or [study.domain]
+    domains = study.all_domains
     for domain in domains:
         for run in _of_domain(study, domain, len(domains) > 1, here, errors):
             of_makers = makers(runs)
@@ -130,6 +132,8 @@ def _of_domain(study: StudyRecipe, domain: str, several: bool, here: bool, error
                         shared.update({path.name: path for path in made if path.parent == folder})
                 except InputError as error:
                     errors.append(str(error))
+                except (OSError, ValueError) as error:
+                    errors.append(f"{path}: cannot be read: {error}")
     for folder in list(folders.values())[1:]:
         for name, target in shared.items():
             errors += check_link(folder / name, target)
@@ -139,12 +143,7 @@ def seed_folders(study: StudyRecipe, domain: str) -> dict[int, Path]:
     """Return seed -> its run folder, the first one first."""
     first = Path(study.run_dir.replace("{domain}", domain)).expanduser()
     seeds = range(study.seed, study.seed + study.seeds)
-    return {seed: first if seed == study.seed else first.with_name(f"{first.name}_seed{seed}") for seed in seeds}
-
-
-def first_folder(study: StudyRecipe) -> Path:
-    """Return the run folder of the first seed of the first domain."""
-    return next(iter(seed_folders(study, (study.domains or [study.domain])[0]).values()))
+    return {seed: first if seed == study.seed else Path(f"{first}_seed{seed}") for seed in seeds}
 
 
 def recipe_class(stage: str) -> type[Recipe]:
@@ -173,7 +172,9 @@ def _values(
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:
     """Return settings as words of a command line."""
-    as_text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    as_text = {
+        name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in values.items()
+    }
     return [word for name, text in as_text.items() for word in (f"--{name}", text)]
 
 
@@ -283,7 +284,8 @@ def waits_for(run: Run, runs: Sequence[Run]) -> list[Run]:
 def _in_order(runs: Sequence[Run]) -> list[Run]:
     """Sort runs: seed by seed, each run behind those that it waits for, and reports last."""
     ordered: list[Run] = []
-    by_seed = sorted(runs, key=lambda run: (bool(run.reports_on), run.domain, run.seed))  # sorting is stable
+    domains = list(dict.fromkeys(run.domain for run in runs))
+    by_seed = sorted(runs, key=lambda run: (bool(run.reports_on), domains.index(run.domain), run.seed))  # stable
     waiting = {run: waits_for(run, runs) for run in runs}
 
     def add(run: Run, behind: tuple[Run, ...]) -> None:

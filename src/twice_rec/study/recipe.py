@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from twice_rec.recipe import Recipe, key, required, rule
@@ -23,7 +24,7 @@ class StudyRecipe(Recipe):
     the first seed everywhere.
     """
 
-    seeds: int = key(3, "trainings of each variant, with seed, seed + 1, ...", ge=1)
+    seeds: int = key(3, "trainings of each variant, with seed, seed + 1, ...", ge=1, le=100)
     domains: list[str] | None = key(
         None, "domains of the study, each in its own run_dir, in which {domain} is replaced; null for domain alone"
     )
@@ -38,11 +39,21 @@ class StudyRecipe(Recipe):
         "keys of the stage"
     )
     processes: int | None = key(
-        None, "runs at the same time; null for one per GPU, or one per core without a GPU", ge=1
+        None, "runs at the same time; null for one per GPU, or one per core without a GPU", ge=1, le=1024
     )
     server_shares_gpu: bool = key(
         False, "stage 3's rollout server is on the trainer's GPU (grpo_one_gpu.yaml) and not on GPUs of its own"
     )
+
+    @property
+    def all_domains(self) -> list[str]:
+        """The domains of the study."""
+        return self.domains or [self.domain]
+
+    @property
+    def run_path(self) -> Path:
+        """The run folder of the first seed of the first domain."""
+        return Path(self.run_dir.replace("{domain}", self.all_domains[0])).expanduser()
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the entries of `runs` that belong to the study."""
@@ -62,6 +73,8 @@ class StudyRecipe(Recipe):
             for name, kind in ENTRY.items():
                 if name in entry and not isinstance(entry[name], kind):
                     return f"{where} has {name} {entry[name]!r}; it must be a {kind.__name__}"
+            if not all(isinstance(name, str) for name in (*entry.get("needs", ()), *entry.get("others", ()))):
+                return f"{where} has needs or others that are not names"
             if taken := [name for name in SET_BY_THE_STUDY if name in entry or name in entry.get("others", {})]:
                 return f"{where} has {taken[0]}, which the study sets itself; leave it out"
         return None

@@ -33,8 +33,10 @@ def _summary(runs: Sequence[Run], expected: Mapping[Run, Expected], places: Plac
     lines = [
         f"{len(runs)} runs, at most {places.processes} at the same time, {where}, {threads} each.",
         f"Expected: {duration(total)} ({duration(alone)} one after another)"
-        + (f", and {unknown} runs of unknown length beside." if unknown else "."),
+        + (f", without the {unknown} runs of which nobody knows how long they take." if unknown else "."),
     ]
+    if unknown == len(runs):
+        lines[1] = "Nobody knows how long they take: no earlier run of this folder has equal settings."
     shared = {f"{run.run_dir / name} -> {target}" for run in runs for name, target in run.links.items()}
     return "\n".join([*lines, *(f"Shared: {line}" for line in sorted(shared))])
 
