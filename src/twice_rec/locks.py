@@ -26,8 +26,10 @@ _TRIES, _PAUSE_SECONDS = 4, 0.1  # `owner_of` holds a lock for a moment; nobody 
 
 
 def run_folder(results: Path) -> Path:
-    """Return the run's folder that a stage's folder lies in: all lie right in it, but `eval/NAME`."""
-    return results.parent.parent if results.parent.name == "eval" else results.parent
+    """Return the run's folder that a stage's folder lies in: all lie right in it, but `eval/NAME` and
+    `judge/NAME`.
+    """
+    return results.parent.parent if results.parent.name in ("eval", "judge") else results.parent
 
 
 @contextlib.contextmanager

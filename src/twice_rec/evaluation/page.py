@@ -62,43 +62,47 @@ def absent_of(
 
 
 def claims_shown(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the claims that were run, as the page lists them; bars of one metric have one scale."""
+    """Return the claims that were run, with one or more results each; bars of one metric have one scale."""
     ran = [row for row in claims if row["verdict"] != NOT_RUN]
     widest: dict[str, float] = {}
     for row in ran:
         widest[row["metric"]] = max(widest.get(row["metric"], 1e-9), *(abs(bound) for bound in row["ci95"]))
-
-    def place(value: float, metric: str) -> float:
-        return round(100 + 92 * value / widest[metric], 1)
-
-    shown = []
+    shown: dict[str, dict[str, Any]] = {}
     for row in ran:
         low, high = row["ci95"]
-        if row.get("paper") is not None:
-            compared = f"{row['value']:.4f} here, {row['paper']:.4f} in the paper"
-        else:
-            metric = "click-through rate" if row["metric"] == "ctr" else metric_with_list(row["metric"])
-            compared = f"{variant_name(row['a'])} less {variant_name(row['b'])}; {metric}"
-        facts = [compared, "by votes" if row.get("ranking") == "sampled" else "", _counted(row)]
-        if row.get("p_holm") is not None:
-            facts.append(f"p (Holm) {p_text(row['p_holm'])}")
-        bar = {
-            name: place(at, row["metric"]) for name, at in (("low", low), ("high", high), ("mean", row["difference"]))
-        }
-        shown.append(
-            {
-                **row, "compared": "; ".join(filter(None, facts)), "bar": bar, "value": f"{row['difference']:+.4f}",
-                "interval": f"[{low:+.4f}, {high:+.4f}]",
-            }
-        )  # fmt: skip
-    return shown
+        result = {
+            **row, "value": signed(row["difference"]), "interval": f"[{signed(low)}, {signed(high)}]",
+            "facts": _facts(row),
+            "bar": {
+                name: round(100 + 92 * value / widest[row["metric"]], 1)
+                for name, value in (("low", low), ("high", high), ("mean", row["difference"]))
+            },
+        }  # fmt: skip
+        claim = {"question": row["question"], "says": row["says"], "compared": _compared(row), "results": []}
+        shown.setdefault(row["claim"], claim)["results"].append(result)
+    return list(shown.values())
 
 
-def _counted(row: Mapping[str, Any]) -> str:
-    what = {"ctr": "impressions", "judge/share3": "rationales"}.get(row["metric"], "users")
-    number = "" if row["n"] is None else f"{row['n']:,} {what}"
-    seeds = f"{row['runs']} seed{'s' if row['runs'] != 1 else ''}" if what == "users" else ""
-    return ", ".join(filter(None, [number, seeds]))
+def signed(value: float) -> str:
+    """Return a difference with its sign, a true minus."""
+    return f"{value:+.4f}".replace("-", "\u2212")
+
+
+def _compared(row: Mapping[str, Any]) -> str:
+    if row.get("paper") is not None:
+        return f"{variant_name(row['a'])} less the paper's {row['paper']:.4f}"
+    metric = "click-through rate" if row["metric"] == "ctr" else metric_with_list(row["metric"])
+    return f"{variant_name(row['a'])} less {variant_name(row['b'])}; {metric}"
+
+
+def _facts(row: Mapping[str, Any]) -> str:
+    """Return what stands beside a result: value, numbers, p."""
+    what = {"ctr": "impressions", "judge/share_3": "rationales"}.get(row["metric"], "users")
+    facts = [f"{row['value']:.4f} here"] if row.get("value") is not None else []
+    facts += [] if row["n"] is None else [f"{row['n']:,} {what}"]
+    facts += [f"{row['runs']} seed{'' if row['runs'] == 1 else 's'}"] if what == "users" else []
+    facts += [f"p {p_text(row['p_holm'])}"] if row.get("p_holm") is not None else []
+    return ", ".join(facts)
 
 
 def save_report(
