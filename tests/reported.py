@@ -18,7 +18,8 @@ EVIL = '<b onclick="alert(1)">Tea</b> </script><script>alert(2)</script> <!-- & 
 ITEMS = [Item("I1", EVIL, brand="Yogi & Co"), *(Item(f"I{i}", f"Thing {i}", brand="B") for i in range(2, 7))]
 USERS = [f"u{i}" for i in range(1, 9)]
 GRPO = {
-    "domain": "D", "reward_funcs": ["collaborative", "structure"], "reward_weights": [4.0, 1.0], "reward_lambda": 3.0,
+    "domain": "D", "seed": 42,
+    "reward_funcs": ["collaborative", "structure"], "reward_weights": [4.0, 1.0], "reward_lambda": 3.0,
     "reward_tau": 0.3, "cf_model": "sasrec", "confidence": "sigmoid", "confidence_debiased": False,
 }  # fmt: skip
 

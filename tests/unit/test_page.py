@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reported import ASKED, EVIL, USERS, evaluated, prepared, whole
-from twice_rec.evaluation import figures
+from twice_rec.evaluation import figures, users
 from twice_rec.evaluation.calibration import reliability
 from twice_rec.evaluation.curves import averaged, smoothed
 from twice_rec.evaluation.drawing import SERIES, save
@@ -114,7 +114,7 @@ def test_the_page_can_be_read_in_order_and_by_ear(report):
 
 def test_the_answer_comes_first(report):
     folder, text, _ = report
-    assert "This run tests 15 of 15 claims of the paper, some in several ways: " in text
+    assert "This run tests 14 of 15 claims of the paper, some in several ways: " in text
     assert text.index('id="answer"') < text.index('id="tables"') < text.index('id="figures"') < text.index('id="users"')
     assert 'id="not-run"' in text  # groups are measured elsewhere
     results = json.loads((folder / "results.json").read_text())
@@ -151,6 +151,18 @@ def test_users_have_everything_that_is_known_of_them(report):
     assert answer["earned"] == pytest.approx([hit, 1.0], abs=0.005)
     assert answer["total"] == pytest.approx(4 * hit + 1, abs=0.02)
     assert "rationale" not in first["answers"]["stage3_item_only"]
+
+
+def test_a_page_stays_small_whatever_the_texts_are(tmp_path, monkeypatch):
+    prepared(tmp_path)
+    evaluated(tmp_path, "stage2", [1] * 8, ASKED, rationale="long " * 1000)
+    monkeypatch.setattr(users, "MOST_BYTES", 9000)
+    assert made(tmp_path, "--comparisons", "[]") == 0
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    data = json.loads(next(script for script in page.scripts if script.startswith("{")))
+    assert 1 < len(data["users"]) < 8
+    rationales = [user["answers"]["stage2"]["rationale"] for user in data["users"]]
+    assert all(len(text) <= 1504 and text.endswith(" ...") for text in rationales)
 
 
 def test_what_was_not_run_is_named_with_its_command(tmp_path, capsys):
@@ -315,4 +327,6 @@ def test_groups_and_positions_of_the_results_are_drawn(tmp_path):
     svg, files = save(chart, tmp_path)
     assert svg.startswith("<svg viewBox=")
     assert [path.stat().st_size > 1000 for path in files] == [True, True]
+    before = [path.read_bytes() for path in files]
     assert save(chart, tmp_path)[0] == svg
+    assert [path.read_bytes() for path in files] == before

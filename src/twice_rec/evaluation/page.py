@@ -47,18 +47,23 @@ def charts_of(results: Mapping[str, Any], evidence: Evidence, metric: str) -> li
 
 def absent_of(
     results: Mapping[str, Any], evidence: Evidence, charts: Sequence[tuple[Chart | None, str, str]], run_dir: Path
-) -> list[tuple[str, list[str]]]:
-    """Return what was not run yet: command -> what it makes."""
-    absent: dict[str, list[str]] = {}
+) -> list[tuple[list[str], str, str]]:
+    """Return what was not run yet: what is missing together, the command that makes it, or else why it is missing."""
+    by_command: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for row in results.get("claims", []):
         if row["verdict"] == NOT_RUN:
-            for command in row.get("commands") or [f"cannot be compared: {row.get('why', '')}"]:
-                absent.setdefault(command, []).append(f"{row['question']}: {row['short']}")
+            name = f"{row['question']}: {row['short']}"
+            for command in row["commands"]:
+                by_command.setdefault(command, []).append(name)
+            if not row["commands"]:
+                by_reason.setdefault(row["why"], []).append(name)
     others = [(what, stage) for chart, what, stage in charts if chart is None]
     others += [] if evidence.browser else [("browser of users", "evaluate")]
     for what, stage in others:
-        absent.setdefault(making_command(run_dir, stage), []).append(what)
-    return list(absent.items())
+        by_command.setdefault(making_command(run_dir, stage), []).append(what)
+    absent = [(what, command, "") for command, what in by_command.items()]
+    return absent + [(what, "", why) for why, what in by_reason.items()]
 
 
 def claims_shown(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -148,7 +153,7 @@ def html_page(
     results: Mapping[str, Any],
     sections: Sequence[Section],
     drawn: Sequence[tuple[Chart, str]],
-    absent: Sequence[tuple[str, Sequence[str]]],
+    absent: Sequence[tuple[Sequence[str], str, str]],
     browser: Mapping[str, Any] | None,
     facts: Mapping[str, str],
 ) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,6 +66,9 @@ def sheet_of(summary: Mapping[str, Mapping[str, Any]], kind: str, domain: str) -
     alike = {name: next(iter(values.values())) for name, values in counts.items() if len(set(values.values())) == 1}
     about = tuple(name for name in counts if name not in alike)
     notes = [f"{value} {name.lower() if value != '1' else name.lower()[:-1]}" for name, value in alike.items()]
+    ways = Counter(asked_name(row["asked"]) for row in having.values() if row.get("asked"))
+    usual = max(ways, key=ways.__getitem__, default="")
+    notes += [f"language models are asked by {usual}, unless said otherwise"] if len(ways) > 1 else []
     certain = [key for key in keys if all(row["metrics"].get(key) == 1 for row in having.values())]
     notes += [f"{' and '.join(map(metric_name, certain))} is 1 for all"] if certain else []
     keys = [key for key in keys if key not in certain] or keys
@@ -74,7 +78,8 @@ def sheet_of(summary: Mapping[str, Mapping[str, Any]], kind: str, domain: str) -
         row = having[name]
         cells = tuple(_cell(row, name, key, domain, marks[key]) for key in keys)
         told = tuple(counts[column][name] for column in about)
-        return Row(variant_name(name), name, asked_name(row.get("asked", "")), told, cells)
+        asked = asked_name(row.get("asked", ""))
+        return Row(variant_name(name), name, "" if asked == usual else asked, told, cells)
 
     grouped = [(group, tuple(row_of(name) for name in having if group_of(name) == group)) for group in GROUPS]
     marked = ["bold: the best of a column; underlined: the second; ceilings take no part"] if "Users" in alike else []

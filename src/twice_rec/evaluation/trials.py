@@ -1,7 +1,7 @@
 """What judges and the A/B test found, read from their files for claims, figures and tables.
 
-The files are those of the stages `judge` (`judge/<variant>/scores.json`) and `ab_test` (`ab_test/ab_test.json`). What is
-not there is left out.
+The files are those of the stages `judge` (`judge/<variant>/scores.json`) and `ab_test` (`ab_test/ab_test.json`). What
+is not there is left out.
 """
 
 from __future__ import annotations
