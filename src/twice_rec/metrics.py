@@ -145,7 +145,7 @@ def holm(p: ArrayLike) -> FloatArray:
     """
     values = np.asarray(p, dtype=np.float64)  # [m]
     if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"expected p-values in [0, 1], got {p}")
+        raise ValueError(f"expected p-values in [0, 1], got {values.tolist()}")
     order = np.argsort(values, kind="stable")
     times = np.arange(len(values), 0, -1)  # m, m - 1, ..., 1
     adjusted = np.empty(len(values))

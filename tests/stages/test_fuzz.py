@@ -187,7 +187,8 @@ def is_consistent(run_dir):
 
 RECIPES = {
     "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
-    "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe, "report": ReportRecipe,
+    "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe,
+    "report": ReportRecipe,
     "share": ShareRecipe, "study": StudyRecipe,
 }  # fmt: skip
 assert set(RECIPES) == set(command_line.STAGES) - {"serve"}, "a new stage is drawn as well"

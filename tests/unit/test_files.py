@@ -12,6 +12,7 @@ from twice_rec.files import (
     read_json,
     read_jsonl,
     read_records,
+    records_of_users,
     scratch_folder,
     write_json,
     write_jsonl,
@@ -139,6 +140,22 @@ def test_wrong_records_name_line_and_key(tmp_path, row, message):
     write_jsonl(tmp_path / "s.jsonl", [row])
     with pytest.raises(InputError, match=rf"s.jsonl, line 1: not a UserSequence: {message}"):
         list(read_records(tmp_path / "s.jsonl", UserSequence))
+
+
+def test_records_of_some_users_are_read_however_their_lines_begin(tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [Prediction(user, "B1", {"uniform": 1}) for user in ("a", "b", 'with "quotes"', "c")]
+    write_records(path, rows)
+    turned = '{"target": "B1", "ranks": {"uniform": 2}, "user_id": "d"}\n'  # the user is not the first key
+    tight = '{"user_id":"e","target":"B1","ranks":{"uniform":3}}\n'
+    path.write_text(path.read_text() + turned + tight)
+    found = list(records_of_users(path, Prediction, {"b", 'with "quotes"', "d", "e"}))
+    assert [row.user_id for row in found] == ["b", 'with "quotes"', "d", "e"]
+    assert found[0] == rows[1]
+    path.write_text(path.read_text() + '{"user_id": "b", "target": 1}\n')
+    with pytest.raises(InputError, match=r"p.jsonl, line 7: not a Prediction: target"):
+        list(records_of_users(path, Prediction, {"b"}))
+    assert [row.user_id for row in records_of_users(path, Prediction, {"a"})] == ["a"]
 
 
 def test_folder_hash_sees_names_and_contents_but_not_the_manifest(tmp_path):

@@ -137,3 +137,13 @@ def test_paired_bootstrap_sees_a_small_constant_gain():
 def test_paired_bootstrap_needs_the_same_users():
     with pytest.raises(ValueError, match="same users"):
         metrics.paired_bootstrap([1.0, 0.0], [1.0])
+
+
+def test_holm_multiplies_by_the_number_that_is_left():
+    # in order: .005 * 4, .01 * 3, .03 * 2, then .04 * 1, which is not below the one before
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.4, 0.9]).tolist() == [0.8, 0.9]
+    assert metrics.holm([0.7, 0.8]).tolist() == [1.0, 1.0]
+    assert metrics.holm([]).tolist() == []
+    with pytest.raises(ValueError, match=r"p-values in \[0, 1\]"):
+        metrics.holm([0.5, 1.5])

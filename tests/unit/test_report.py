@@ -8,7 +8,8 @@ import pytest
 
 from twice_rec.errors import InputError
 from twice_rec.evaluation.recipe import ReportRecipe
-from twice_rec.evaluation.report import compare, read_variants, results_of, sections_of, summarise_variants
+from twice_rec.evaluation.report import compare, read_variants, results_of, summarise_variants
+from twice_rec.evaluation.sections import sections_of
 from twice_rec.evaluation.tables import list_table, show_metrics
 from twice_rec.manifest import Manifest
 
@@ -178,7 +179,7 @@ def test_a_small_evaluation_does_not_shrink_the_shared_table(tmp_path):
     results = report(tmp_path)
     assert results["common_users"]["n"] == 20
     assert "stage3: the table of shared users has 20 of its 21 users" in results["left_out"][1]
-    assert sections_of(results, "uniform/hr@1")[-1][0] == "Left out"
+    assert sections_of(results, "uniform/hr@1", "D")[-1].heading == "Left out"
 
 
 def test_tables_say_how_models_were_asked_only_if_it_differs(tmp_path):

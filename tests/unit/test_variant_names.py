@@ -15,7 +15,19 @@ TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 
 @pytest.mark.parametrize(
     "name",
-    ["rationales", "Rationales", "judge", "wandb", "base_sampled", "grpo_x", "sft_x", "../data", "ease", "S3Rec", "study"],
+    [
+        "rationales",
+        "Rationales",
+        "judge",
+        "wandb",
+        "base_sampled",
+        "grpo_x",
+        "sft_x",
+        "../data",
+        "ease",
+        "S3Rec",
+        "study",
+    ],
 )
 def test_a_sasrec_has_a_folder_of_its_own(name):
     with pytest.raises(InputError, match="variant is"):

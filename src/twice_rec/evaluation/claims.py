@@ -16,6 +16,7 @@ from twice_rec.evaluation.equals import usable_json
 from twice_rec.evaluation.paper import SATISFYING_SHARE
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import Variant, compare, unequal
+from twice_rec.evaluation.trials import difference_of, is_simulated, judged_of
 from twice_rec.manifest import Hashes, making_command
 from twice_rec.metrics import holm
 
@@ -24,6 +25,7 @@ VERDICTS = (SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN)
 
 # What a second ranking of the same evaluation adds to the names of its variants.
 RANKING_SUFFIXES = ("_sampled", "_likelihood")
+_WAYS = {"sampled": "by votes", "likelihood": "by likelihood"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ CLAIMS: tuple[Claim, ...] = (
 # What the arms of the A/B test are in the paper -> the names that they may have here, see stage `ab_test`.
 ARMS: Mapping[str, tuple[str, ...]] = {
     "full": ("full", "stage3", "twice_rec"),
-    "ML": ("ml", "sasrec"),
+    "ML": ("ML", "ml", "sasrec"),
     "random": ("random",),
 }
 _CTR_CLAIMS = (
@@ -122,8 +124,7 @@ def _ranked(variant: str, suffix: str) -> str:
 
 def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe: ReportRecipe) -> dict[str, Any]:
     a, b, metric = claim.a + suffix, _ranked(claim.b, suffix), recipe.comparison_metric
-    by = {"": "", "_sampled": ", by votes", "_likelihood": ", by likelihood"}[suffix]
-    row = _row(claim.id + suffix, claim.question, claim.short + by, claim.says, a, b, metric)
+    row = {**_row(claim.id, claim.question, claim.short, claim.says, a, b, metric), "id": claim.id + suffix}
     if missing := [name for name in (a, b) if name not in variants]:
         stages = dict.fromkeys(_MADE_BY.get(name, "study") for name in missing)
         commands = [making_command(recipe.run_path, stage) for stage in stages]
@@ -135,65 +136,51 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
         **row,
         **{name: found[name] for name in ("difference", "ci95", "n", "p")},
         "runs": min(variants[a].runs, variants[b].runs),
-        "ranking": variants[a].terms[0].asked.get("ranking"),
+        "way": _WAYS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
         "verdict": verdict(*found["ci95"], claim.or_equal),
     }
 
 
 def _row(claim_id: str, question: str, short: str, says: str, a: str, b: str, metric: str) -> dict[str, Any]:
     """A row of a claim that was not run; what was found is put over it."""
-    empty = {"difference": None, "ci95": None, "n": None, "runs": None, "p": None, "p_holm": None}
+    empty = dict.fromkeys(("difference", "ci95", "n", "runs", "p", "p_holm"))
     return {
-        "id": claim_id, "question": question, "short": short, "says": says, "a": a, "b": b, "metric": metric, **empty,
-        "verdict": NOT_RUN,
+        "id": claim_id, "claim": claim_id, "question": question, "short": short, "says": says, "way": "",
+        "a": a, "b": b, "metric": metric, **empty, "verdict": NOT_RUN,
     }  # fmt: skip
 
 
 def _judged(run_dir: Path, hashes: Hashes, variant: str = "stage3") -> list[dict[str, Any]]:
     """Return RQ2's rows: the share of satisfying rationales less the paper's, one row per judge."""
-    says = f"A judge finds {SATISFYING_SHARE:.2%} of the rationales satisfying (score 3)."
-    row = _row("rq2_share3", "RQ2", f"score 3 >= {SATISFYING_SHARE:.2%}", says, variant, "paper", "judge/share3")
+    percent = f"{100 * SATISFYING_SHARE:.2f} %"
+    says = f"A judge finds {percent} of the rationales satisfying (score 3)."
+    row = _row("rq2_share3", "RQ2", f"score 3 in {percent}", says, variant, "paper", "judge/share_3")
     found, why = usable_json(run_dir / "judge" / variant / "scores.json", hashes)
     rows = []
-    for name, conditions in (found or {}).get("judges", {}).items():
-        scores = conditions.get("item_shown") or {}
-        if share := scores.get("share3"):
-            low, high = (bound - SATISFYING_SHARE for bound in share["ci95"])
+    for of in judged_of(found or {}):
+        if of.condition == "item_shown" and of.share:
+            low, high = (bound - SATISFYING_SHARE for bound in of.share["ci95"])
             rows.append(
                 {
-                    **row, "id": f"rq2_share3_{name}", "says": f"{says[:-1]}; here the judge is {name}.",
-                    "difference": share["mean"] - SATISFYING_SHARE, "ci95": [low, high], "n": scores.get("n"),
-                    "runs": 1, "value": share["mean"], "value_ci95": list(share["ci95"]), "paper": SATISFYING_SHARE,
+                    **row, "id": f"rq2_share3_{of.judge}", "way": f"judge {of.judge}",
+                    "difference": of.share["mean"] - SATISFYING_SHARE, "ci95": [low, high], "n": of.n, "runs": 1,
+                    "value": of.share["mean"], "value_ci95": of.share["ci95"], "paper": SATISFYING_SHARE,
                     "verdict": verdict(low, high, or_equal=True),
                 }
             )  # fmt: skip
-    return rows or [{**row, "why": why, "commands": [making_command(run_dir, "judge")]}]
+    return rows or [{**row, "why": why or "no score", "commands": [making_command(run_dir, "judge")]}]
 
 
 def _clicked(run_dir: Path, hashes: Hashes) -> Iterator[dict[str, Any]]:
-    """Yield RQ5's rows: differences of click-through rates in the simulated A/B test."""
+    """Yield RQ5's rows: differences of click-through rates in the A/B test, which is mostly simulated."""
     found, why = usable_json(run_dir / "ab_test" / "ab_test.json", hashes)
     for claim_id, short, says, a, b in _CTR_CLAIMS:
-        row = _row(claim_id, "RQ5", short, f"{says[:-1]} (here a simulation).", a, b, "ctr")
-        if test := _test_between((found or {}).get("tests", []), a, b):
-            arms = (found or {}).get("arms", {})
-            shown = sum(arms.get(test[side], {}).get("impressions", 0) for side in ("a", "b"))
-            yield {**row, **test, "n": shown or None, "runs": 1, "verdict": verdict(*test["ci95"])}
+        row = _row(claim_id, "RQ5", short, says, a, b, "ctr")
+        if test := difference_of(found or {}, ARMS[a], ARMS[b]):
+            way = "in a simulation" if is_simulated(found or {}) else ""
+            yield {**row, **test, "way": way, "runs": 1, "verdict": verdict(*test["ci95"])}
         else:
             yield {**row, "why": why or "the test has no such arms", "commands": [making_command(run_dir, "ab_test")]}
-
-
-def _test_between(tests: Sequence[Mapping[str, Any]], a: str, b: str) -> dict[str, Any] | None:
-    """Return the test of two arms of the paper, as a less b; None if there is none."""
-    for test in tests:
-        names = [str(test[side]).lower() for side in ("a", "b")]
-        low, high = test["ci95"]
-        if names[0] in ARMS[a] and names[1] in ARMS[b]:
-            return {name: test.get(name) for name in ("a", "b", "difference", "ci95", "p")}
-        if names[1] in ARMS[a] and names[0] in ARMS[b]:
-            turned = {"difference": -test["difference"], "ci95": [-high, -low], "p": test.get("p")}
-            return {"a": test["b"], "b": test["a"], **turned}
-    return None
 
 
 def counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -22,6 +22,7 @@ from twice_rec.evaluation.curves import Curves, training_curves
 from twice_rec.evaluation.equals import usable_json, why_not_usable
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import Variant
+from twice_rec.evaluation.trials import Judged, judged_of
 from twice_rec.evaluation.users import Asked, browser_of, read_asked, read_judgements
 from twice_rec.grpo.recipe import GRPORecipe, grpo_folder, is_grpo_variant
 from twice_rec.manifest import Hashes, Manifest
@@ -37,7 +38,8 @@ class Evidence:
 
     curves: Mapping[str, Curves] = field(default_factory=dict)
     calibration: Calibration | None = None
-    judged: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # variant -> scores of its judges
+    judged: Mapping[str, list[Judged]] = field(default_factory=dict)  # variant -> what judges said of it
+    agreement: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)  # variant -> of each two judges
     ab_test: Mapping[str, Any] | None = None
     places: Mapping[str, list[int]] = field(default_factory=dict)  # variant -> choices at each place of the list
     browser: Mapping[str, Any] | None = None  # see `users.browser_of`
@@ -99,7 +101,7 @@ def reward_recipe(run_dir: Path, variants: Mapping[str, Variant]) -> GRPORecipe 
 def gather(recipe: ReportRecipe, variants: Mapping[str, Variant], sources: Sources) -> Evidence:
     """Read and compute what can be shown."""
     run_dir = recipe.run_path
-    judged = {
+    scores = {
         name: found for name in sources.judged if (found := _json(run_dir / "judge" / name / "scores.json", sources))
     }
     data, asked, model = PreparedData(run_dir / "data"), None, None
@@ -113,9 +115,14 @@ def gather(recipe: ReportRecipe, variants: Mapping[str, Variant], sources: Sourc
         except InputError as error:
             logger.warning("the page has no users: %s", error)
     return Evidence(
-        training_curves(variants), calibration, judged, _json(run_dir / "ab_test" / "ab_test.json", sources),
-        asked.places if asked else {}, browser,
-    )  # fmt: skip
+        curves=training_curves(variants),
+        calibration=calibration,
+        judged={name: judged_of(found) for name, found in scores.items()},
+        agreement={name: found.get("agreement", []) for name, found in scores.items()},
+        ab_test=_json(run_dir / "ab_test" / "ab_test.json", sources),
+        places=asked.places if asked else {},
+        browser=browser,
+    )
 
 
 def _json(path: Path, sources: Sources) -> dict[str, Any] | None:

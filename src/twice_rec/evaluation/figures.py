@@ -13,9 +13,9 @@ from twice_rec.evaluation.curves import LOGGED, Curves, smoothed
 from twice_rec.evaluation.drawing import FAINT, LINES, MARKERS, ON_SERIES, SERIES, Chart, intervals, line_of
 from twice_rec.evaluation.names import CEILING, chosen, group_of, metric_name, metric_with_list, variant_name
 from twice_rec.evaluation.tables import Table
+from twice_rec.evaluation.trials import Judged, Value
 
 Results = Mapping[str, Any]
-Value = Mapping[str, Any]  # mean, ci95
 
 # Stages A to E in the order that the paper reports, the lowest first -> their label on the axis.
 STAGES = {
@@ -29,6 +29,9 @@ _RATIONALES = {
 }  # fmt: skip
 _LAMBDAS = {value: "stage3" if value == 3 else f"stage3_lambda{value}" for value in range(6)}
 _MOST_LINES = 6
+
+# Suffix of a second ranking -> what readers see of the first and of it.
+_SECOND = {"_sampled": ("by likelihood", "by votes"), "_likelihood": ("by votes", "by likelihood")}
 
 
 def shared(results: Results) -> Mapping[str, Mapping[str, Any]]:
@@ -49,12 +52,17 @@ def _values(results: Results, names: Mapping[Any, str], metric: str, suffix: str
 
 def _rankings(results: Results, names: Mapping[Any, str], metric: str) -> dict[str, dict[Any, Value]]:
     """Return name of the ranking -> its values: of the first one, and of a second one if it has two values or more."""
-    rankings = {"": _values(results, names, metric)}
-    for suffix, says in (("_sampled", "by votes"), ("_likelihood", "by likelihood")):
+    of_first = _values(results, names, metric)
+    for suffix, both in _SECOND.items():
         found = _values(results, {at: name for at, name in names.items() if name != "sasrec"}, metric, suffix)
         if len(found) >= 2:
-            rankings[says] = found
-    return rankings
+            return dict(zip(both, (of_first, found), strict=True))
+    return {"": of_first}
+
+
+def first(rankings: Mapping[str, dict[Any, Value]]) -> dict[Any, Value]:
+    """Return the values of the first ranking."""
+    return next(iter(rankings.values()))
 
 
 def _with_interval(value: Value) -> str:
@@ -83,7 +91,7 @@ def _points(
         axes = figure.subplots()
         for number, (says, found) in enumerate(rankings.items()):
             places = [keys.index(at) + 0.16 * number for at in found]
-            intervals(axes, places, list(found.values()), number, says or "first ranking")
+            intervals(axes, places, list(found.values()), number, says)
         for number, (says, height) in enumerate(lines):
             line_of(axes, height, says, number)
         axes.set_xticks(range(len(keys)), labels)
@@ -97,13 +105,13 @@ def _points(
     return draw
 
 
-def _table(names: Mapping[Any, str], rankings: Mapping[str, Mapping[Any, Value]], first: str) -> Table:
+def _table(names: Mapping[Any, str], rankings: Mapping[str, Mapping[Any, Value]], heading: str) -> Table:
     rows = [
         [variant_name(name), *(_with_interval(of[at]) if at in of else "-" for of in rankings.values())]
         for at, name in names.items()
         if any(at in of for of in rankings.values())
     ]
-    return [first, *(says or "Value with 95 % interval" for says in rankings)], rows
+    return [heading, *(says or "Value with 95 % interval" for says in rankings)], rows
 
 
 def _says(names: Mapping[Any, str], found: Mapping[Any, Value]) -> str:
@@ -114,7 +122,7 @@ def stages(results: Results, metric: str) -> Chart | None:
     """Stages A to E and SASRec, with the ceilings as lines."""
     order = {name: name for name in STAGES}
     rankings = _rankings(results, order, metric)
-    if len(rankings[""].keys() - {"sasrec"}) < 2:
+    if len(first(rankings).keys() - {"sasrec"}) < 2:
         return None
     names = {name: name for name in STAGES if any(name in of for of in rankings.values())}
     lines = _ceilings(results, metric)
@@ -124,7 +132,7 @@ def stages(results: Results, metric: str) -> Chart | None:
         "stages", "What each stage adds",
         f"{metric_with_list(metric)}, with 95 % intervals, in the order that the paper reports, its lowest first."
         + (" Lines: the best ranking that such knowledge allows." if lines else ""),
-        _says(names, rankings[""]),
+        _says(names, first(rankings)),
         _points(names, [STAGES[name] for name in names], rankings, lines, metric), table,
     )  # fmt: skip
 
@@ -132,15 +140,15 @@ def stages(results: Results, metric: str) -> Chart | None:
 def lambdas(results: Results, metric: str) -> Chart | None:
     """Stage 3 by lambda; stage 2 as a line."""
     rankings = _rankings(results, _LAMBDAS, metric)
-    if len(rankings[""]) < 2:
+    if len(first(rankings)) < 2:
         return None
     names = {at: name for at, name in _LAMBDAS.items() if any(at in of for of in rankings.values())}
     before = shared(results).get("stage2", {"metrics": {}})["metrics"].get(metric)
     lines = [] if before is None else [("stage 2", before)]
     return Chart(
         "lambda", "The weight of the confidence, lambda",
-        f"{metric_with_list(metric)} of stage 3, with 95 % intervals. The paper: rises to 3, then falls slightly.",
-        _says(names, rankings[""]), _points(names, [str(at) for at in names], rankings, lines, metric),
+        f"Stage 3: {metric_with_list(metric)}, with 95 % intervals. The paper: rises to 3, then falls slightly.",
+        _says(names, first(rankings)), _points(names, [str(at) for at in names], rankings, lines, metric),
         _table(names, rankings, "Lambda"),
     )  # fmt: skip
 
@@ -149,7 +157,7 @@ def rationales(results: Results, metric: str) -> Chart | None:
     """The same models with a rationale and asked for the item alone; a model trained without."""
     order = {name: name for name in _RATIONALES}
     rankings = _rankings(results, order, metric)
-    found = rankings[""]
+    found = first(rankings)
     if not found.keys() & {"stage2_item_only", "stage3_item_only", "stage2_no_rationale"} or len(found) < 2:
         return None
     names = {name: name for name in order if any(name in of for of in rankings.values())}
@@ -216,7 +224,7 @@ def calibration(found: Calibration | None) -> Chart | None:
                 of.confidence, of.share, color=SERIES[number], marker=MARKERS[number], linestyle=LINES[number],
                 label=says,
             )  # fmt: skip
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="mean confidence", ylabel="share that is the target")
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="mean confidence", ylabel="share that is the target")
         axes.legend(loc="upper left")
 
     rows = [
@@ -227,7 +235,8 @@ def calibration(found: Calibration | None) -> Chart | None:
     apart = f"{found.before.error:.3f} before and {found.after.error:.3f} after calibration"
     return Chart(
         "calibration", "What a confidence of the CF model means",
-        f"Candidates of {found.users:,} test users, {found.kind} lists, in tenths of the confidence of {found.model}. "
+        f"Candidates of {found.users:,} test users, {found.kind} lists, in tenths of {variant_name(found.model)}'s "
+        "confidence. "
         f"On average, confidence and share are {apart} apart.",
         f"Confidence and share are {apart} apart.", draw,
         (["Confidence", "Mean", "Share of targets", "Candidates"], rows),
@@ -263,7 +272,7 @@ def by_group(results: Results, metric: str, key: str) -> Chart | None:
     ]
     unit = "interactions before the target" if key == "history_length" else "training interactions of the target"
     return Chart(
-        key.replace("_", "-"), title, f"{metric_with_list(metric)} with 95 % intervals; groups of {unit}.",
+        key.replace("_", "-"), title, f"{metric_with_list(metric)}, with 95 % intervals; groups of {unit}.",
         "; ".join(f"{row[0]}: {variant_name(names[-1])} {row[-1]}" for row in rows), draw,
         ([unit.capitalize(), "Users", *map(variant_name, names)], rows), height=3.6,
     )  # fmt: skip
@@ -321,18 +330,17 @@ _SCORES = ("0: not in the catalogue", "1: insufficient", "2: acceptable", "3: sa
 _OF_SCORES = (SERIES[1], SERIES[4], SERIES[5], SERIES[0])
 
 
-def judged(scores: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+def judged(found: Mapping[str, Sequence[Judged]]) -> Chart | None:
     """What judges said of each variant's rationales: the share of each score, with another user's as a control."""
     rows = [
-        (variant, judge, condition, found["distribution"])
-        for variant, of in scores.items()
-        for judge, conditions in of.get("judges", {}).items()
-        for condition in ("item_shown", "counterfactual")
-        if (found := conditions.get(condition)) and sum(found.get("distribution", []))
+        (variant, of.judge, of.condition, of.distribution)
+        for variant, judges in found.items()
+        for of in judges
+        if of.condition in ("item_shown", "counterfactual") and sum(of.distribution)
     ]
     if not rows:
         return None
-    control = {"item_shown": "", "counterfactual": ", another user's rationale"}
+    control = {"item_shown": "", "counterfactual": ", control"}
     labels = [f"{variant_name(variant)}{control[condition]}\n{judge}" for variant, judge, condition, _ in rows]
     shares = [[count / sum(of) for count in of] for *_, of in rows]
 
@@ -359,8 +367,8 @@ def judged(scores: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     ]
     return Chart(
         "judged", "How good are the rationales?",
-        "Scores of judges; the paper reports score 3 for 75.71 %, by another judge. Another user's rationale is the "
-        "control: a judge that reads should score it lower.",
+        "Scores of judges; the paper reports score 3 for 75.71 %, by another judge. The control is another user's "
+        "rationale: a judge that reads should score it lower.",
         "; ".join(f"{label}: score 3 for {of[-1]:.1%}" for label, of in zip(labels, shares, strict=True)),
         draw, (["Rationales", *_SCORES, "Number"], table), height=1.3 + 0.5 * len(rows),
     )  # fmt: skip

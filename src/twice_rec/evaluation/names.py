@@ -24,9 +24,9 @@ VARIANTS: Mapping[str, str] = {
     "stage3_C": "C: stage 3 without stage 2",
     "stage3_D": "D: stage 3, match reward",
     "stage3": "E: stage 3",
-    "stage2_item_only": "B, asked for the item alone",
-    "stage3_item_only": "E, asked for the item alone",
-    "stage2_no_rationale": "Stage 2 without rationales",
+    "stage2_item_only": "Stage 2, asked for the item alone",
+    "stage3_item_only": "Stage 3, asked for the item alone",
+    "stage2_no_rationale": "Stage 2, trained without rationales",
     "stage2_sdpo": "S-DPO, our re-creation",
     "stage2_self_verified": "Rec-SAVER-like, our re-creation",
     "stage3_rank": "Rec-R1-like, our re-creation",
@@ -70,9 +70,19 @@ def metric_name(metric: str) -> str:
 
 
 def metric_with_list(metric: str) -> str:
-    """Return metric and list, `HR@1, uniform lists` for `uniform/hr@1`."""
+    """Return metric and list, `HR@1 on uniform lists` for `uniform/hr@1`."""
     kind, _, name = metric.rpartition("/")
-    return f"{name.upper()}, {LISTS.get(kind, kind).lower()}" if kind else name.upper()
+    if not kind:
+        return name.upper()
+    return f"{name.upper()} {'in the' if kind == 'full' else 'on'} {LISTS.get(kind, kind).lower()}"
+
+
+_ASKED = {"sampled": "votes", "with_rationale True": "rationale first", "with_rationale False": "item alone"}
+
+
+def asked_name(asked: str) -> str:
+    """Return what readers see of how a language model was asked, see `equals.labels`."""
+    return ", ".join(_ASKED.get(part, part.replace("_", " ")) for part in asked.split(", ") if part)
 
 
 def group_of(variant: str) -> str:
@@ -80,11 +90,6 @@ def group_of(variant: str) -> str:
     if variant == "oracle" or variant.startswith("ceiling_"):
         return CEILING
     return LLM if variant.partition("_")[0] in ("base", "stage2", "stage3") else CF
-
-
-def is_second_ranking(variant: str) -> bool:
-    """Return whether the name is that of another ranking of the same completions or model."""
-    return variant.endswith(tuple(_SUFFIXES))
 
 
 def chosen(variants: Sequence[str], most: int) -> list[str]:

@@ -47,58 +47,67 @@ def charts_of(results: Mapping[str, Any], evidence: Evidence, metric: str) -> li
 
 def absent_of(
     results: Mapping[str, Any], evidence: Evidence, charts: Sequence[tuple[Chart | None, str, str]], run_dir: Path
-) -> list[tuple[str, list[str]]]:
-    """Return what was not run yet: command -> what it makes."""
-    absent: dict[str, list[str]] = {}
+) -> list[tuple[list[str], str, str]]:
+    """Return what was not run yet: what is missing together, the command that makes it, or else why it is missing."""
+    by_command: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for row in results.get("claims", []):
         if row["verdict"] == NOT_RUN:
-            for command in row.get("commands") or [f"cannot be compared: {row.get('why', '')}"]:
-                absent.setdefault(command, []).append(f"{row['question']}: {row['short']}")
+            name = f"{row['question']}: {row['short']}"
+            for command in row["commands"]:
+                by_command.setdefault(command, []).append(name)
+            if not row["commands"]:
+                by_reason.setdefault(row["why"], []).append(name)
     others = [(what, stage) for chart, what, stage in charts if chart is None]
     others += [] if evidence.browser else [("browser of users", "evaluate")]
     for what, stage in others:
-        absent.setdefault(making_command(run_dir, stage), []).append(what)
-    return list(absent.items())
+        by_command.setdefault(making_command(run_dir, stage), []).append(what)
+    absent = [(what, command, "") for command, what in by_command.items()]
+    return absent + [(what, "", why) for why, what in by_reason.items()]
 
 
 def claims_shown(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the claims that were run, as the page lists them; bars of one metric have one scale."""
+    """Return the claims that were run, with one or more results each; bars of one metric have one scale."""
     ran = [row for row in claims if row["verdict"] != NOT_RUN]
     widest: dict[str, float] = {}
     for row in ran:
         widest[row["metric"]] = max(widest.get(row["metric"], 1e-9), *(abs(bound) for bound in row["ci95"]))
-
-    def place(value: float, metric: str) -> float:
-        return round(100 + 92 * value / widest[metric], 1)
-
-    shown = []
+    shown: dict[str, dict[str, Any]] = {}
     for row in ran:
         low, high = row["ci95"]
-        if row.get("paper") is not None:
-            compared = f"{row['value']:.4f} here, {row['paper']:.4f} in the paper"
-        else:
-            metric = "click-through rate" if row["metric"] == "ctr" else metric_with_list(row["metric"])
-            compared = f"{variant_name(row['a'])} less {variant_name(row['b'])}; {metric}"
-        facts = [compared, "by votes" if row.get("ranking") == "sampled" else "", _counted(row)]
-        if row.get("p_holm") is not None:
-            facts.append(f"p (Holm) {p_text(row['p_holm'])}")
-        bar = {
-            name: place(at, row["metric"]) for name, at in (("low", low), ("high", high), ("mean", row["difference"]))
-        }
-        shown.append(
-            {
-                **row, "compared": "; ".join(filter(None, facts)), "bar": bar, "value": f"{row['difference']:+.4f}",
-                "interval": f"[{low:+.4f}, {high:+.4f}]",
-            }
-        )  # fmt: skip
-    return shown
+        result = {
+            **row, "value": signed(row["difference"]), "interval": f"[{signed(low)}, {signed(high)}]",
+            "facts": _facts(row),
+            "bar": {
+                name: round(100 + 92 * value / widest[row["metric"]], 1)
+                for name, value in (("low", low), ("high", high), ("mean", row["difference"]))
+            },
+        }  # fmt: skip
+        claim = {"question": row["question"], "says": row["says"], "compared": _compared(row), "results": []}
+        shown.setdefault(row["claim"], claim)["results"].append(result)
+    return list(shown.values())
 
 
-def _counted(row: Mapping[str, Any]) -> str:
-    what = {"ctr": "impressions", "judge/share3": "rationales"}.get(row["metric"], "users")
-    number = "" if row["n"] is None else f"{row['n']:,} {what}"
-    seeds = f"{row['runs']} seed{'s' if row['runs'] != 1 else ''}" if what == "users" else ""
-    return ", ".join(filter(None, [number, seeds]))
+def signed(value: float) -> str:
+    """Return a difference with its sign, a true minus."""
+    return f"{value:+.4f}".replace("-", "\u2212")
+
+
+def _compared(row: Mapping[str, Any]) -> str:
+    if row.get("paper") is not None:
+        return f"{variant_name(row['a'])} less the paper's {row['paper']:.4f}"
+    metric = "click-through rate" if row["metric"] == "ctr" else metric_with_list(row["metric"])
+    return f"{variant_name(row['a'])} less {variant_name(row['b'])}; {metric}"
+
+
+def _facts(row: Mapping[str, Any]) -> str:
+    """Return what stands beside a result: value, numbers, p."""
+    what = {"ctr": "impressions", "judge/share_3": "rationales"}.get(row["metric"], "users")
+    facts = [f"{row['value']:.4f} here"] if row.get("value") is not None else []
+    facts += [] if row["n"] is None else [f"{row['n']:,} {what}"]
+    facts += [f"{row['runs']} seed{'' if row['runs'] == 1 else 's'}"] if what == "users" else []
+    facts += [f"p {p_text(row['p_holm'])}"] if row.get("p_holm") is not None else []
+    return ", ".join(facts)
 
 
 def save_report(
@@ -144,7 +153,7 @@ def html_page(
     results: Mapping[str, Any],
     sections: Sequence[Section],
     drawn: Sequence[tuple[Chart, str]],
-    absent: Sequence[tuple[str, Sequence[str]]],
+    absent: Sequence[tuple[Sequence[str], str, str]],
     browser: Mapping[str, Any] | None,
     facts: Mapping[str, str],
 ) -> str:

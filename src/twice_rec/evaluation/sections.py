@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twice_rec.evaluation.claims import CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, counts
+from twice_rec.evaluation.claims import ARMS, CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, counts
 from twice_rec.evaluation.evidence import Evidence
 from twice_rec.evaluation.names import LISTS, metric_with_list, variant_name
 from twice_rec.evaluation.paper import CLICKS, SATISFYING_SHARE
@@ -21,15 +21,19 @@ from twice_rec.evaluation.sheets import (
     sheet_to_markdown,
 )
 from twice_rec.evaluation.tables import Table, lists_of
+from twice_rec.evaluation.trials import is_simulated
 from twice_rec.markdown import markdown_table
 from twice_rec.records import RANKED_LISTS
 
 INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count against the target; every user counts."
-_MARKED = "Bold: the best of a column; underlined: the second; ceilings take no part."
 RULE = (
     "A claim is shown if the 95 % interval of the paired difference lies on the claimed side of 0, contradicted if it "
-    "lies on the other side, and not shown if it holds 0. Intervals are over users; seeds are averaged per user first."
+    "lies on the other side, and not shown if it holds 0. Intervals are over users; seeds are averaged per user first. "
+    "p is corrected for the number of results by Holm's method."
 )
+
+
+_LONG = 14  # rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Section:
     sheet: Sheet | None = None
     rows: Table = ((), ())  # type: ignore[assignment]
 
+    @property
+    def folded(self) -> bool:
+        """Whether the page shows it folded: a long table of one kind of list, which mostly repeats the first one."""
+        return self.id.startswith("list-") and self.sheet is not None and len(self.sheet.rows) > _LONG
+
 
 def sections_of(
     results: Mapping[str, Any], metric: str, domain: str, evidence: Evidence | None = None
@@ -51,15 +60,15 @@ def sections_of(
     kind, common = metric.partition("/")[0], results["common_users"]
     sections = []
     if shared := sheet_of(common["variants"], kind, domain):
-        says = f"The {common['n']:,} users that all of these variants share, {LISTS.get(kind, kind).lower()}. {_MARKED}"
+        says = f"The users that all of these variants share, {LISTS.get(kind, kind).lower()}. {shared.note}"
         sections.append(Section("same-users", "The same users for all", says, shared))
     if results["comparisons"]:
         says = f"{metric_with_list(metric)}, paired over users. Holm's p-values account for the number of comparisons."
         sections.append(Section("comparisons", "Comparisons", says, rows=comparison_rows(results["comparisons"])))
     for of_kind in lists_of(results["variants"]):
-        says = f"{RANKED_LISTS[of_kind]} Every variant on all users it was evaluated on."
-        heading = LISTS.get(of_kind, of_kind)
-        sections.append(Section(f"list-{of_kind}", heading, says, sheet_of(results["variants"], of_kind, domain)))
+        if sheet := sheet_of(results["variants"], of_kind, domain):
+            says = f"{RANKED_LISTS[of_kind]} Every variant on all users it was evaluated on. {sheet.note}".strip()
+            sections.append(Section(f"list-{of_kind}", LISTS.get(of_kind, of_kind), says, sheet))
     sections += [*_recommended(results), *_judged(evidence), *_clicks(evidence)]
     if results["left_out"]:
         says = "Not in these tables or comparisons, because it is stale or not equal to the rest."
@@ -86,74 +95,87 @@ def _is_number(value: object) -> bool:
 
 
 def _judged(evidence: Evidence) -> Iterable[Section]:
-    """Yield the table of judges: satisfying rationales, and whether a rationale alone points to its item."""
-    rows = []
-    for variant, scores in evidence.judged.items():
-        for judge, conditions in scores.get("judges", {}).items():
-            of = {name: conditions.get(name) or {} for name in ("item_shown", "counterfactual", "item_hidden")}
-            chance = of["item_hidden"].get("chance")
-            rows.append(
-                [
-                    variant_name(variant), judge, _share(of["item_shown"].get("share3")),
-                    _share(of["counterfactual"].get("share3")), _share(of["item_hidden"].get("share")),
-                    "-" if chance is None else f"{chance:.3f}", str(of["item_shown"].get("n", "-")),
-                    str(of["item_shown"].get("no_verdict", "-")),
-                ]
-            )  # fmt: skip
+    """Yield the tables of judges: what they said of each variant's rationales, and how far they agree."""
+    rows = [
+        [
+            variant_name(variant), of.judge, _CONDITIONS.get(of.condition, of.condition.replace("_", " ")),
+            "{:.3f} [{:.3f}, {:.3f}]".format(of.share["mean"], *of.share["ci95"]) if of.share else "-",
+            "-" if of.chance is None else f"{of.chance:.3f}", f"{of.n:,}", f"{of.without_verdict:,}",
+        ]
+        for variant, judges in evidence.judged.items()
+        for of in judges
+    ]  # fmt: skip
     if rows:
         says = (
             f"Share of rationales with score 3 (the paper: {SATISFYING_SHARE:.4f}, by its own judge), of another "
-            "user's rationales as a control, and how often the rationale alone points to its item among the candidates."
+            "user's rationales as a control, and how often a rationale alone points to its item among the candidates."
         )
-        header = ["Rationales of", "Judge", "Score 3", "Another user's", "Points to its item", "By chance", "Judged"]
-        yield Section("judges", "Rationale quality", says, rows=([*header, "No verdict"], rows))
+        header = ["Rationales of", "Judge", "Asked for", "Share", "By chance", "Judged", "No verdict"]
+        yield Section("judges", "Rationale quality", says, rows=(header, rows))
+    pairs = [
+        [
+            variant_name(variant), f"{of['a']} and {of['b']}", of.get("condition", "").replace("_", " "),
+            "-" if of.get("kappa") is None else f"{of['kappa']:.3f}",
+            "[{:.3f}, {:.3f}]".format(*of["ci95"]) if of.get("ci95") else "-", f"{of.get('n', 0):,}",
+        ]
+        for variant, agreements in evidence.agreement.items()
+        for of in agreements
+    ]  # fmt: skip
+    if pairs:
+        header = ["Rationales of", "Judges", "Condition", "Quadratic kappa", "95 % interval", "Both judged"]
+        yield Section("agreement", "Agreement of judges", "Of their scores, two by two.", rows=(header, pairs))
 
 
-def _share(value: Mapping[str, Any] | None) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(value["mean"], *value["ci95"]) if value else "-"
-
-
-_PAPERS_ARMS = {"random": "random", "sasrec": "ML", "ml": "ML", "stage3": "full", "full": "full", "twice_rec": "full"}
+_CONDITIONS = {
+    "item_shown": "score 3", "counterfactual": "score 3, another user's rationale", "item_hidden": "the hidden item",
+}  # fmt: skip
 
 
 def _clicks(evidence: Evidence) -> Iterable[Section]:
     """Yield the tables of the A/B test."""
     if not evidence.ab_test:
         return
-    simulated = evidence.ab_test.get("simulation", True)
-    what = "A simulation on the synthetic domain's click model; no shopper was asked." if simulated else ""
+    simulated = is_simulated(evidence.ab_test)
+    name = "A/B test, simulated" if simulated else "A/B test"
+    says = "A simulation on the synthetic domain's click model; no shopper was asked." if simulated else ""
     rows = []
-    for arm, of in evidence.ab_test.get("arms", {}).items():
-        interval = " [{:.4f}, {:.4f}]".format(*of["ci95"]) if of.get("ci95") else ""
-        paper = CLICKS.get(_PAPERS_ARMS.get(arm.lower(), ""))
-        latency = of.get("latency_ms")
+    for of in evidence.ab_test.get("arms", []):
+        papers = next((paper for paper, names in ARMS.items() if of["arm"] in names), "")
+        latency, paper = (of.get("latency_ms") or {}).get("mean"), CLICKS.get(papers)
         rows.append(
             [
-                variant_name(arm), f"{of.get('impressions', 0):,}", f"{of.get('clicks', 0):,}",
-                f"{of.get('ctr', 0):.4f}{interval}", "-" if latency is None else f"{latency:,.0f}",
+                variant_name(of["arm"]), f"{of['impressions']:,}", f"{of['clicks']:,}",
+                "{:.4f} [{:.4f}, {:.4f}]".format(of["ctr"], *of["ci95"]), "-" if latency is None else f"{latency:,.1f}",
                 f"{paper[0]:.4f}; {paper[1]} ms" if paper else "-",
             ]
         )  # fmt: skip
     header = ["Arm", "Impressions", "Clicks", "Click-through rate", "Milliseconds per call", "The paper, online"]
-    name = "A/B test, simulated" if simulated else "A/B test"
-    yield Section("ab-test", name, what, rows=(header, rows))
+    yield Section("ab-test", name, says, rows=(header, rows))
     tests = [
         [
             f"{variant_name(test['a'])} less {variant_name(test['b'])}", f"{test['difference']:+.4f}",
             "[{:+.4f}, {:+.4f}]".format(*test["ci95"]), p_text(test.get("p")),
         ]
-        for test in evidence.ab_test.get("tests", [])
+        for test in evidence.ab_test.get("comparisons", [])
     ]  # fmt: skip
     if tests:
+        says = "Two-proportion tests, to be read once: who looks again and again finds differences that are not there."
         header = ["Difference of click-through rates", "Value", "95 % interval", "p"]
-        yield Section("ab-tests", f"{name}: differences", "Two-proportion tests.", rows=(header, tests))
+        yield Section("ab-tests", f"{name}: differences", says, rows=(header, tests))
 
 
 def answer_of(claims: Sequence[Mapping[str, Any]]) -> str:
     """Return the answer in a sentence, counted."""
+    total = len({row["claim"] for row in claims})
+    ran = len({row["claim"] for row in claims if row["verdict"] != NOT_RUN})
+    if not ran:
+        return f"This run tests none of {total} claims of the paper yet."
     number = counts(claims)
-    parts = [f"{number[name]} {name}" for name in (SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN)]
-    return f"Of {len(claims)} claims of the paper, this run finds: {', '.join(parts)}."
+    ways = ", some in several ways" if len(claims) - number[NOT_RUN] > ran else ""
+    return (
+        f"This run tests {ran} of {total} claims of the paper{ways}: {number[SHOWN]} shown, "
+        f"{number[NOT_SHOWN]} not shown, {number[CONTRADICTED]} contradicted."
+    )
 
 
 def markdown_page(title: str, results: Mapping[str, Any], sections: Sequence[Section]) -> str:

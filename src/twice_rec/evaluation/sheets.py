@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from twice_rec.evaluation.names import CEILING, GROUPS, group_of, metric_name, variant_name
+from twice_rec.evaluation.names import CEILING, GROUPS, asked_name, group_of, metric_name, variant_name
 from twice_rec.evaluation.paper import table_1
 from twice_rec.markdown import markdown_table
 from twice_rec.metrics import METRICS
@@ -26,21 +27,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what readers see of the variant, its short name, what is told of it, and its values."""
+    """One row: what readers see of the variant, its short name, how it was asked, what is told of it, its values."""
 
     label: str
     variant: str
+    asked: str
     about: tuple[str, ...]
     cells: tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: what its columns are, and its rows, in groups."""
+    """A table: what its columns are, its rows, in groups, and a note: what is the same in all rows has no column."""
 
     about: tuple[str, ...]  # names of the columns before the values
     columns: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Row, ...]], ...]
+    note: str
 
     @property
     def rows(self) -> list[Row]:
@@ -51,28 +54,38 @@ class Sheet:
 def sheet_of(summary: Mapping[str, Mapping[str, Any]], kind: str, domain: str) -> Sheet | None:
     """Return the table of one kind of list; None if no variant has it.
 
-    The best and second value of a column are marked if all variants were asked about as many users. Ceilings take no
-    part in that.
+    The best and second value of a column are marked if all variants were asked about as many users.
     """
     present = {key for row in summary.values() for key in row["metrics"]}
     keys = [key for name in METRICS if (key := f"{kind}/{name}") in present]
     having = {name: row for name, row in summary.items() if any(key in row["metrics"] for key in keys)}
     if not having:
         return None
-    with_asked = any("asked" in row for row in having.values())
-    comparable = len({row["n"] for row in having.values()}) == 1
-    marks = {key: _marks(having, key) if comparable else {} for key in keys}
+    counts = {"Users": {n: f"{int(row['n']):,}" for n, row in having.items()}}
+    counts["Seeds"] = {n: str(row.get("runs", 1)) for n, row in having.items()}
+    alike = {name: next(iter(values.values())) for name, values in counts.items() if len(set(values.values())) == 1}
+    about = tuple(name for name in counts if name not in alike)
+    notes = [f"{value} {name.lower() if value != '1' else name.lower()[:-1]}" for name, value in alike.items()]
+    ways = Counter(asked_name(row["asked"]) for row in having.values() if row.get("asked"))
+    usual = max(ways, key=ways.__getitem__, default="")
+    notes += [f"language models are asked by {usual}, unless said otherwise"] if len(ways) > 1 else []
+    certain = [key for key in keys if all(row["metrics"].get(key) == 1 for row in having.values())]
+    notes += [f"{' and '.join(map(metric_name, certain))} is 1 for all"] if certain else []
+    keys = [key for key in keys if key not in certain] or keys
+    marks = {key: _marks(having, key) if "Users" in alike else {} for key in keys}
 
     def row_of(name: str) -> Row:
         row = having[name]
-        about = [*([row.get("asked", "")] if with_asked else []), f"{int(row['n']):,}", str(row.get("runs", ""))]
-        return Row(
-            variant_name(name), name, tuple(about), tuple(_cell(row, name, key, domain, marks[key]) for key in keys)
-        )
+        cells = tuple(_cell(row, name, key, domain, marks[key]) for key in keys)
+        told = tuple(counts[column][name] for column in about)
+        asked = asked_name(row.get("asked", ""))
+        return Row(variant_name(name), name, "" if asked == usual else asked, told, cells)
 
     grouped = [(group, tuple(row_of(name) for name in having if group_of(name) == group)) for group in GROUPS]
-    about = (*(("Asked",) if with_asked else ()), "Users", "Seeds")
-    return Sheet(about, tuple(map(metric_name, keys)), tuple((group, rows) for group, rows in grouped if rows))
+    marked = ["bold: the best of a column; underlined: the second; ceilings take no part"] if "Users" in alike else []
+    note = "; ".join([*notes, *marked])
+    shown = tuple((group, rows) for group, rows in grouped if rows)
+    return Sheet(about, tuple(map(metric_name, keys)), shown, f"{note[:1].upper()}{note[1:]}." if note else "")
 
 
 def _marks(summary: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Mark]:
@@ -115,21 +128,19 @@ def comparison_rows(comparisons: Sequence[Mapping[str, Any]]) -> tuple[list[str]
 
 def p_text(p: float | None) -> str:
     """Return a p-value with three digits; empty if there is none."""
-    return "" if p is None else f"{p:.3f}" if p >= 0.0005 else "< .001"
+    return "" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 def claim_rows(claims: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the claims."""
     rows = []
     for c in claims:
-        found = c["difference"] is not None
-        rows.append(
-            [
-                f"{c['question']}: {c['short']}", c["verdict"], f"{c['difference']:+.4f}" if found else "-",
-                "[{:+.4f}, {:+.4f}]".format(*c["ci95"]) if found else "-", p_text(c["p_holm"]) or "-",
-                "-" if c["n"] is None else f"{c['n']:,}", "-" if c["runs"] is None else str(c["runs"]),
-            ]
-        )  # fmt: skip
+        difference, interval = "-", "-"
+        if c["difference"] is not None:
+            difference, interval = f"{c['difference']:+.4f}", "[{:+.4f}, {:+.4f}]".format(*c["ci95"])
+        says = ", ".join(filter(None, [f"{c['question']}: {c['short']}", c["way"]]))
+        numbers = ["-" if c[name] is None else f"{c[name]:,}" for name in ("n", "runs")]
+        rows.append([says, c["verdict"], difference, interval, p_text(c["p_holm"]) or "-", *numbers])
     return ["The paper", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
 
 
@@ -141,8 +152,12 @@ def sheet_to_markdown(sheet: Sheet) -> str:
         paper = f" (paper {cell.paper})" if cell.paper else ""
         return " ".join(filter(None, [value, cell.interval])) + paper
 
-    rows = [[_markdown(row.label), *row.about, *map(text, row.cells)] for row in sheet.rows]
+    rows = [[_markdown(_label(row)), *row.about, *map(text, row.cells)] for row in sheet.rows]
     return markdown_table(["Variant", *sheet.about, *sheet.columns], rows)
+
+
+def _label(row: Row) -> str:
+    return f"{row.label} ({row.asked})" if row.asked else row.label
 
 
 def _markdown(text: str) -> str:
@@ -174,7 +189,7 @@ def sheet_to_latex(sheet: Sheet, caption: str, label: str) -> str:
     body: list[list[str] | None] = []
     for _, rows in sheet.groups:
         body += [None] if body else []
-        body += [[latex_text(row.label), *map(latex_text, row.about), *map(text, row.cells)] for row in rows]
+        body += [[latex_text(_label(row)), *map(latex_text, row.about), *map(text, row.cells)] for row in rows]
     header = ["Variant", *sheet.about, *sheet.columns]
     return _latex(header, body, "l" + "r" * (width - 1), caption, label)
 

@@ -6,9 +6,8 @@ Only the chosen users' lines of the large files are parsed, so that the time is 
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,13 @@ from twice_rec.evaluation.llm_ranking import rationale_of
 from twice_rec.evaluation.names import variant_name
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.report import Variant
-from twice_rec.files import read_records, records_of_users
+from twice_rec.files import read_jsonl, read_records, records_of_users
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS
 from twice_rec.grpo.scoring import score_completions
 from twice_rec.prompts import rating_word
 from twice_rec.random_streams import random_stream
 from twice_rec.records import CandidateLists, Prediction, UserSequence
-
-logger = logging.getLogger(__name__)
 
 MOST_USERS = 200
 MOST_BYTES = 1_400_000  # of the page's data, whatever texts are in it
@@ -206,28 +203,18 @@ def _earned(
 
 
 def read_judgements(run_dir: Path, names: Sequence[str], usable: Callable[[Path], bool]) -> Judgements:
-    """Return the verdicts of all judges on the rationales of some variants, with the item shown."""
+    """Return the verdicts of all judges on some variants' rationales: the score with the item shown, or why none."""
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in names:
         path = run_dir / "judge" / name / "verdicts.jsonl"
-        for row in _rows(path) if usable(path) else ():
-            if row.get("condition", "item_shown") == "item_shown":
-                verdict = row.get("score", row.get("verdict"))
-                said = "no verdict" if verdict is None else str(verdict)
-                found.setdefault((name, str(row.get("user_id"))), []).append((str(row.get("judge", "judge")), said))
+        for _, row in read_jsonl(path) if usable(path) else ():
+            if row.get("condition") == "item_shown":
+                score, why = row.get("score"), row.get("why") or row.get("no_verdict") or ""
+                said = "no verdict" if score is None else f"score {score}"
+                found.setdefault((name, str(row.get("user_id"))), []).append(
+                    (str(row.get("judge")), _cut(f"{said}. {why}" if why else said))
+                )
     return found
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                logger.warning("%s: a line is not JSON; its verdict is left out", path)
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 def _cut(text: str) -> str:

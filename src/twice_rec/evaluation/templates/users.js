@@ -61,14 +61,22 @@
   function pageOf(user) {
     const past = user.history.map(([id, rating, review]) => make("li", null, "",
       make("span", title(id)), make("div", [brand(id), rating, review && `“${review}”`].filter(Boolean).join(" · "), "review")));
-    const answers = data.variants.filter(([name]) => name in user.answers).map(([name]) => answerOf(user, name));
+    const names = data.variants.map(([name]) => name).filter((name) => name in user.answers);
+    const first = names.filter(isFirst).map((name) => answerOf(user, name));
+    const others = names.filter((name) => !isFirst(name)).map((name) => answerOf(user, name));
+    const more = make("details", null, "", make("summary", `${others.length} more variants`), make("div", null, "answers", ...others));
     return [
       make("h3", `User ${user.id}`),
       make("h4", "History, oldest first"), make("ol", null, "", ...past),
       make("h4", "Candidates, as the prompt lists them"), candidatesOf(user),
-      make("h4", "What each variant wrote and chose"), make("div", null, "answers", ...answers),
+      make("h4", "What each variant wrote and chose"), make("div", null, "answers", ...first),
+      ...(others.length ? [more] : []),
     ];
   }
+
+  // The paper's variants and the chosen one are open, all others folded, unless they are few.
+  const papers = ["base", "stage2", "stage3_C", "stage3_D", "stage3"];
+  const isFirst = (name) => data.variants.length <= 6 || papers.includes(name) || name === by.value;
 
   function candidatesOf(user) {
     const head = ["Candidate", ...(user.confidence.length ? ["CF confidence"] : []), "Chosen by"];
@@ -88,7 +96,9 @@
         cells.push(make("td", user.confidence[place].toFixed(3), "", make("span", null, "meter", filled)));
       }
       const who = data.variants.filter(([key]) => user.answers[key] && user.answers[key].choice === id);
-      cells.push(make("td", who.map(([, label]) => label).join("; ")));
+      const named = who.filter(([key]) => isFirst(key)).map(([, label]) => label);
+      const rest = who.length - named.length;
+      cells.push(make("td", [...named, ...(rest ? [`${rest} more`] : [])].join("; ")));
       return make("tr", null, id === user.target ? "target" : "", ...cells);
     });
     const box = make("div", null, "scroll", make("table", null, "", make("thead", null, "", top), make("tbody", null, "", ...rows)));
