@@ -32,7 +32,7 @@ from stages.pipeline import ALL, ROOT, STAGES, words
 from twice_rec import prompts
 from twice_rec.answer_format import parse
 from twice_rec.catalog import Outcome
-from twice_rec.cf.recipe import SASRecRecipe
+from twice_rec.cf.recipe import BaselinesRecipe, SASRecRecipe
 from twice_rec.data.dataset import PreparedData, candidates_file
 from twice_rec.data.recipe import PrepareRecipe
 from twice_rec.evaluation.recipe import AbTestRecipe, EvaluateRecipe, JudgeRecipe, ReportRecipe
@@ -188,8 +188,7 @@ def is_consistent(run_dir):
 RECIPES = {
     "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
     "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe,
-    "report": ReportRecipe,
-    "share": ShareRecipe, "study": StudyRecipe,
+    "baselines": BaselinesRecipe, "report": ReportRecipe, "share": ShareRecipe, "study": StudyRecipe,
 }  # fmt: skip
 assert set(RECIPES) == set(command_line.STAGES) - {"serve"}, "a new stage is drawn as well"
 
