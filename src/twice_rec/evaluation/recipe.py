@@ -149,6 +149,12 @@ class ReportRecipe(Recipe):
     )
     comparison_metric: str = key("uniform/hr@1", "metric of the comparisons")
     bootstrap_samples: int = key(1000, "resamples behind each 95 % interval", ge=100)
+    quote: str | None = key(
+        None,
+        "also write what documents quote to this JSON file: figures, comparisons and claims, with commands, commits, "
+        "machine and seeds",
+        changes_result=False,
+    )
 
     @rule
     def comparisons_are_pairs(self) -> str | None:

@@ -18,8 +18,10 @@ from twice_rec.evaluation.evidence import Sources, gather
 from twice_rec.evaluation.groups import details_of
 from twice_rec.evaluation.page import save_report, show_report
 from twice_rec.evaluation.predictions import PREDICTIONS
+from twice_rec.evaluation.quotation import quotation
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import read_variants, results_of
+from twice_rec.files import write_json
 from twice_rec.manifest import Hashes
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import command
@@ -44,6 +46,8 @@ def report(recipe: ReportRecipe) -> None:
         results |= details_of(variants, PreparedData(runs[0] / "data"), recipe)
         evidence = gather(recipe, variants, sources)
         run.finish(save_report(run.path, results, evidence, recipe, evaluations), {"left_out": results["left_out"]})
+        if recipe.quote is not None:
+            write_json(Path(recipe.quote).expanduser(), quotation(results, runs, recipe.domain))
     show_status(recipe.run_path)
     show_report(results, recipe.comparison_metric)
     logger.info("with intervals and all lists: %s", run.path / "index.html")
