@@ -10,6 +10,8 @@ from twice_rec.study.places import Places
 from twice_rec.study.plan import Run
 from twice_rec.study.runner import Row
 
+_WHY = 160  # characters of an error in the table; the log has all of it
+
 
 def plan_table(runs: Sequence[Run], expected: Mapping[Run, Expected], places: Places) -> str:
     """Return the runs in their order, with the seconds that are expected of each, and of all together."""
@@ -55,5 +57,6 @@ def result_table(rows: Sequence[Row]) -> str:
     for row in rows:
         about = [row.run.domain] if several else []
         seconds = "-" if row.seconds is None else f"{row.seconds:,.0f}"
-        cells.append([*about, str(row.run.seed), row.run.stage, row.run.what, row.state, seconds, row.says])
+        why = row.says if len(row.says) <= _WHY else f"{row.says[:_WHY]} ..."
+        cells.append([*about, str(row.run.seed), row.run.stage, row.run.what, row.state, seconds, why])
     return markdown_table([*(["domain"] if several else []), "seed", "stage", "what", "state", "seconds", "why"], cells)
