@@ -115,6 +115,10 @@ class HashPolicy:
     def __init__(self):
         self.asked = 0
 
+    def certainties(self, prompt, completions):
+        self.asked += 1
+        return [float(sum(ids)) for ids in completions]
+
     def score(self, prompt, answers):
         self.asked += 1
         return [-float(zlib.crc32((prompt[0]["content"] + answer).encode()) % 7) for answer in answers]
@@ -227,11 +231,12 @@ def test_a_reward_is_one_function():
         step.functions = [step._named("brevity")]
         asked = {**call(["abcd", "ab"], [["I1", "I2"]] * 2, ["I1"] * 2), "completion_ids": [[1, 2], [3]]}
         assert step.functions[0](**asked) == [2 - 2 / 4, 2 - 1 / 2]
-        assert REWARDS["brevity"] == rewards.Reward(brevity, depends_on_item=False, needs_policy=False)
+        assert REWARDS["brevity"] == rewards.Reward(brevity, depends_on_item=False, needs_policy=None)
     finally:
         del REWARDS["brevity"]
     assert [name for name, reward in REWARDS.items() if reward.depends_on_item] == ["collaborative", "match", "cf"]
-    assert [name for name, reward in REWARDS.items() if reward.needs_policy] == ["rank"]
+    asking = {name: reward.needs_policy for name, reward in REWARDS.items() if reward.needs_policy}
+    assert asking == {"rank": "target_rank", "certainty": "self_certainty"}
 
 
 def test_functions_for_the_trainer():
@@ -277,6 +282,18 @@ def test_the_policy_is_asked_only_where_a_recipe_names_rank():
     assert policy.asked == 1
     with pytest.raises(ValueError, match="rank needs the policy"):
         step_rewards(["rank"])
+
+
+def test_certainty_is_asked_for_once_per_prompt_and_needs_no_right_answer():
+    policy = HashPolicy()
+    prompts = [[{"role": "user", "content": text}] for text in "abab"]
+    texts = [COMPLETE, "no answer", answer("I2", "item 2"), "x"]
+    asked = call(texts, [["I1", "I2"]] * 4, ["I1"] * 4, completion_ids=[[1], [2, 3], [7, 1, 1], [4]])
+    step = step_rewards(["certainty", "structure"], policy=policy)
+    assert step.functions[0](**{**asked, "prompts": prompts}) == [1, 5, 9, 4]
+    assert policy.asked == 2  # prompts, and no candidate
+    with pytest.raises(ValueError, match="certainty needs the policy"):
+        step_rewards(["certainty"])
 
 
 def test_rank_is_that_of_evaluation_by_likelihood():

@@ -1,6 +1,7 @@
 """The shared prefix is exact: values and gradients of the plain computation, for every kind of attention."""
 
 import functools
+import math
 import random
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.grpo.trainer import padded_scores
 from twice_rec.llm import attention
 from twice_rec.llm.models import compile_layers
-from twice_rec.llm.shared_prefix import SharedRows, continuation_logprobs
+from twice_rec.llm.shared_prefix import SharedRows, continuation_certainties, continuation_logprobs
 
 MODELS = {
     "gemma3": gemma3(),
@@ -256,3 +257,37 @@ def test_varlen_is_as_close_as_the_plain_computation(make, compiled):
 
     for ours, theirs in zip(distance(segments), distance(plain_one), strict=True):
         assert 0 < ours < 1.5 * theirs
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-chunked", "llama-varlen"])
+def test_certainties_are_those_of_rows_of_their_own(name):
+    model, prompt, continuations = MODELS[name], [5, 6, 7, 8], [[9, 10, 11], [9, 10, 12, 13], [4]]
+    with torch.no_grad():
+        found = continuation_certainties(model, prompt, continuations)
+        for continuation, values in zip(continuations, found, strict=True):
+            logits = model(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0].float()
+            logs = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+            expected = -math.log(logs.shape[1]) - logs.mean(dim=1)
+            assert values.shape == (len(continuation),)
+            assert torch.allclose(values, expected, atol=1e-4)
+            assert (values > 0).all()
+
+
+class Always(torch.nn.Module):
+    """A head that gives the same logits everywhere."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, hidden):
+        return self.logits.expand(*hidden.shape[:-1], -1)
+
+
+def test_certainty_by_hand():
+    """Of 1/2, 1/4, 1/8, 1/8: -log 4 + (1 + 2 + 3 + 3) / 4 log 2 = log 2 / 4; of equal ones 0."""
+    model = llama()
+    for logits, expected in [([4.0, 3.0, 2.0, 2.0], math.log(2) / 4), ([1.0, 1.0, 1.0, 1.0], 0.0)]:
+        model.lm_head = Always([value * math.log(2) for value in logits])
+        for values in continuation_certainties(model, [5, 6], [[1, 2], [3]]):
+            assert values.tolist() == pytest.approx([expected] * len(values), abs=1e-6)

@@ -213,12 +213,13 @@ class GRPORecipe(
         return None
 
     @rule
-    def rank_judges_rationales(self) -> str | None:
+    def the_policy_can_be_asked(self) -> str | None:
         asking = [name for name in self.reward_funcs if REWARDS[name].needs_policy]
-        if asking and self.item_first:
+        ranking = [name for name in asking if REWARDS[name].needs_policy == "target_rank"]
+        if ranking and self.item_first:
             return (
-                f"the reward {asking[0]} judges the rationale by the item that follows it, but item_first is true: all "
-                f"completions of a prompt would earn the same; leave {asking[0]} out of reward_funcs"
+                f"the reward {ranking[0]} judges the rationale by the item that follows it, but item_first is true: "
+                f"all completions of a prompt would earn the same; leave {ranking[0]} out of reward_funcs"
             )
         if asking and self.attn_implementation not in SHARES_PREFIXES:
             *others, last = SHARES_PREFIXES

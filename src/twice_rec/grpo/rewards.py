@@ -50,6 +50,7 @@ class ScoredCompletion:
         confidence: the CF model's confidence in the recommended candidate, in [0, 1]; 0 without one.
         target_rank: rank of the target among the candidates, 1 is best, by the policy's likelihood of each candidate's
             answer after this completion's rationale; None without a rationale, or if no reward needs it.
+        self_certainty: the policy's, in nats, see `certainty`; None if no reward needs it.
         num_tokens: length of the completion in tokens; None if the caller does not know it.
     """
 
@@ -59,8 +60,10 @@ class ScoredCompletion:
     confidence: float
     target_rank: int | None = None
     num_tokens: int | None = None
+    self_certainty: float | None = None
 
 
+PolicyField = Literal["target_rank", "self_certainty"]  # what of a `ScoredCompletion` the policy is asked for
 RewardFunction = Callable[[ScoredCompletion, RewardConfig], float]
 
 
@@ -70,13 +73,15 @@ class Reward:
 
     function: RewardFunction
     depends_on_item: bool  # on the recommended item, and on nothing else in the text
-    needs_policy: bool  # it reads `ScoredCompletion.target_rank`, for which the policy is asked
+    needs_policy: PolicyField | None  # the field that it reads and for which the policy is asked
 
 
 REWARDS: dict[str, Reward] = {}  # name -> reward, in the order of this file
 
 
-def reward(*, depends_on_item: bool = False, needs_policy: bool = False) -> Callable[[RewardFunction], RewardFunction]:
+def reward(
+    *, depends_on_item: bool = False, needs_policy: PolicyField | None = None
+) -> Callable[[RewardFunction], RewardFunction]:
     """Register a reward under its function's name; see `Reward` for the marks."""
 
     def register(function: RewardFunction) -> RewardFunction:
@@ -147,7 +152,7 @@ def only_expected_tags(completion: ScoredCompletion, config: RewardConfig) -> fl
     return float(unexpected == 0)
 
 
-@reward(needs_policy=True)
+@reward(needs_policy="target_rank")
 def rank(completion: ScoredCompletion, config: RewardConfig) -> float:
     """Return 1 / rank or 1 / log2(1 + rank) of the target, in [0, 1]; ours.
 
@@ -158,3 +163,15 @@ def rank(completion: ScoredCompletion, config: RewardConfig) -> float:
     if config.reward_rank == "reciprocal_rank":
         return 1.0 / completion.target_rank
     return 1.0 / math.log2(1 + completion.target_rank)
+
+
+@reward(needs_policy="self_certainty")
+def certainty(completion: ScoredCompletion, config: RewardConfig) -> float:
+    """Return the policy's own certainty, after the idea of Intuitor; it knows neither the target nor a CF model.
+
+    The mean over the completion's tokens, the stop token included, of KL(uniform || policy), in nats, at temperature 1:
+    with V tokens in the vocabulary, of which v has the probability p(v), -log V - (1 / V) * sum of log p(v) over all v.
+    It is 0 if all tokens are equally likely, and has no upper end. It is not scaled: its weight sets it off against the
+    format rewards, and `scale_rewards` divides a group's sum by its deviation.
+    """
+    return completion.self_certainty or 0.0

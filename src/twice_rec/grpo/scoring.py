@@ -81,6 +81,21 @@ def with_target_ranks(
         yield replace(one, target_rank=int(rank))
 
 
+def with_certainties(
+    scored: Sequence[ScoredCompletion], prompts: Any, columns: Columns, policy: PolicyScorer
+) -> list[ScoredCompletion]:
+    """Give each completion its `self_certainty`; the completions of a prompt are asked about together."""
+    groups: dict[tuple[str, ...], list[int]] = {}  # prompt -> its completions
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(tuple(message["content"] for message in prompt), []).append(number)
+    found = list(scored)
+    for numbers in groups.values():
+        values = policy.certainties(prompts[numbers[0]], [columns["completion_ids"][number] for number in numbers])
+        for number, value in zip(numbers, values, strict=True):
+            found[number] = replace(scored[number], self_certainty=value)
+    return found
+
+
 class StepRewards:
     """The rewards of a recipe as the functions that TRL's GRPOTrainer calls; a step is scored once for all of them.
 
@@ -104,7 +119,7 @@ class StepRewards:
             raise ValueError(f"the reward {asking[0]} needs the policy")
         self.config = recipe.model_copy(update={"reward_tau": tau_of(recipe, data, model)})
         self._catalog, self._model = data.catalog, model
-        self._policy = policy if asking else None
+        self._policy, self._asked = policy, {REWARDS[name].needs_policy for name in asking}
         _, items = data.training_histories().flat()
         self._log_popularity = np.log1p(np.bincount(items, minlength=len(data.catalog) + 1))  # [N + 1]
         self._last: tuple[Any, list[ScoredCompletion]] = (None, [])  # a step's completions as they came, and scored
@@ -123,8 +138,10 @@ class StepRewards:
         if self._last[0] is not completions:
             texts = [completion[0]["content"] for completion in completions]
             scored = score_completions(texts, columns, self._catalog, self._model, self.config)
-            if self._policy is not None:
+            if self._policy is not None and "target_rank" in self._asked:
                 scored = list(with_target_ranks(scored, prompts, columns, self._catalog, self._policy))
+            if self._policy is not None and "self_certainty" in self._asked:
+                scored = with_certainties(scored, prompts, columns, self._policy)
             self._last = (completions, scored)
             if log_extra is not None:
                 for name, values in self._kept(scored, columns).items():

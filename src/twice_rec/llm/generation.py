@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from twice_rec.errors import InputError
 from twice_rec.llm.attention import layer_windows
 from twice_rec.llm.recipe import TAKES_MASKS
-from twice_rec.llm.shared_prefix import as_attention_mask, continuation_logprobs
+from twice_rec.llm.shared_prefix import as_attention_mask, continuation_certainties, continuation_logprobs
 from twice_rec.llm.tokens import encode_chat, stop_token_ids
 from twice_rec.prompts import Message
+
+_AT_ONCE = 1024  # tokens whose logits over the whole vocabulary exist at the same time: 1 GiB for one of 262,144
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,13 +263,36 @@ class PolicyScorer:
         Raises:
             InputError: under ZeRO-3, where no process has the whole model.
         """
+        with self._whole_model():
+            return TransformersGenerator(self._model, self._tokenizer, max_new_tokens=1).score(prompt, completions)
+
+    @torch.inference_mode()
+    def certainties(self, prompt: Sequence[Message], completions: Sequence[Sequence[int]]) -> list[float]:
+        """Return for each completion, which is token ids, the mean of `continuation_certainties`, at temperature 1.
+
+        This takes a forward pass over the prompt for every `_AT_ONCE` tokens of its completions, since the logits
+        of all their tokens exist at the same time. Raises as `score` does.
+        """
+        ids, found = encode_chat(self._tokenizer, prompt), list[float]()
+        with self._whole_model():
+            while len(found) < len(completions):
+                sizes = accumulate(map(len, completions[len(found) :]))
+                count = max(1, sum(size <= _AT_ONCE for size in sizes))
+                batch = completions[len(found) : len(found) + count]
+                found += [float(values.mean()) for values in continuation_certainties(self._model, ids, batch)]
+        return found
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Set the model to `eval()` for a while."""
         if is_deepspeed_zero3_enabled():
             raise InputError(
-                "the reward rank needs the whole model in every process, which ZeRO-3 splits; use "
-                "recipes/accelerate_configs/zero2.yaml, or leave rank out of reward_funcs"
+                "the rewards rank and certainty need the whole model in every process, which ZeRO-3 splits; use "
+                "recipes/accelerate_configs/zero2.yaml, or leave them out of reward_funcs"
             )
         training = self._model.training
+        self._model.eval()
         try:
-            return TransformersGenerator(self._model, self._tokenizer, max_new_tokens=1).score(prompt, completions)
+            yield
         finally:
             self._model.train(training)

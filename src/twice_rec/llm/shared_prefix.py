@@ -10,6 +10,7 @@ Shapes: G rows, L columns, N tokens of all continuations, M of them different (a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -149,12 +150,32 @@ def continuation_logprobs(
     Returns:
         One float32 tensor per continuation, with gradients if the caller allows them.
     """
+    rows, logits = _predictions(model, prompt, continuations)
+    logprobs = torch.log_softmax(logits, dim=-1).gather(1, rows.targets[:, None]).squeeze(1)  # [M]
+    return list(logprobs[rows.places].split([len(continuation) for continuation in continuations]))
+
+
+def continuation_certainties(
+    model: PreTrainedModel, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Return KL(uniform || model), in nats, where each token of each continuation is predicted.
+
+    With logits z over V tokens it is logsumexp(z) - mean(z) - log V: 0 if all tokens are equally likely, else above.
+    Arguments and result are as in `continuation_logprobs`.
+    """
+    rows, logits = _predictions(model, prompt, continuations)
+    certainties = logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])  # [M]
+    return list(certainties[rows.places].split([len(continuation) for continuation in continuations]))
+
+
+def _predictions(
+    model: PreTrainedModel, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> tuple[SharedRows, Tensor]:
+    """Return the layout of one prompt's continuations, and the logits, float32 [M, V], that predict their tokens."""
     if not prompt or not all(continuations):
         raise ValueError("the prompt and every continuation need at least one token")
     rows = SharedRows.of([(prompt, continuations)], model)
-    logits = model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0]  # [M, V]
-    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, rows.targets[:, None]).squeeze(1)  # [M]
-    return list(logprobs[rows.places].split([len(continuation) for continuation in continuations]))
+    return rows, model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0].float()
 
 
 def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
