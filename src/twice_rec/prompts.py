@@ -88,6 +88,8 @@ RUBRIC: Mapping[str, str] = {
     "consistent": "it says nothing that the next product's title or details contradict",
 }
 
+PICK = "choice"  # key of the JSON object in which a self-check by picking answers
+
 _ANALYST = (
     "You study why customers of an online shop buy what they buy. You are shown a customer's past purchases, with a "
     "rating and a review where the customer left one, and the product that came next. Find out what led from the one "
@@ -111,6 +113,11 @@ _AS_JSON = "Answer with one JSON object and nothing around it:"
 _CHECKER = (
     "You check explanations of purchases before a model learns from them. Hold each one against the customer's "
     "history line by line. When in doubt, a point does not hold."
+)
+_READER = (
+    "You are given a customer's past purchases, a list of products, and somebody's explanation of what the customer "
+    "buys next, which may be good or bad. Choose the one product of the list that the purchases and the explanation "
+    "together call for most."
 )
 
 _RECOMMENDER = "You recommend the product a customer buys next, judging by their purchases and reviews."
@@ -236,6 +243,15 @@ def self_check(history: History, target: Item, shown: PromptFormat, rationale: s
     return _conversation(_CHECKER, "\n\n".join([*parts, _AS_JSON, form]))
 
 
+def self_pick(history: History, candidates: Sequence[Item], shown: PromptFormat, rationale: str) -> list[Message]:
+    """Return the prompt that asks which of the candidates a rationale leads to; it does not tell which one is right."""
+    fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
+    ahead = ["Candidates:", *_numbered([describe_item(item, fields, shown) for item in candidates])]
+    form = json.dumps({PICK: "the number of the candidate"}, indent=1)
+    parts = ["\n".join(_past(history, shown)), "\n".join(ahead), f"Explanation:\n{rationale}", _AS_JSON, form]
+    return _conversation(_READER, "\n\n".join(parts))
+
+
 def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[Message]:
     """Return the same question once more, with the completion that could not be used and what is wrong with it."""
     complaint = f"This answer cannot be used: {fault}. Give the whole JSON object again, with that put right."
@@ -244,12 +260,15 @@ def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[
 
 def _history_and_target(history: History, target: Item, shown: PromptFormat) -> str:
     """Return the history, numbered from 1 as the evidence counts it, and the next product, without ids."""
-    past_fields = [name for name in shown.prompt_history_fields if name != "item_id"]
     next_fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
-    without_ids = shown.model_copy(update={"prompt_history_fields": past_fields})
+    return "\n".join([*_past(history, shown), "", "Next product:", describe_item(target, next_fields, shown)])
+
+
+def _past(history: History, shown: PromptFormat) -> list[str]:
+    fields = [name for name in shown.prompt_history_fields if name != "item_id"]
+    without_ids = shown.model_copy(update={"prompt_history_fields": fields})
     past = [describe_interaction(interaction, item, without_ids) for interaction, item in history]
-    lines = ["Past purchases, oldest first:", *_numbered(past), "", "Next product:"]
-    return "\n".join([*lines, describe_item(target, next_fields, shown)])
+    return ["Past purchases, oldest first:", *_numbered(past)]
 
 
 def _conversation(system: str, user: str) -> list[Message]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twice_rec import answer_format
-from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
+from twice_rec.prompts import ANNOTATION_FIELDS, PICK, RUBRIC
 from twice_rec.records import VERDICTS, Verdict
 
 _OPENING = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>|\[THINK\]|◁think▷)", re.IGNORECASE)
@@ -43,6 +43,11 @@ def annotation_schema(num_shown: int) -> dict[str, Any]:
         {"type": "number", "enum": [tenth / 10 for tenth in range(11)]},
     )
     return _schema(dict(zip(ANNOTATION_FIELDS, values, strict=True)))
+
+
+def pick_schema(num_candidates: int) -> dict[str, Any]:
+    """Return the schema of a pick among so many candidates."""
+    return _schema({PICK: {"type": "integer", "enum": list(range(1, num_candidates + 1))}})
 
 
 class Malformed(Exception):
@@ -86,6 +91,14 @@ def parse_check(text: str) -> tuple[str, ...]:
     for name in RUBRIC:
         _require(isinstance(found[name], bool), f"{name} must be true or false", found[name])
     return tuple(name for name in RUBRIC if not found[name])
+
+
+def parse_pick(text: str, num_candidates: int) -> int:
+    """Return the position of the picked candidate, from 0; raises Malformed like the others."""
+    pick = _single_object(text, [PICK])[PICK]
+    is_one = type(pick) is int and 1 <= pick <= num_candidates
+    _require(is_one, f"{PICK} must be the number of a candidate, 1 to {num_candidates}", pick)
+    return pick - 1
 
 
 def _require(holds: bool, what: str, found: Any) -> None:
