@@ -368,7 +368,7 @@ GOOD = moods.message(json.dumps({"rationale": "tea " * 9, "verdict": "relevant",
 API_KEYS = {
     "stream": st.just("true"),
     "structured_outputs": st.just("false"),
-    "self_check": st.just("true"),
+    "self_check": st.sampled_from(["true", "pick"]),
     "max_unanswered": st.just("9"),
     "max_attempts": st.sampled_from(["1", "3"]),
     "max_failures_in_a_row": st.sampled_from(["1", "3"]),

@@ -14,7 +14,19 @@ TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 
 
 @pytest.mark.parametrize(
-    "name", ["rationales", "Rationales", "wandb", "base_sampled", "grpo_x", "sft_x", "../data", "ease", "study"]
+    "name",
+    [
+        "rationales",
+        "Rationales",
+        "wandb",
+        "base_sampled",
+        "grpo_x",
+        "sft_x",
+        "rationales_x",
+        "../data",
+        "ease",
+        "study",
+    ],
 )
 def test_a_sasrec_has_a_folder_of_its_own(name):
     with pytest.raises(InputError, match="variant is"):
