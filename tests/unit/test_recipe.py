@@ -286,9 +286,9 @@ PREPARE = MINIMAL + "source: release\n"
         (RationalesRecipe, {"annotator": "openai", "exemplars": "x.json"}, "annotator openai needs model, found null"),
         (RationalesRecipe, {"annotator": "batch", "model": "m"}, "annotator batch needs exemplars, found null"),
         (RationalesRecipe, {"self_check": "true"}, "annotator offline has no model that could check"),
-        (RationalesRecipe, {"self_check": "guess"}, "self_check must be true or false or one of pick, found guess"),
+        (RationalesRecipe, {"self_check": "guess"}, "self_check must be true or false or one of pick, found 'guess'"),
         (RationalesRecipe, {"annotator": "release", "source_dir": "d", "self_check": "pick"}, "release has no model"),
-        (RationalesRecipe, {"folder": "answers"}, "folder is 'answers'; it must be rationales or rationales_NAME"),
+        (RationalesRecipe, {"variant": "answers"}, "variant is 'answers'; it must be rationales or rationales_NAME"),
         (
             SFTRecipe,
             {"model_name_or_path": "m", "rationales": "data"},

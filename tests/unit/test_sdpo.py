@@ -48,7 +48,7 @@ def recipe_of(folder, start="m", **keys):
     values = {
         "run_dir": str(folder), "domain": "D", "seed": 1, "model_name_or_path": str(start), "dtype": "float32",
         "use_cpu": "true", "bf16": "false", "max_steps": 3, "save_steps": 1, "logging_steps": 1,
-        "per_device_train_batch_size": 2, "learning_rate": 0.02, "lr_scheduler_type": "constant", **keys,
+        "per_device_train_batch_size": 2, "learning_rate": 0.003, "lr_scheduler_type": "constant", **keys,
     }  # fmt: skip
     path = folder / "sdpo.yaml"
     path.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
@@ -142,7 +142,7 @@ def train(start, folder, kill_at=None):
     recipe = recipe_of(folder, model)
     with StageRun(recipe, "sdpo", recipe.folder) as run:
         run.begin()
-        trainer = sdpo_trainer(recipe, rows_of(tokenizer, recipe), tokenizer, model, run.path)
+        trainer = sdpo_trainer(recipe, rows_of(tokenizer, recipe, EXAMPLES[:2]), tokenizer, model, run.path)
         if kill_at:
             trainer.add_callback(EndsAt(kill_at))
         run.train(trainer)

@@ -180,9 +180,9 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
     )
     source_dir: str | None = key(None, "annotator release: folder of the authors' files", changes_result=False)
     max_rationales: int | None = key(None, "number of training users to annotate, drawn by seed; null for all", ge=1)
-    folder: str = key(
+    variant: str = key(
         "rationales",
-        "folder of the results under run_dir, rationales or rationales_NAME; stage 2 reads it by its key rationales",
+        "name of the results, rationales or rationales_NAME: their folder under run_dir, which sft's rationales names",
         changes_result=False,
     )
     self_check: bool | Literal["pick"] = key(
@@ -221,7 +221,7 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
         return f"{found} has no model that could check; set it to false"
 
     @rule
-    def the_folder_is_of_rationales(self) -> str | None:
-        if not is_named(self.folder, "rationales"):
-            return f"folder is {self.folder!r}; it must be rationales or rationales_NAME"
+    def variant_names_rationales(self) -> str | None:
+        if not is_named(self.variant, "rationales"):
+            return f"variant is {self.variant!r}; it must be rationales or rationales_NAME"
         return None

@@ -62,7 +62,7 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
     )
     rationales: str = key(
         "rationales",
-        "folder of stage 1 whose rationales are trained on: rationales or rationales_NAME, as in its key folder",
+        "folder of stage 1 whose rationales are trained on: rationales or rationales_NAME, its variant",
         changes_result=False,
     )
     model_name_or_path: str = required("the base model: a folder, or a name on the hub")

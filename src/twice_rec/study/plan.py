@@ -214,7 +214,9 @@ def _makes(stage: str, recipe: Recipe) -> list[Path]:
     """The results folders that a run writes, the one with its manifest first."""
     if stage in FIXED:
         names = [FIXED[stage]]
-    elif isinstance(recipe, (RationalesRecipe, SFTRecipe, SDPORecipe, GRPORecipe)):
+    elif isinstance(recipe, RationalesRecipe):
+        names = [recipe.variant]
+    elif isinstance(recipe, (SFTRecipe, SDPORecipe, GRPORecipe)):
         names = [recipe.folder]
     elif isinstance(recipe, SASRecRecipe):
         names = [recipe.variant, *(f"eval/{name}" for name in (recipe.variant, *recipe.baselines))]
