@@ -23,7 +23,7 @@ cd "$root"
 export PATH="$venv/bin:$PATH" PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
 run=(-m twice_rec "$stage" "$recipe" "$@")
 case $stage in
-  sft | grpo) [ -n "$config" ] || ! nvidia-smi -L >/dev/null 2>&1 || config=recipes/accelerate_configs/ddp.yaml ;;
+  sft | sdpo | grpo) [ -n "$config" ] || ! nvidia-smi -L >/dev/null 2>&1 || config=recipes/accelerate_configs/ddp.yaml ;;
   sasrec) ;; # one process, unless ACCELERATE_CONFIG asks for more
   *) config= ;;
 esac

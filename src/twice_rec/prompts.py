@@ -89,6 +89,8 @@ RUBRIC: Mapping[str, str] = {
     "consistent": "it says nothing that the next product's title or details contradict",
 }
 
+PICK = "choice"  # key of the JSON object in which a self-check by picking answers
+
 _ANALYST = (
     "You study why customers of an online shop buy what they buy. You are shown a customer's past purchases, with a "
     "rating and a review where the customer left one, and the product that came next. Find out what led from the one "
@@ -112,6 +114,11 @@ _AS_JSON = "Answer with one JSON object and nothing around it:"
 _CHECKER = (
     "You check explanations of purchases before a model learns from them. Hold each one against the customer's "
     "history line by line. When in doubt, a point does not hold."
+)
+_READER = (
+    "You are given a customer's past purchases, a list of products, and somebody's explanation of what the customer "
+    "buys next, which may be good or bad. Choose the one product of the list that the purchases and the explanation "
+    "together call for most."
 )
 
 # The four levels of a judge of rationales -> what they mean. The first is looked up in the catalogue, never asked for.
@@ -288,6 +295,15 @@ def judge_choice(history: History, candidates: Sequence[Item], shown: PromptForm
     past = "\n".join(_past(history, shown))
     parts = [past, products, f"Reasons:\n{rationale}", _AS_JSON, json.dumps(CHOICE_FIELDS, indent=1)]
     return _conversation(_JUDGE_OF_HIDDEN, "\n\n".join(parts))
+
+
+def self_pick(history: History, candidates: Sequence[Item], shown: PromptFormat, rationale: str) -> list[Message]:
+    """Return the prompt that asks which of the candidates a rationale leads to; it does not tell which one is right."""
+    fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
+    ahead = ["Candidates:", *_numbered([describe_item(item, fields, shown) for item in candidates])]
+    form = json.dumps({PICK: "the number of the candidate"}, indent=1)
+    parts = ["\n".join(_past(history, shown)), "\n".join(ahead), f"Explanation:\n{rationale}", _AS_JSON, form]
+    return _conversation(_READER, "\n\n".join(parts))
 
 
 def ask_again(messages: Sequence[Message], completion: str, fault: str) -> list[Message]:

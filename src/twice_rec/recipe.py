@@ -156,6 +156,7 @@ class Recipe(Settings):
 class TrainerRecipe(Recipe):
     """A recipe in which the keys of one of TRL's configurations stand beside ours."""
 
+    LIBRARY: ClassVar[str] = "TRL"
     TRAINER_CONFIG: ClassVar[str]  # name of TRL's configuration
     OWNED: ClassVar[Mapping[str, str]] = {  # keys of it that the stage sets itself -> what to use instead
         "output_dir": "results go to a folder of run_dir",

@@ -437,7 +437,8 @@ def describe_keys(recipe: type[Recipe]) -> str:
             default = "required" if field.is_required() else f"default {_as_yaml(field.get_default())}"
             lines += [f"  --{name}", f"      {field.description} ({_describe_all(field.annotation)}; {default})"]
     if issubclass(recipe, TrainerRecipe):
-        lines += ["", f"The keys of TRL's {recipe.TRAINER_CONFIG} work too, as --key value or in the recipe."]
+        config = f"{recipe.LIBRARY}'s {recipe.TRAINER_CONFIG}"
+        lines += ["", f"The keys of {config} work too, as --key value or in the recipe."]
         lines += ["Those that the stage sets itself, or that would do nothing in it, are refused with what to use."]
     return "\n".join(lines[1:])
 

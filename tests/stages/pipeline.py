@@ -51,6 +51,7 @@ STAGES = {
 
 # Stages that reproduce.sh does not run.
 OTHERS = {
+    "sdpo": ("twice_rec.stages.stage2b_sdpo", "sdpo", "--max_steps 2"),
     "baselines": ("twice_rec.stages.stage3a_baselines", "baselines", "--models fossil --minutes 1"),
     "study": ("twice_rec.stages.stage6_study", "study", f"--seeds 1 --recipes_dir {ROOT}/recipes/tiny"),
 }  # fmt: skip

@@ -41,7 +41,7 @@ from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.manifest import BEGUN
 from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.records import SPLITS, CandidateLists
-from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 from twice_rec.sharing.recipe import ShareRecipe
 from twice_rec.stages import command_line
 from twice_rec.study.recipe import StudyRecipe
@@ -186,7 +186,8 @@ def is_consistent(run_dir):
 # Recipes
 
 RECIPES = {
-    "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sasrec": SASRecRecipe,
+    "prepare": PrepareRecipe, "rationales": RationalesRecipe, "sft": SFTRecipe, "sdpo": SDPORecipe,
+    "sasrec": SASRecRecipe,
     "grpo": GRPORecipe, "evaluate": EvaluateRecipe, "judge": JudgeRecipe, "ab_test": AbTestRecipe,
     "baselines": BaselinesRecipe, "report": ReportRecipe, "share": ShareRecipe, "study": StudyRecipe,
 }  # fmt: skip
@@ -370,7 +371,7 @@ GOOD = moods.message(json.dumps({"rationale": "tea " * 9, "verdict": "relevant",
 API_KEYS = {
     "stream": st.just("true"),
     "structured_outputs": st.just("false"),
-    "self_check": st.just("true"),
+    "self_check": st.sampled_from(["true", "pick"]),
     "max_unanswered": st.just("9"),
     "max_attempts": st.sampled_from(["1", "3"]),
     "max_failures_in_a_row": st.sampled_from(["1", "3"]),

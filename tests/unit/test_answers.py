@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from twice_rec import answer_format
 from twice_rec.prompts import ANNOTATION_FIELDS, RUBRIC
-from twice_rec.rationales.answers import CHECK_SCHEMA, Malformed, annotation_schema, parse_annotation, parse_check
+from twice_rec.rationales.answers import (
+    CHECK_SCHEMA,
+    Malformed,
+    annotation_schema,
+    parse_annotation,
+    parse_check,
+    parse_pick,
+    pick_schema,
+)
 from twice_rec.records import VERDICTS
 
 GOOD = {"rationale": "They liked the tea.", "verdict": "relevant", "evidence": [2, 1, 2], "confidence": 0.5}
@@ -97,6 +105,17 @@ def test_check():
         parse_check(json.dumps({**held, "causal": 1}))
     with pytest.raises(Malformed, match="no key specific"):
         parse_check(json.dumps({name: True for name in RUBRIC if name != "specific"}))
+
+
+def test_pick():
+    assert parse_pick('{"choice": 3}', 3) == 2
+    assert parse_pick('```json\n{"choice": 1}\n```', 3) == 0
+    for text in ('{"choice": 0}', '{"choice": 4}', '{"choice": "2"}', '{"choice": true}', '{"choice": 1.0}'):
+        with pytest.raises(Malformed, match="choice must be the number of a candidate, 1 to 3"):
+            parse_pick(text, 3)
+    with pytest.raises(Malformed, match="no key choice"):
+        parse_pick('{"pick": 1}', 3)
+    assert pick_schema(3)["properties"] == {"choice": {"type": "integer", "enum": [1, 2, 3]}}
 
 
 def test_schemas_ask_for_what_the_parser_wants():

@@ -269,6 +269,22 @@ class TestOfflineAnnotator:
         disliked = (Interaction("B1", 1, 1.0),)
         assert self.annotate(disliked, ("B3", "B2"), "B2").verdict == "irrelevant"
 
+    @pytest.mark.parametrize(
+        ("text", "kept"),
+        [
+            ("1 likes Vegan. Last was Tea, so Sauces.", True),  # sauce 2, pasta 1, tea 0
+            ("1 likes Vegan. Last was Tea.", False),  # sauce and pasta 1
+            ("1 likes Vegan. 2 likes Keto. Last was Sauces, so Pasta.", False),  # pasta 2; the last item's is no call
+            ("1 likes Keto. 2 dislikes Alder. Last was Tea, so Sauces.", False),  # tea 1, sauce 0
+            ("1 likes Alder. 2 dislikes Pasta. Last was Tea.", True),  # sauce 1, pasta 0
+            ("1 says nothing. Last was Tea.", False),
+        ],
+    )
+    def test_a_rationale_is_kept_if_it_leads_to_the_target_alone(self, text, kept):
+        rationale = Rationale("u", "B2", text, "relevant", (), 0.5, "offline")
+        found = OfflineAnnotator(CATALOG).review(Example("u", HISTORY, ("B1", "B2", "B3"), "B2"), rationale)
+        assert found == (None if kept else "self-check: another candidate is picked")
+
     def test_texts_can_be_rendered(self):
         for history in itertools.product([1.0, 3.0, 5.0, None], repeat=2):
             entries = tuple(Interaction(item, 1, rating) for item, rating in zip(("B3", "B1"), history, strict=True))

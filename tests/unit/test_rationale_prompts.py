@@ -94,6 +94,31 @@ def test_self_check_prompt_has_the_whole_rubric():
     assert system["role"] == "system"
 
 
+def test_a_self_check_by_picking_does_not_tell_the_target():
+    """The prompts for two targets are the same, and the candidates come in the stored order, without ids."""
+    rationale = Rationale("u", "B2", "It calls for something sweet.", "relevant", (1,), 0.8, "m")
+    picking = questions(picks=True)
+    (request,), kept = play(picking.review(EXAMPLE, rationale), said('{"choice": 2}'))
+    (other,), rejected = play(picking.review(replace(EXAMPLE, target="B1"), rationale), said('{"choice": 2}'))
+    assert kept is None
+    assert rejected == "self-check: another candidate is picked"
+    assert request.body == other.body
+    asked = messages(request)[-1]["content"]
+    assert "Candidates:\n1. title: Quiet Chamomile | category: Tea\n2. title: Clover Honey | category: Honey\n" in asked
+    assert "Explanation:\nIt calls for something sweet." in asked
+    assert "id: B" not in asked
+    assert "Next product" not in asked
+    schema = json.loads(request.body)["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["choice"]["enum"] == [1, 2]
+
+
+def test_a_pick_that_is_no_candidate_is_asked_for_again():
+    rationale = Rationale("u", "B2", "Sweet.", "relevant", (1,), 0.8, "m")
+    asked, kept = play(questions(picks=True).review(EXAMPLE, rationale), said('{"choice": 9}'), said('{"choice": 2}'))
+    assert kept is None
+    assert "choice must be the number of a candidate, 1 to 2, not 9" in messages(asked[1])[-1]["content"]
+
+
 def test_evidence_points_into_the_whole_history():
     """Prompts show the last two of three purchases, so purchase 1 there is position 1 of the history."""
     (request,), rationale = play(questions().annotate(EXAMPLE), said(json.dumps(GOOD)))

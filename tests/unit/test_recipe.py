@@ -22,7 +22,7 @@ from twice_rec.recipe import Settings, TrainerRecipe
 from twice_rec.recipe_reader import describe_keys, load_recipe, show_recipe
 from twice_rec.records import CONDITIONS, RANKED_LISTS, VERDICTS
 from twice_rec.sft.dataset import TASKS
-from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 from twice_rec.sharing.recipe import ShareRecipe
 from twice_rec.stages.cost import CostRecipe
 from twice_rec.study.recipe import StudyRecipe
@@ -35,6 +35,10 @@ CLASSES = {
     "rationales": RationalesRecipe,
     "sft": SFTRecipe,
     "sft_qwen3": SFTRecipe,
+    "rationales_self_verified": RationalesRecipe,
+    "sft_self_verified": SFTRecipe,
+    "sdpo": SDPORecipe,
+    **dict.fromkeys(("grpo_rank", "grpo_certainty"), GRPORecipe),
     **dict.fromkeys(("sft_4gpus", "sft_8gpus"), SFTRecipe),
     "sasrec": SASRecRecipe,
     "sasrec_release": SASRecRecipe,
@@ -290,6 +294,14 @@ PREPARE = MINIMAL + "source: release\n"
         (RationalesRecipe, {"annotator": "openai", "exemplars": "x.json"}, "annotator openai needs model, found null"),
         (RationalesRecipe, {"annotator": "batch", "model": "m"}, "annotator batch needs exemplars, found null"),
         (RationalesRecipe, {"self_check": "true"}, "annotator offline has no model that could check"),
+        (RationalesRecipe, {"self_check": "guess"}, "self_check must be true or false or one of pick, found 'guess'"),
+        (RationalesRecipe, {"annotator": "release", "source_dir": "d", "self_check": "pick"}, "release has no model"),
+        (RationalesRecipe, {"variant": "answers"}, "variant is 'answers'; it must be rationales or rationales_NAME"),
+        (
+            SFTRecipe,
+            {"model_name_or_path": "m", "rationales": "data"},
+            "rationales is 'data'; it must be rationales or rationales_NAME",
+        ),
         (RationalesRecipe, {"max_cost": 5}, "max_cost is 5.0, but price_per_million_input and .* are 0"),
         (RationalesRecipe, {"max_similarity": 0.1}, "max_similarity is 0.1; it must be between 0.3 and 1"),
         (RationalesRecipe, {"extra_body": "{model: m}"}, "extra_body may not hold model"),

@@ -51,11 +51,11 @@ def test_seed_by_seed_and_what_all_seeds_share_once(tmp_path):
     runs = make_plan(study(tmp_path / "tiny"))
     of_each = ["sasrec sasrec", "sft stage2", "grpo stage3", "evaluate stage2", "evaluate stage3"]
     of_each += ["grpo stage3_lambda0", "evaluate stage3_lambda0"]
-    once = ["prepare", "rationales", "evaluate base", "evaluate oracle"]
+    once = ["prepare", "rationales rationales", "evaluate base", "evaluate oracle"]
     assert sorted(told(runs)) == sorted(
         [f"seed 42 {name}" for name in [*of_each, *once, "report"]] + [f"seed 43 {name}" for name in of_each]
     )
-    assert told(runs)[:2] == ["seed 42 prepare", "seed 42 rationales"]
+    assert told(runs)[:2] == ["seed 42 prepare", "seed 42 rationales rationales"]
     assert told(runs)[-1] == "seed 42 report"
     assert [run.seed for run in runs[:-1]] == sorted(run.seed for run in runs[:-1])
     other = next(run for run in runs if run.name == "seed 43 sft stage2")
@@ -82,7 +82,7 @@ def test_a_run_waits_for_what_it_reads_also_behind_links(tmp_path):
     def waits(name):
         return told(waits_for(of[name], runs))
 
-    assert waits("seed 43 sft stage2") == ["seed 42 prepare", "seed 42 rationales"]
+    assert waits("seed 43 sft stage2") == ["seed 42 prepare", "seed 42 rationales rationales"]
     assert waits("seed 43 grpo stage3") == ["seed 42 prepare", "seed 43 sft stage2", "seed 43 sasrec sasrec"]
     assert waits("seed 43 evaluate stage3_lambda0") == ["seed 42 prepare", "seed 43 grpo stage3_lambda0"]
     assert waits("seed 42 evaluate base") == ["seed 42 prepare"]

@@ -7,12 +7,13 @@ import pytest
 from twice_rec.errors import InputError
 from twice_rec.grpo.recipe import OF_TRL_ROLLOUTS, GRPORecipe
 from twice_rec.recipe_reader import load_recipe
-from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 
 SECRET = "hf_abcdefghijklmnop"
 STAGES = {
     SFTRecipe: "run_dir: r\ndomain: D\nseed: 1\nmodel_name_or_path: m\nuse_cpu: true\nbf16: false\n",
     GRPORecipe: "run_dir: r\ndomain: D\nseed: 1\nuse_cpu: true\nbf16: false\n",
+    SDPORecipe: "run_dir: r\ndomain: D\nseed: 1\nuse_cpu: true\nbf16: false\n",
 }
 
 

@@ -23,6 +23,7 @@ TINY = Path(__file__).parents[2] / "recipes" / "tiny"
         "base_sampled",
         "grpo_x",
         "sft_x",
+        "rationales_x",
         "../data",
         "ease",
         "S3Rec",

@@ -167,9 +167,8 @@ class SASRecRecipe(Recipe, SASRecConfig, SASRecTrainerConfig, DeviceConfig):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.variant):
             return f"variant is {self.variant!r}; it names folders: letters, digits, _ . -"
         name = self.variant.lower()  # some disks take upper and lower case for the same
-        if name in (*BASELINES, *RECBOLE_MODELS, *_TAKEN) or name.startswith(
-            ("grpo", "sft_", "base_", "stage2", "stage3")
-        ):
+        beginnings = ("grpo", "sft_", "rationales_", "base_", "stage2", "stage3")
+        if name in (*BASELINES, *RECBOLE_MODELS, *_TAKEN) or name.startswith(beginnings):
             return f"variant is {self.variant!r}, the name of a baseline or of another stage's results; choose another"
         return None
 

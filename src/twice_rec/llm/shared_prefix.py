@@ -193,6 +193,27 @@ def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tenso
         float32 [N] each, the tokens of one continuation after another; the entropies are None if the head computes
         none.
     """
+    rows, scores = _forward(model, groups, lambda rows: {"shift_labels": rows.targets[None], "fused_lm_head": True})
+    entropies = None if scores.entropy is None else scores.entropy[0, rows.places]  # [N]
+    return scores.log_probs[0, rows.places], entropies  # [N] each, of [1, M]
+
+
+def group_logprobs(model: torch.nn.Module, groups: Sequence[Group]) -> Tensor:
+    """Return the logprob of every continuation, the sum over its tokens, with gradients: float32 [continuations].
+
+    Arguments are as in `token_scores`, but the model has its own head, and the logits of all different tokens exist at
+    the same time.
+    """
+    rows, output = _forward(model, groups, lambda rows: {"use_cache": False})
+    logprobs = -torch.nn.functional.cross_entropy(output.logits[0].float(), rows.targets, reduction="none")  # [M]
+    lengths = [len(continuation) for _, continuations in groups for continuation in continuations]
+    return torch.stack([of_tokens.sum() for of_tokens in logprobs[rows.places].split(lengths)])
+
+
+def _forward(
+    model: torch.nn.Module, groups: Sequence[Group], keywords: Callable[[SharedRows], dict[str, Any]]
+) -> tuple[SharedRows, Any]:
+    """Return the layout and what a model, bare or wrapped, says where it predicts a token, [1, M, ...]."""
     from accelerate.utils import extract_model_from_parallel
 
     bare = extract_model_from_parallel(model)
@@ -204,9 +225,7 @@ def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tenso
         return output
 
     with bare.base_model.register_forward_hook(keep_what_predicts):
-        scores = model(**rows.inputs(bare), shift_labels=rows.targets[None], fused_lm_head=True)  # two of [1, M]
-    entropies = None if scores.entropy is None else scores.entropy[0, rows.places]  # [N]
-    return scores.log_probs[0, rows.places], entropies  # [N] each
+        return rows, model(**rows.inputs(bare), **keywords(rows))
 
 
 def segment_inputs(model: PreTrainedModel, segments: Segments, length: int) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def open_annotator(
         Stopped: if completions are missing and cannot be had now; those that came are stored.
     """
     if recipe.annotator == "offline":
-        yield Annotator(recipe.annotator, OfflineAnnotator(catalog, shown.prompt_history_items).annotate)
+        by_rule = OfflineAnnotator(catalog, shown.prompt_history_items)
+        yield Annotator(recipe.annotator, by_rule.annotate, by_rule.review if recipe.self_check else None)
     elif released is not None:
         yield Annotator(recipe.annotator, released.annotate)
     else:
@@ -112,4 +113,5 @@ def _collected(recipe: RationalesRecipe, catalog: ItemCatalog, shown: PromptForm
     # Only what passes every other check is reviewed: a review costs as much as an annotation.
     checks = Checks(recipe, catalog) if recipe.self_check else None
     with CompletionCache(recipe.run_path / COMPLETIONS) as cache:
-        yield Collected(Questions(catalog, shown, instructions, recipe, checks), cache)
+        questions = Questions(catalog, shown, instructions, recipe, checks, recipe.self_check == "pick")
+        yield Collected(questions, cache)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twice_rec import answer_format
-from twice_rec.prompts import ANNOTATION_FIELDS, CHOICE_FIELDS, JUDGED_LEVELS, RUBRIC, SCORE_FIELDS
+from twice_rec.prompts import ANNOTATION_FIELDS, CHOICE_FIELDS, JUDGED_LEVELS, PICK, RUBRIC, SCORE_FIELDS
 from twice_rec.records import VERDICTS, Verdict
 
 _OPENING = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>|\[THINK\]|◁think▷)", re.IGNORECASE)
@@ -52,6 +52,11 @@ def choice_schema(num_candidates: int) -> dict[str, Any]:
     """Return the schema of a judge's choice among so many candidates."""
     numbers = {"type": "integer", "enum": list(range(1, num_candidates + 1))}
     return _schema({"why": {"type": "string"}, "candidate": numbers})
+
+
+def pick_schema(num_candidates: int) -> dict[str, Any]:
+    """Return the schema of a pick among so many candidates."""
+    return _schema({PICK: {"type": "integer", "enum": list(range(1, num_candidates + 1))}})
 
 
 class Malformed(Exception):
@@ -117,6 +122,14 @@ def _numbered(text: str, fields: Iterable[str], name: str, allowed: Sequence[int
     _require(type(number) is int and number in allowed, expected, found[name])
     _require(isinstance(why, str), "why must be text", why)
     return number, _plain(why)
+
+
+def parse_pick(text: str, num_candidates: int) -> int:
+    """Return the position of the picked candidate, from 0; raises Malformed like the others."""
+    pick = _single_object(text, [PICK])[PICK]
+    is_one = type(pick) is int and 1 <= pick <= num_candidates
+    _require(is_one, f"{PICK} must be the number of a candidate, 1 to {num_candidates}", pick)
+    return pick - 1
 
 
 def _require(holds: bool, what: str, found: Any) -> None:

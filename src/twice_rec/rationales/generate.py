@@ -94,6 +94,7 @@ class Questions:
         shown: how much of items and reviews the prompts show.
         instructions: how every request for a rationale begins; `prompts.annotation_instructions` makes them.
         checks: what passes them gets a self-check; None for no self-checks.
+        picks: the self-check hides the target and asks which candidate it is, instead of showing it with a rubric.
     """
 
     catalog: ItemCatalog
@@ -101,6 +102,7 @@ class Questions:
     instructions: Sequence[Message]
     config: SamplingConfig
     checks: Checks | None = None
+    picks: bool = False
 
     @property
     def more(self) -> str:
@@ -131,6 +133,12 @@ class Questions:
     def review(self, example: Example, rationale: Rationale) -> Dialogue[str | None]:
         """Ask for the self-check; returns a reason to reject the rationale, or None. Raises like `annotate`."""
         past, _ = shown_history(example, self.catalog, self.shown)
+        if self.picks:
+            candidates = [self.catalog[item_id] for item_id in example.candidates]
+            messages = prompts.self_pick(past, candidates, self.shown, rationale.text)
+            parse = lambda text: answers.parse_pick(text, len(candidates))
+            picked = yield from talk(self.config, messages, answers.pick_schema(len(candidates)), "pick", parse)
+            return None if example.candidates[picked] == example.target else "self-check: another candidate is picked"
         messages = prompts.self_check(past, self.catalog[example.target], self.shown, rationale.text)
         failed = yield from talk(self.config, messages, answers.CHECK_SCHEMA, "check", answers.parse_check)
         return f"self-check: not {', '.join(failed)}" if failed else None

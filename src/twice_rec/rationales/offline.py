@@ -8,6 +8,7 @@ name the target.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -61,6 +62,24 @@ class OfflineAnnotator:
             confidence=round((1 + reasons) / (2 + reasons + len(against)), 2),
             annotator="offline",
         )
+
+    def review(self, example: Example, rationale: Rationale) -> str | None:
+        """Read a rationale of this annotator without knowing the target; return a reason to reject it, or None.
+
+        A candidate gains one for each note that likes one of its attributes, or says that it is called for, and loses
+        one for each that dislikes one. The target must have more than every other candidate.
+        """
+        gains = dict.fromkeys(example.candidates, 0)
+        for sentence in rationale.text.split(". "):
+            note = sentence.partition(", so ")[2] if sentence.startswith("Last was ") else sentence
+            for item_id in gains:
+                named = sum(bool(re.search(rf"\b{re.escape(name)}\b", note)) for name in self._attributes(item_id))
+                gains[item_id] += -named if " dislikes " in note else named
+        best = max(gain for item_id, gain in gains.items() if item_id != example.target)
+        return None if gains[example.target] > best else "self-check: another candidate is picked"
+
+    def _attributes(self, item_id: str) -> tuple[str, ...]:
+        return attributes(self._catalog[item_id])
 
     def _tastes(self, history: Sequence[Interaction]) -> tuple[Counter[str], Counter[str]]:
         """Count how often each attribute was liked and how often disliked. Interactions without rating are liked."""

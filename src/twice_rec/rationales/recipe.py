@@ -10,7 +10,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from twice_rec.masking import PLACEHOLDER
-from twice_rec.recipe import Recipe, Settings, key, rule
+from twice_rec.recipe import Recipe, Settings, is_named, key, rule
 from twice_rec.records import Verdict
 
 send_key = partial(key, changes_result=False)  # how a request is sent does not change its completion
@@ -180,7 +180,16 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
     )
     source_dir: str | None = key(None, "annotator release: folder of the authors' files", changes_result=False)
     max_rationales: int | None = key(None, "number of training users to annotate, drawn by seed; null for all", ge=1)
-    self_check: bool = key(False, "openai, batch: the model checks what passes so far against a rubric")
+    variant: str = key(
+        "rationales",
+        "name of the results, rationales or rationales_NAME: their folder under run_dir, which sft's rationales names",
+        changes_result=False,
+    )
+    self_check: bool | Literal["pick"] = key(
+        False,
+        "the annotator checks what passes so far: true against a rubric, with the target shown (openai, batch); pick "
+        "by choosing the target from the training candidates, with the rationale and without being told (offline too)",
+    )
     compare_with: str | None = key(None, "folder of another rationale set, whose report is shown beside this one's")
     exemplars: str | None = key(None, "openai, batch: file of worked annotations for the prompt", changes_result=False)
     forward_looking: bool = key(False, "openai, batch: ask for texts that argue to the target without naming it")
@@ -205,6 +214,14 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
 
     @rule
     def a_model_checks_itself(self) -> str | None:
-        if self.self_check and not self.asks_a_model:
-            return f"self_check is true, but annotator {self.annotator} has no model that could check; set it to false"
+        by_rule = self.self_check == "pick" and self.annotator == "offline"
+        if not self.self_check or self.asks_a_model or by_rule:
+            return None
+        found = f"self_check is {str(self.self_check).lower()}, but annotator {self.annotator}"
+        return f"{found} has no model that could check; set it to false"
+
+    @rule
+    def variant_names_rationales(self) -> str | None:
+        if not is_named(self.variant, "rationales"):
+            return f"variant is {self.variant!r}; it must be rationales or rationales_NAME"
         return None

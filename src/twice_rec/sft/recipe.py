@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from twice_rec.llm.recipe import (
+    SHARES_PREFIXES,
     TAKES_MASKS,
     VARLEN,
     AdapterConfig,
@@ -15,6 +17,7 @@ from twice_rec.llm.recipe import (
     PromptConfig,
 )
 from twice_rec.recipe import TrainerRecipe, is_named, key, required, rule
+from twice_rec.run import require
 from twice_rec.sft.dataset import TaskMixConfig
 
 
@@ -57,6 +60,11 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
         "stage 3 starts from stage2, or from the folder that its model_name_or_path names",
         changes_result=False,
     )
+    rationales: str = key(
+        "rationales",
+        "folder of stage 1 whose rationales are trained on: rationales or rationales_NAME, its variant",
+        changes_result=False,
+    )
     model_name_or_path: str = required("the base model: a folder, or a name on the hub")
     quantization: Literal["none", "8bit", "4bit"] = key(
         "none", "quantisation of the frozen base under an adapter, by bitsandbytes on a GPU (release: 8bit)"
@@ -82,6 +90,12 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
         if not is_sft_variant(self.variant):
             names = "stage2 or stage2_NAME, NAME of letters, digits, _ . - and not sampled or likelihood"
             return f"variant is {self.variant!r}; it must be {names}"
+        return None
+
+    @rule
+    def rationales_are_in_their_folder(self) -> str | None:
+        if not is_named(self.rationales, "rationales"):
+            return f"rationales is {self.rationales!r}; it must be rationales or rationales_NAME, a folder of stage 1"
         return None
 
     @rule
@@ -117,3 +131,73 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
             says = "but a curriculum keeps the rows' order; leave one of the two out"
             faults[strategy] = f"{strategy} is {keys[strategy]}, {says}"
         return faults
+
+
+_OF_TRL = ("model_init_kwargs", "trust_remote_code")  # keys of TRL's configurations that transformers' has not
+
+
+class SDPORecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig):
+    """Stage 2b: S-DPO, preferences with several rejected answers, on the stage-2 model."""
+
+    LIBRARY: ClassVar = "transformers"
+    TRAINER_CONFIG: ClassVar = "TrainingArguments"
+    OWNED: ClassVar = {
+        **{name: use for name, use in TrainerRecipe.OWNED.items() if name not in _OF_TRL},
+        "label_names": "rows have no labels; the loss is that of S-DPO",
+        "label_smoothing_factor": "the loss is that of S-DPO; leave the key out",
+    }
+
+    variant: str = key(
+        "stage2_sdpo",
+        "name of the results, stage2_NAME: folder sft_NAME under run_dir, and name in evaluate",
+        changes_result=False,
+    )
+    model_name_or_path: str | None = key(
+        None, "the model that is trained and, without its adapter, the reference; null for the stage-2 model"
+    )
+    num_negatives: int = key(3, "rejected answers per user, drawn from the candidates of its training list", ge=1)
+    preference_rows: int | None = key(None, "training users, drawn by seed; null for all", ge=1)
+    beta: float = key(1.0, "how much a difference to the reference counts in the loss", gt=0)
+
+    @classmethod
+    def trainer_config(cls) -> type:
+        """Return the configuration class of transformers' trainer; TRL's DPO takes one rejected answer."""
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+    @property
+    def folder(self) -> str:
+        """Folder of the results under run_dir."""
+        return sft_folder(self.variant)
+
+    @rule
+    def variant_is_not_that_of_stage_2(self) -> str | None:
+        if self.variant == "stage2" or not is_sft_variant(self.variant):
+            names = "stage2_NAME, NAME of letters, digits, _ . - and not sampled or likelihood"
+            return f"variant is {self.variant!r}; it must be {names}"
+        return None
+
+    @rule
+    def the_reference_is_the_model_without_adapter(self) -> str | None:
+        return None if self.use_peft else "use_peft is false, but the reference is the model without its adapter"
+
+    @rule
+    def a_revision_needs_a_model(self) -> str | None:
+        if self.model_revision is not None and self.model_name_or_path is None:
+            return f"model_revision is {self.model_revision}, but model_name_or_path is null: no revisions there"
+        return None
+
+    @rule
+    def answers_share_their_prompt(self) -> str | None:
+        if self.attn_implementation not in SHARES_PREFIXES:
+            kinds = " or ".join(SHARES_PREFIXES)
+            return f"a prompt is computed once for its answers: attn_implementation must be {kinds}"
+        return None
+
+
+def preferred_model(recipe: SDPORecipe) -> Path:
+    """Return the model that stage 2b starts from: a folder, or a name on the hub."""
+    if recipe.model_name_or_path is not None:
+        return Path(recipe.model_name_or_path)
+    return require(recipe.run_path / "sft" / "merged", "sft.sh")

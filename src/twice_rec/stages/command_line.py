@@ -31,6 +31,7 @@ STAGES = {
     "prepare": ("stage0_prepare", "prepare.sh", "read interactions, filter, split, draw candidate lists"),
     "rationales": ("stage1_rationales", "rationales.sh", "write rationales and keep the good ones"),
     "sft": ("stage2_sft", "sft.sh", "fine-tune the base model on three tasks"),
+    "sdpo": ("stage2b_sdpo", "sdpo.sh", "S-DPO on the stage-2 model, a baseline"),
     "sasrec": ("stage3a_sasrec", "sasrec.sh", "train SASRec, evaluate it and the CF baselines"),
     "baselines": ("stage3a_baselines", "baselines.sh", "train RecBole's CF models and evaluate them"),
     "serve": ("stage3b_serve", "grpo_step1.sh", "start the rollout servers"),

@@ -1,4 +1,4 @@
-"""Stage 1: training examples -> rationales/ (accepted and rejected rationales, and a report).
+"""Stage 1: training examples -> rationales/ (accepted and rejected rationales, and a report), or to `variant`.
 
 Every drawn training user gets one post-hoc rationale for the training target, with the annotator's own verdict on
 whether history and item are connected; rows it does not find connected are dropped (self-annotated curation), and so is
@@ -45,7 +45,7 @@ def rationales(recipe: RationalesRecipe) -> None:
         asked, _, _ = _drawn(recipe, data)
         logger.info("%s", annotators.estimate(recipe, data.catalog, data.prompt_format, asked))
         return
-    with StageRun(recipe, "rationales", "rationales", inputs) as run:
+    with StageRun(recipe, "rationales", recipe.variant, inputs) as run:
         if run.is_finished():
             return
         run.begin()

@@ -33,7 +33,8 @@ def sft(recipe: SFTRecipe) -> None:
     from twice_rec.llm.prompt_builder import PromptBuilder
     from twice_rec.sft.trainer import sft_trainer
 
-    accepted = require(recipe.run_path / "rationales" / "accepted.jsonl", "rationales.sh")
+    with_variant = "" if recipe.rationales == "rationales" else f" with --variant {recipe.rationales}"
+    accepted = require(recipe.run_path / recipe.rationales / "accepted.jsonl", f"rationales.sh{with_variant}")
     base = model_input(recipe.model_name_or_path, recipe.model_revision)
     inputs = [*dataset.training_files(recipe.run_path), accepted, base]
     with StageRun(recipe, "sft", recipe.folder, inputs) as run:

@@ -20,14 +20,15 @@ from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.files import MANIFEST
 from twice_rec.grpo.recipe import GRPORecipe, grpo_folder, is_grpo_variant
 from twice_rec.masking import masked
+from twice_rec.rationales.recipe import RationalesRecipe
 from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import load_recipe
-from twice_rec.sft.recipe import SFTRecipe, is_sft_variant, sft_folder
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe, is_sft_variant, sft_folder
 from twice_rec.stages.command_line import STAGES
 from twice_rec.study.recipe import ENTRY, StudyRecipe
 from twice_rec.study.sharing import check_link
 
-FIXED = {"prepare": "data", "rationales": "rationales", "report": "report"}  # stage -> its only folder
+FIXED = {"prepare": "data", "report": "report"}  # stage -> its only folder
 FIRST_SEED = ("evaluate", "report")  # stages that draw the same for all seeds: test users, resamples
 
 
@@ -213,7 +214,9 @@ def _makes(stage: str, recipe: Recipe) -> list[Path]:
     """The results folders that a run writes, the one with its manifest first."""
     if stage in FIXED:
         names = [FIXED[stage]]
-    elif isinstance(recipe, (SFTRecipe, GRPORecipe)):
+    elif isinstance(recipe, RationalesRecipe):
+        names = [recipe.variant]
+    elif isinstance(recipe, (SFTRecipe, SDPORecipe, GRPORecipe)):
         names = [recipe.folder]
     elif isinstance(recipe, SASRecRecipe):
         names = [recipe.variant, *(f"eval/{name}" for name in (recipe.variant, *recipe.baselines))]
@@ -230,8 +233,10 @@ def _reads(stage: str, recipe: Recipe) -> list[str]:
     """The results folders of its run folder that a run needs."""
     if stage == "prepare" or stage == "report":
         return []
-    if stage == "sft":
-        return ["data", "rationales"]
+    if isinstance(recipe, SFTRecipe):
+        return ["data", recipe.rationales]
+    if isinstance(recipe, SDPORecipe):
+        return ["data", *(["sft"] if recipe.model_name_or_path is None else [])]
     if isinstance(recipe, GRPORecipe):
         start = ["sft"] if recipe.model_name_or_path is None else []
         return ["data", *start, *([recipe.cf_model] if recipe.cf_model not in BASELINES else [])]
