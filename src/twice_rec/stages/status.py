@@ -89,9 +89,8 @@ def tree(run_dir: Path) -> list[str]:
 
 def nodes_of(run_dir: Path) -> list[Node]:
     """Return every result of a run that is there or expected."""
-    there = [
-        path for path in [*run_dir.glob("*"), *run_dir.glob("eval/*"), *run_dir.glob("share/*")] if _is_result(path)
-    ]
+    patterns = ("*", "eval/*", "share/*")
+    there = [path for pattern in patterns for path in run_dir.glob(pattern) if _is_result(path)]
     names = {path.relative_to(run_dir).as_posix() for path in there}
     evaluated = in_order([name.removeprefix("eval/") for name in names if name.startswith("eval/")])
     others = sorted(name for name in names if name not in (*_EXPECTED, "report") and not name.startswith("eval/"))
