@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 BLOCK, HEADER = 32768, 7  # bytes of a block of the log, and of a chunk's header: checksum, length, kind
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -18,7 +19,7 @@ def records(path):
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
-        if not kind:
+        if not kind or place + HEADER + length > len(data):  # the rest is not written yet
             return
         parts.append(data[place + HEADER : place + HEADER + length])
         place += HEADER + length
@@ -29,11 +30,21 @@ def records(path):
             yield record
 
 
-def history(path):
+def whole_file(run_folder, seconds=60):
+    """Return the records of a run that has ended: a process of wandb's own writes the last ones behind `finish`."""
+    (path,) = run_folder.glob("*.wandb")
+    deadline = time.monotonic() + seconds
+    while not (found := list(records(path))) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)
+    return found
+
+
+def history(run_folder):
     """Return the logged rows of a run: key -> value."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records(path)
+        for record in whole_file(run_folder)
         if record.WhichOneof("record_type") == "history"
     ]
 
@@ -41,7 +52,7 @@ def history(path):
 def tables(run_folder, name):
     """Return the tables that a run logged under a name, in the order of steps, each as rows: column -> value."""
     found = []
-    for row in history(next(run_folder.glob("*.wandb"))):
+    for row in history(run_folder):
         if f"{name}/path" in row or name in row:
             path = row[name]["path"] if name in row else row[f"{name}/path"]
             table = json.loads((run_folder / "files" / path).read_text())

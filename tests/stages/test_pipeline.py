@@ -114,7 +114,7 @@ def test_run_again_it_redoes_nothing_and_says_so(finished, capfd):
         assert run(stage, run_dir, base) == 0
     assert files_of(run_dir) == before
     assert capfd.readouterr().err.count("is finished already; nothing to do") == len(
-        ["data", "base", "rationales", "sft", "sasrec", "grpo", "ab_test"]
+        ["data", "base", "rationales", "sft", "sasrec", "grpo", "ab_test", "share"]
     ) + len(["sasrec", "random", "popularity", "itemknn", "base", "stage2", "stage3", *KNOWN_SCORES]) + len(
         ["judge/base", "judge/stage2", "judge/stage3"]
     )

@@ -125,6 +125,31 @@ def test_licences_without_a_word_of_the_hub_keep_their_name_and_link(tmp_path):
     assert (data.license, data.license_name, data.license_link) == ("other", "shop", "https://x.y/z")
 
 
+def test_a_base_of_the_hub_is_named_with_its_commit_and_licence(tmp_path, monkeypatch):
+    run_dir, asked = make_run(tmp_path), []
+    path, base = run_dir / "sft" / "manifest.json", "google/gemma-3-1b-it"
+    row = json.loads(path.read_text())
+    row["config"]["model_name_or_path"] = base
+    row["inputs"] = {"rationales/accepted.jsonl": "0" * 64, f"hub/{base}": "c" * 40}
+    write(path, json.dumps(row))
+    card = write(tmp_path / "card.md", "---\nlicense: gemma\n---\n")
+
+    def download(name, file, revision):
+        asked.append((name, file, revision))
+        return str(card)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for variant in ("stage2", "stage3"):
+        assert share(run_dir, "--variant", variant) == 0
+        read = ModelCard.load(run_dir / "share" / variant / "README.md")
+        assert (read.data.base_model, read.data.license) == (base, "gemma")
+        assert f"[{base}](https://huggingface.co/{base}), commit `{'c' * 40}`" in read.text
+    assert asked == [(base, "README.md", "c" * 40)] * 2
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **others: 1 / 0)
+    assert share(run_dir, "--license", "mit", "--overwrite", "true") == 0  # then nobody asks the hub
+    assert ModelCard.load(run_dir / "share" / "stage3" / "README.md").data.license == "mit"
+
+
 def test_an_adapter_names_its_base_on_the_hub(tmp_path):
     run_dir = make_run(tmp_path)
     assert share(run_dir, "--weights", "adapter", "--base_model_id", "me/stage2") == 0

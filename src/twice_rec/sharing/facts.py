@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from twice_rec.files import MANIFEST
 from twice_rec.manifest import HUB, Manifest
 from twice_rec.run import require
@@ -94,7 +96,7 @@ def license_of(base: Base) -> License | None:
         else:
             card = Path(hf_hub_download(base.name, "README.md", revision=base.commit))
         data = ModelCard.load(card, ignore_metadata_errors=True).data
-    except (OSError, ValueError):  # not there, not reachable, or not a card
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # not there, not reachable, or not a card
         return None
     if not isinstance(data.license, str):
         return None
