@@ -94,6 +94,7 @@ def run_simulation(recipe: AbTestRecipe, data: PreparedData) -> dict[str, Any]:
     about = {"kind": "simulation", "click_model": CLICK_MODEL, "list": kind, "users": len(rows)}
     machine = {**environment()["machine"], "device": recipe.torch_device(), "threads": torch.get_num_threads()}
     title = f"Simulation, not a real test: {recipe.visits:,} visits of {len(rows):,} users, lists {kind}"
+    title += ". Intervals cover the draw of visits, not that of users."
     return {"title": title, **about, "visits": recipe.visits, **result, "machine": machine}
 
 
