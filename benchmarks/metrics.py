@@ -19,15 +19,12 @@ import argparse
 import json
 import time
 
-import ir_measures
 import numpy as np
-from ir_measures import RR, Success, nDCG
 
 from reporting import report
 from twice_rec import metrics
 from twice_rec.markdown import markdown_table
 
-PEERS = {f"hr@{k}": Success @ k for k in (1, 5, 10)} | {f"ndcg@{k}": nDCG @ k for k in (5, 10)} | {"mrr": RR}
 USERS = (200, 500, 2000)
 HIT_RATES = (0.05, 0.25, 0.5)
 BOUNDS = (0.93, 0.97)
@@ -36,6 +33,10 @@ _COLUMNS = 50  # samples that are resampled together
 
 def agreement(users: int, candidates: int, seed: int) -> dict[str, float]:
     """Return the largest difference per metric between ours and the peer's, over users."""
+    import ir_measures
+    from ir_measures import RR, Success, nDCG
+
+    peers = {f"hr@{k}": Success @ k for k in (1, 5, 10)} | {f"ndcg@{k}": nDCG @ k for k in (5, 10)} | {"mrr": RR}
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, candidates // 3, size=(users, candidates)).astype(float)  # [U, C], three of a kind
     target = rng.integers(candidates, size=users)  # [U]
@@ -44,11 +45,11 @@ def agreement(users: int, candidates: int, seed: int) -> dict[str, float]:
     names = [["a" if column == of else f"b{column}" for column in range(candidates)] for of in target]
     run = {str(user): dict(zip(names[user], scores[user], strict=True)) for user in range(users)}
     truth = {str(user): {"a": 1} for user in range(users)}
-    ours_of = {str(peer): name for name, peer in PEERS.items()}
-    theirs = {name: np.zeros(users) for name in PEERS}
-    for row in ir_measures.iter_calc(list(PEERS.values()), truth, run):
+    ours_of = {str(peer): name for name, peer in peers.items()}
+    theirs = {name: np.zeros(users) for name in peers}
+    for row in ir_measures.iter_calc(list(peers.values()), truth, run):
         theirs[ours_of[str(row.measure)]][int(row.query_id)] = row.value
-    return {name: float(np.abs(theirs[name] - metrics.per_user(name, ranks)).max()) for name in PEERS}
+    return {name: float(np.abs(theirs[name] - metrics.per_user(name, ranks)).max()) for name in peers}
 
 
 def ranks_of(rng: np.random.Generator, hit_rate: float, shape: tuple[int, ...]) -> np.ndarray:
