@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from twice_rec.cf.baselines import BASELINES, CFScorer, PrecomputedScorer
 from twice_rec.cf.ranking import fit_baseline
@@ -94,6 +95,7 @@ def run_simulation(recipe: AbTestRecipe, data: PreparedData) -> dict[str, Any]:
     about = {"kind": "simulation", "click_model": CLICK_MODEL, "list": kind, "users": len(rows)}
     machine = {**environment()["machine"], "device": recipe.torch_device(), "threads": torch.get_num_threads()}
     title = f"Simulation, not a real test: {recipe.visits:,} visits of {len(rows):,} users, lists {kind}"
+    title += ". Intervals cover the draw of visits, not that of users."
     return {"title": title, **about, "visits": recipe.visits, **result, "machine": machine}
 
 
@@ -157,7 +159,11 @@ def _scorer(recipe: AbTestRecipe, arm: str, data: PreparedData) -> CFScorer:
 def _language_model(
     recipe: AbTestRecipe, arm: str, data: PreparedData, questions: Questions
 ) -> Callable[[int], object]:
-    """Return how a language model answers for one user, as its evaluation asked it."""
+    """Return how a language model answers for one user, as its evaluation asked it.
+
+    Raises:
+        InputError: if another version evaluated it, or its model is gone.
+    """
     from twice_rec.evaluation.llm_ranking import ask
     from twice_rec.llm import model_check, models
     from twice_rec.llm.generation import TransformersGenerator
@@ -165,7 +171,13 @@ def _language_model(
 
     manifest = Manifest.load(recipe.run_path / "eval" / arm)
     assert manifest is not None  # its predictions are an input, which is checked
-    asked = EvaluateRecipe.model_validate({**manifest.about["recipe"], "device": recipe.device})
+    try:
+        asked = EvaluateRecipe.model_validate({**manifest.about["recipe"], "device": recipe.device})
+    except (KeyError, ValidationError):
+        raise InputError(
+            f"arm {arm} was evaluated by another version, whose settings cannot be read, so its calls cannot be timed; "
+            "evaluate it again with --overwrite true, or set latency_calls to 0"
+        ) from None
     (name,) = (name for name in manifest.inputs if not name.startswith("data/"))
     place: str | Path = recipe.run_path / name
     if name.startswith(HUB):

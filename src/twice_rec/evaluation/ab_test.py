@@ -133,7 +133,7 @@ def show_ab_test(result: Mapping[str, Any]) -> None:
             f"{c['difference']:+.4f}",
             "[{:+.4f}, {:+.4f}]".format(*c["ci95"]),
             f"{c['z']:+.2f}",
-            f"{c['p']:.3g}",
+            f"{c['p']:.4f}" if c["p"] >= 0.0001 else "< 0.0001",
             f"{c['false_alarms_once']:.3f}",
             f"{c['false_alarms_peeking']:.3f}",
         ]
