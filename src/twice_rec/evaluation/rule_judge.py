@@ -17,9 +17,10 @@ named reason for it. What speaks against the item is whatever the user dislikes 
 or not: reasons for a product whose diet and brand the user avoids satisfy nobody.
 
 Scores: 0, the answer is malformed, or its item is not in the catalogue (any judge; looked up before it is asked).
-3, at least two reasons for the item are named, or all there are, nothing false is said, and nothing speaks against it.
-2, one of several reasons is named, with nothing false or against it; or there are more named reasons than false claims
-and things against it. 1, anything else: so also an item for which there is no true reason that a text could name.
+3, at least two reasons for the item are named, nothing false is said, and nothing speaks against the item. 2, there
+are more named reasons than false claims and things against it. 1, anything else. So an item for which there is one
+reason gets no 3, whatever is said: a 3 for naming all reasons there are would set such an item above one with two
+reasons of which one is named.
 
 Limits: it reads words, not meaning, and not which interaction a claim cites; a reason that is true but that no review
 of the history shows counts as one that could have been named.
@@ -115,8 +116,8 @@ class Reading:
     def score(self) -> int:
         """1 to 3, see the module."""
         wrong = len(self.false) + len(self.against)
-        if self.named and not wrong:
-            return 3 if len(self.named) >= 2 or not self.missing else 2
+        if len(self.named) >= 2 and not wrong:
+            return 3
         return 2 if len(self.named) > wrong else 1
 
     def __str__(self) -> str:
