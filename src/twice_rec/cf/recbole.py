@@ -132,6 +132,7 @@ class RecBoleVariant:
                 if "tried" in told:
                     row, best = told["tried"], max(told["tried"]["validations"], default=0.0)
                     says = f"validation {best:.4f}, {row['epochs']} epochs, ended by {row['ended']}"
+                    bar.clear()
                     logger.info("%s: tried %s: %s", self._name, row["settings"] or "RecBole's defaults", says)
                 else:
                     bar.set_postfix(loss=f"{told['loss']:.4f}", validation=f"{told['validation']:.4f}", refresh=False)
@@ -165,7 +166,7 @@ class RecBoleVariant:
 
     def _figures(self) -> dict[str, Any]:
         """Measure the chosen model by our own metric, and say what it took."""
-        validation = self._valid.mean(self)
+        validation = round(self._valid.mean(self), 6)
         tried = [row for _, row in read_jsonl(self.folder / TUNING)]
         best = max(tried, key=lambda row: row["validation"])
         if abs(best["validation"] - validation) > 1e-3:
