@@ -323,7 +323,7 @@ def test_groups_and_positions_of_the_results_are_drawn(tmp_path):
     assert chart.table[1] == [["5-7", "5", "0.2000 [0.1000, 0.9000]"], ["8-10", "5", "0.4000 [0.1000, 0.9000]"]]
     assert figures.by_group(results, "uniform/hr@1", "target_popularity") is None
     chart = figures.position(results, {})
-    assert "E: stage 3 chooses another item in 25.0% of 4 permuted lists" in chart.caption
+    assert "E: stage 3: shuffled 4 times, 25.0% of choices change" in chart.caption
     svg, files = save(chart, tmp_path)
     assert svg.startswith("<svg viewBox=")
     assert [path.stat().st_size > 1000 for path in files] == [True, True]

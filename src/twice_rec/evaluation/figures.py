@@ -312,7 +312,7 @@ def position(results: Results, places: Mapping[str, Sequence[int]]) -> Chart | N
         figure.legend(loc="outside lower center", ncols=2)
 
     changes = "; ".join(
-        f"{variant_name(name)} chooses another item in {of['choice_changes']:.1%} of {of.get('k', '')} permuted lists"
+        f"{variant_name(name)}: shuffled {of.get('k', 'several')} times, {of['choice_changes']:.1%} of choices change"
         for name, of in results.get("position", {}).items()
         if of.get("choice_changes") is not None
     )
