@@ -117,9 +117,9 @@ def intervals(axes: Any, x: Sequence[float], rows: Sequence[Mapping[str, Any]], 
 
 
 def line_of(axes: Any, height: float, label: str, number: int) -> None:
-    """Draw a horizontal line across, named at its right end."""
+    """Draw a horizontal line across, named at its left end."""
     axes.axhline(height, color=FAINT, linewidth=1, linestyle=LINES[1 + number % 3])
     axes.annotate(
-        label, (1, height), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-        ha="right", va="bottom", fontsize=7, color=FAINT,
+        label, (0, height), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
+        ha="left", va="bottom", fontsize=7, color=FAINT,
     )  # fmt: skip
