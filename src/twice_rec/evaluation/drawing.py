@@ -59,10 +59,10 @@ class Chart:
     alternative: str
     draw: Callable[[Any], None]
     table: Table
-    height: float = 3.2
+    height: float = 2.9
 
 
-WIDTH = 5.4  # inches
+WIDTH = 4.5  # inches; as narrow as a phone allows without texts too small to read
 
 
 def save(chart: Chart, folder: Path) -> tuple[str, list[Path]]:
