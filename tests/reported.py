@@ -73,7 +73,7 @@ def evaluated(run_dir, variant, ranks, asked=None, seed=42, rationale="because",
     Manifest("evaluate", asked or {}, rests_on, outputs, {}, {}, rests_on).save(folder)
 
 
-def trained(run_dir, folder="grpo", steps=24):
+def trained(run_dir, folder="grpo", steps=24, **settings):
     """What stage 3 leaves of its log, and its settings."""
     path = run_dir / folder
     path.mkdir(parents=True)
@@ -81,7 +81,7 @@ def trained(run_dir, folder="grpo", steps=24):
     log = [{"step": step, **{key: step + number for number, key in enumerate(keys)}} for step in range(1, steps + 1)]
     (path / "trainer_state.json").write_text(json.dumps({"log_history": [*log, {"step": steps, "train_loss": 1.0}]}))
     outputs = {f"{folder}/trainer_state.json": digest(path / "trainer_state.json")}
-    Manifest("grpo", GRPO, {}, outputs, {"tau": 0.3}).save(path)
+    Manifest("grpo", {**GRPO, **settings}, {}, outputs, {"tau": 0.3}).save(path)
 
 
 def cf_model(run_dir):

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from servers.processes import ROOT, free_port
 from servers.upload_server import UploadServer
 from shared_run import evaluated, make_run, write
-from twice_rec.stages import stage6_share
+from twice_rec.stages import stage7_share
 
 TOKEN = "hf_" + "thetokenofthisuploadtest42"
 NAME = "me/twice-rec-tiny"
@@ -34,7 +34,7 @@ def run_dir(tmp_path):
 
 def push(run_dir, *flags, name=NAME):
     words = [str(ROOT / "recipes/tiny/share.yaml"), "--run_dir", str(run_dir), "--hub_model_id", name]
-    return stage6_share.main([*words, *flags])
+    return stage7_share.main([*words, *flags])
 
 
 def files_of(run_dir):

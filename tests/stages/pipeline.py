@@ -46,7 +46,7 @@ STAGES = {
     "judge": ("twice_rec.stages.stage4b_judge", "judge", "--num_judged 5"),
     "report": ("twice_rec.stages.stage5_report", "report", "--bootstrap_samples 100"),
     "ab_test": ("twice_rec.stages.stage4c_ab_test", "ab_test", "--visits 400 --latency_calls 1 --aa_tests 100"),
-    "share": ("twice_rec.stages.stage6_share", "share", "--bootstrap_samples 100"),
+    "share": ("twice_rec.stages.stage7_share", "share", "--bootstrap_samples 100"),
 }  # fmt: skip
 
 # Stages that reproduce.sh does not run.

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from reported import ASKED, EVIL, USERS, evaluated, prepared, whole
+from reported import ASKED, EVIL, USERS, evaluated, judged, prepared, trained, whole
 from twice_rec.evaluation import figures, users
 from twice_rec.evaluation.calibration import reliability
 from twice_rec.evaluation.curves import averaged, smoothed
@@ -15,6 +15,7 @@ from twice_rec.evaluation.drawing import SERIES, save
 from twice_rec.evaluation.names import metric_name, metric_with_list, variant_name
 from twice_rec.evaluation.page import json_in_html
 from twice_rec.evaluation.sheets import latex_text, sheet_of, sheet_to_latex, sheet_to_markdown
+from twice_rec.manifest import Manifest
 from twice_rec.stages import stage5_report
 
 VOID = {"meta", "input", "line", "circle", "br", "use", "path", "rect", "link", "img", "polygon"}
@@ -195,6 +196,23 @@ def test_a_report_without_data_or_language_models_is_made(tmp_path):
     Page(text)
 
 
+def test_what_cannot_be_used_is_named(tmp_path):
+    prepared(tmp_path)
+    evaluated(tmp_path, "stage3", [1] * 8, ASKED)
+    trained(tmp_path, cf_model="ease")
+    judged(tmp_path)
+    Manifest("judge", {}, {}, {"judge/stage3/scores.json": "other"}).save(tmp_path / "judge" / "stage3")
+    assert made(tmp_path, "--comparisons", "[]") == 0
+    confidences, scores = json.loads((tmp_path / "report" / "results.json").read_text())["left_out"]
+    assert "stage3/scores.json was changed since the judge stage finished" in scores
+    assert confidences.startswith("confidences left out: cf_model is ease")
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    data = json.loads(next(script for script in page.scripts if script.startswith("{")))
+    assert data["rewards"] == []
+    assert all(user["confidence"] == [] for user in data["users"])
+    assert all("judged" in user["answers"]["stage3"] for user in data["users"])
+
+
 def test_old_figures_go(tmp_path):
     prepared(tmp_path)
     evaluated(tmp_path, "stage2", [1] * 8, ASKED)
@@ -323,7 +341,7 @@ def test_groups_and_positions_of_the_results_are_drawn(tmp_path):
     assert chart.table[1] == [["5-7", "5", "0.2000 [0.1000, 0.9000]"], ["8-10", "5", "0.4000 [0.1000, 0.9000]"]]
     assert figures.by_group(results, "uniform/hr@1", "target_popularity") is None
     chart = figures.position(results, {})
-    assert "E: stage 3 chooses another item in 25.0% of 4 permuted lists" in chart.caption
+    assert "E: stage 3: shuffled 4 times, 25.0% of choices change" in chart.caption
     svg, files = save(chart, tmp_path)
     assert svg.startswith("<svg viewBox=")
     assert [path.stat().st_size > 1000 for path in files] == [True, True]

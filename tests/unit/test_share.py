@@ -11,14 +11,14 @@ from twice_rec.files import hash_file
 from twice_rec.manifest import Hashes, stale_because
 from twice_rec.records import Prediction
 from twice_rec.sharing.scores import ranks_of, summary
-from twice_rec.stages import stage6_share
+from twice_rec.stages import stage7_share
 
 ROOT = Path(__file__).parents[2]
 
 
 def share(run_dir, *flags):
     """Call the stage; returns its exit status."""
-    return stage6_share.main([str(ROOT / "recipes/tiny/share.yaml"), "--run_dir", str(run_dir), *flags])
+    return stage7_share.main([str(ROOT / "recipes/tiny/share.yaml"), "--run_dir", str(run_dir), *flags])
 
 
 def test_the_folder_has_the_model_its_card_and_its_results(tmp_path):

@@ -18,7 +18,7 @@ from twice_rec.locks import run_folder
 # Key of the trainer's log -> what readers see, in the order of the panels.
 LOGGED: Mapping[str, str] = {
     "reward": "reward",
-    "outcome/hit": "share of completions that hit",
+    "outcome/hit": "completions that hit",
     "groups/without_variance": "groups without variance",
     "kl": "KL from the start",
     "entropy": "entropy per token",

@@ -59,10 +59,10 @@ class Chart:
     alternative: str
     draw: Callable[[Any], None]
     table: Table
-    height: float = 3.2
+    height: float = 2.9
 
 
-WIDTH = 5.4  # inches
+WIDTH = 4.5  # inches; as narrow as a phone allows without texts too small to read
 
 
 def save(chart: Chart, folder: Path) -> tuple[str, list[Path]]:
@@ -117,9 +117,9 @@ def intervals(axes: Any, x: Sequence[float], rows: Sequence[Mapping[str, Any]], 
 
 
 def line_of(axes: Any, height: float, label: str, number: int) -> None:
-    """Draw a horizontal line across, named at its right end."""
+    """Draw a horizontal line across, named at its left end."""
     axes.axhline(height, color=FAINT, linewidth=1, linestyle=LINES[1 + number % 3])
     axes.annotate(
-        label, (1, height), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-        ha="right", va="bottom", fontsize=7, color=FAINT,
+        label, (0, height), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
+        ha="left", va="bottom", fontsize=7, color=FAINT,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
@@ -63,6 +64,10 @@ class Sources:
         self.judged = sorted(path.parent.name for path in (self._run_dir / "judge").glob("*/scores.json"))
         self.has_data = all(list(map(self._use, (self._run_dir / "data" / name for name in _DATA))))
         self.has_model = self.has_data and self._use(self.cf_model)
+        if cf_model in BASELINES:
+            self.lines.append(
+                f"confidences left out: cf_model is {cf_model}, which is fitted in stage 3 and not stored"
+            )
         for name in self.judged:
             self._use(self._run_dir / "judge" / name / "scores.json")
             self._use(self._run_dir / "judge" / name / "verdicts.jsonl")

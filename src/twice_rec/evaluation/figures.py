@@ -189,6 +189,7 @@ def training(curves: Mapping[str, Curves]) -> Chart | None:
                         label=variant_name(name),
                     )  # fmt: skip
             axes.set_title(LOGGED[key])
+            axes.locator_params(nbins=5)
         for axes in panels.flat[len(keys) :]:
             axes.set_visible(False)
         for axes in panels[-1]:
@@ -206,7 +207,7 @@ def training(curves: Mapping[str, Curves]) -> Chart | None:
         "training", "Stage 3 in training",
         "What the trainer logged per step, a moving average over a twelfth of the steps; means over seeds.",
         ends, draw, (["Variant", "Logged", "At the start", "At the end"], rows),
-        height=0.6 + 1.55 * ((len(keys) + 1) // 2),
+        height=0.6 + 1.4 * ((len(keys) + 1) // 2),
     )  # fmt: skip
 
 
@@ -274,7 +275,7 @@ def by_group(results: Results, metric: str, key: str) -> Chart | None:
     return Chart(
         key.replace("_", "-"), title, f"{metric_with_list(metric)}, with 95 % intervals; groups of {unit}.",
         "; ".join(f"{row[0]}: {variant_name(names[-1])} {row[-1]}" for row in rows), draw,
-        ([unit.capitalize(), "Users", *map(variant_name, names)], rows), height=3.6,
+        ([unit.capitalize(), "Users", *map(variant_name, names)], rows), height=3.4,
     )  # fmt: skip
 
 
@@ -312,7 +313,7 @@ def position(results: Results, places: Mapping[str, Sequence[int]]) -> Chart | N
         figure.legend(loc="outside lower center", ncols=2)
 
     changes = "; ".join(
-        f"{variant_name(name)} chooses another item in {of['choice_changes']:.1%} of {of.get('k', '')} permuted lists"
+        f"{variant_name(name)}: shuffled {of.get('k', 'several')} times, {of['choice_changes']:.1%} of choices change"
         for name, of in results.get("position", {}).items()
         if of.get("choice_changes") is not None
     )
@@ -322,7 +323,7 @@ def position(results: Results, places: Mapping[str, Sequence[int]]) -> Chart | N
         "position", "Does the place in the list matter?",
         "Candidates are listed in random order, so each place should be chosen equally often"
         + (f". {changes}." if changes else f"; of {sum(places.get(names[0], [])):,} lists."),
-        first, draw, (["Variant", *(f"Place {place}" for place in range(1, length + 1))], rows), height=3.6,
+        first, draw, (["Variant", *(f"Place {place}" for place in range(1, length + 1))], rows), height=3.4,
     )  # fmt: skip
 
 

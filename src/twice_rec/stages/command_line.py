@@ -41,7 +41,7 @@ STAGES = {
     "report": ("stage5_report", "report.sh", "write tables with intervals and comparisons"),
     "ab_test": ("stage4c_ab_test", "ab_test.sh", "simulate an A/B test, or count the log of a real one"),
     "study": ("stage6_study", "study.sh", "run every variant over several seeds, as one plan of the stages above"),
-    "share": ("stage6_share", "share.sh", "put a model, its card and its results in a folder, or on the hub"),
+    "share": ("stage7_share", "share.sh", "put a model, its card and its results in a folder, or on the hub"),
 }
 
 _NOISY = (
