@@ -291,9 +291,9 @@ def unfinished_command(folder: Path) -> str:
 def _command(folder: Path, stage: str, command: list[str]) -> str:
     words = words_of(stage, command)
     if "--run_dir" in words[:-1]:  # the run may have been copied or moved since
-        place = words.index("--run_dir") + 1
-        if Path(words[place]).resolve() != run_folder(folder).resolve():
-            words[place] = _shown(run_folder(folder))
+        place, run_dir = words.index("--run_dir") + 1, run_folder(folder.resolve() if folder.is_symlink() else folder)
+        if Path(words[place]).resolve() != run_dir.resolve():
+            words[place] = _shown(run_dir)
     return " ".join(["bash", launcher_of(stage), *map(shlex.quote, words)])
 
 

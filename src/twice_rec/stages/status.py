@@ -156,6 +156,6 @@ def _missing(run_dir: Path, stage: str) -> str:
         manifest = Manifest.load(run_dir / name)
         words = words_of(manifest.stage, manifest.about.get("command", [])) if manifest else []
         if words and (recipe := Path(words[0]).with_name(f"{stage}.yaml")).exists():
-            place = words.index("--run_dir") if "--run_dir" in words else len(words)
-            return " ".join([says, str(recipe), *words[place : place + 2]])
+            named = "--run_dir" in words or (run_dir / name).is_symlink()  # a link's command has another run's folder
+            return " ".join([says, str(recipe), *(["--run_dir", str(run_dir)] if named else [])])
     return f"{says} RECIPE --run_dir {run_dir}"
