@@ -299,17 +299,17 @@ def making_command(run_dir: Path, stage: str) -> str:
             manifest = Manifest.load(folder)
             words = words_of(manifest.stage, manifest.about.get("command", [])) if manifest else []
         if words and (recipe := Path(words[0]).with_name(f"{stage}.yaml")).exists():
-            place = words.index("--run_dir") if "--run_dir" in words else len(words)
-            return " ".join(["bash", launcher_of(stage), str(recipe), *words[place : place + 2]])
+            named = "--run_dir" in words or folder.is_symlink()  # a link's command has another run's folder
+            return " ".join(["bash", launcher_of(stage), str(recipe), *(["--run_dir", str(run_dir)] if named else [])])
     return f"bash {launcher_of(stage)} RECIPE --run_dir {run_dir}"
 
 
 def _command(folder: Path, stage: str, command: list[str]) -> str:
     words = words_of(stage, command)
     if "--run_dir" in words[:-1]:  # the run may have been copied or moved since
-        place = words.index("--run_dir") + 1
-        if Path(words[place]).resolve() != run_folder(folder).resolve():
-            words[place] = _shown(run_folder(folder))
+        place, run_dir = words.index("--run_dir") + 1, run_folder(folder.resolve() if folder.is_symlink() else folder)
+        if Path(words[place]).resolve() != run_dir.resolve():
+            words[place] = _shown(run_dir)
     return " ".join(["bash", launcher_of(stage), *map(shlex.quote, words)])
 
 

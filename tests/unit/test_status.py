@@ -1,9 +1,11 @@
 """The tree of a run: fresh, stale, unfinished, running, missing."""
 
+from pathlib import Path
+
 import pytest
 
 from twice_rec.locks import writing
-from twice_rec.manifest import launcher_of
+from twice_rec.manifest import Manifest, launcher_of, redo_command
 from twice_rec.recipe import Recipe
 from twice_rec.run import StageRun
 from twice_rec.stages.command_line import STAGES, main
@@ -76,6 +78,21 @@ def test_stale_running_unfinished_and_gone(run_dir, capsys):
     assert "sasrec unfinished; finish it: bash sasrec.sh" in text
     assert "eval/base fresh, but eval/base/out.txt is gone" in text
     assert "judge/stage2 stale: it rests on rationales/out.txt" in text
+
+
+def test_what_is_missing_beside_a_link_is_made_in_the_folder_that_has_the_link(run_dir, tmp_path, monkeypatch):
+    recipes = Path(__file__).parents[2] / "recipes" / "tiny"
+    command = ["twice_rec", "prepare", str(recipes / "prepare.yaml")]
+    monkeypatch.setattr("sys.argv", command)
+    stage(run_dir, "prepare", "data", [])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "data").symlink_to("../data")
+    text = " ".join(" ".join(tree(other)).split())
+    assert f"recipes/tiny/sft.yaml --run_dir {other}" in text
+    monkeypatch.setattr("sys.argv", [*command, "--run_dir", str(run_dir)])
+    stage(run_dir, "prepare", "data", [], "changed")
+    assert f"--run_dir {run_dir} --overwrite" in redo_command(other / "data", Manifest.load(other / "data"))
 
 
 def test_a_report_is_stale_once_something_is_newer(run_dir):

@@ -21,7 +21,7 @@ from twice_rec.recipe import TrainerRecipe
 from twice_rec.recipe_reader import load_recipe
 from twice_rec.stages.cost import CostRecipe, stages_of
 from twice_rec.study.places import Places, gpus_of_servers
-from twice_rec.study.plan import Run, waits_for
+from twice_rec.study.plan import Run, rankings_of, waits_for
 from twice_rec.study.recipe import ENTRY, StudyRecipe
 
 THERE, MEASURED, ALIKE, ESTIMATED, UNKNOWN = "there already", "measured", "measured, alike", "estimated", "unknown"
@@ -91,10 +91,11 @@ def _measured(run: Run, manifests: Mapping[Path, Manifest], varied: set[str]) ->
     """What earlier results tell: of each result that the run makes, those of equal settings, else those alike."""
     if run.reports_on:
         return None
-    results = run.makes if isinstance(run.recipe, EvaluateRecipe) else run.makes[:1]
+    rankings = rankings_of(run.recipe) if isinstance(run.recipe, EvaluateRecipe) else {}
+    results = run.makes if rankings else run.makes[:1]
     total, how = 0.0, MEASURED
-    for number, path in enumerate(results):
-        ranking = run.recipe.rankings[number] if _has_rankings(run) else None  # type: ignore[attr-defined]
+    for path in results:
+        ranking = rankings.get(path.name)
         of_kind = {place: m for place, m in manifests.items() if _is_evaluation(place) == _is_evaluation(path)}
         differs = {place: _difference(m, run, ranking) for place, m in of_kind.items()}
         own = differs.get(path)
@@ -111,11 +112,6 @@ def _measured(run: Run, manifests: Mapping[Path, Manifest], varied: set[str]) ->
 
 def _is_evaluation(folder: Path) -> bool:
     return folder.parent.name == "eval"
-
-
-def _has_rankings(run: Run) -> bool:
-    recipe = run.recipe
-    return isinstance(recipe, EvaluateRecipe) and len(run.makes) == len(recipe.rankings) * len(recipe.variants)
 
 
 def _difference(manifest: Manifest, run: Run, ranking: str | None) -> set[str] | None:

@@ -221,12 +221,18 @@ def _makes(stage: str, recipe: Recipe) -> list[Path]:
     elif isinstance(recipe, SASRecRecipe):
         names = [recipe.variant, *(f"eval/{name}" for name in (recipe.variant, *recipe.baselines))]
     elif isinstance(recipe, EvaluateRecipe):
-        models = [v for v in recipe.variants if v != "oracle" and v not in recipe.precomputed_scores]
-        names = [f"eval/{recipe.result_name(v, ranking)}" for v in models for ranking in recipe.rankings]
-        names += [f"eval/{v}" for v in recipe.variants if v not in models]
+        names = [f"eval/{name}" for name in rankings_of(recipe)]
     else:
         names = []
     return [recipe.run_path / name for name in names]
+
+
+def rankings_of(recipe: EvaluateRecipe) -> dict[str, str | None]:
+    """Return the name of each result of an evaluation -> how it is ranked; None for a score file."""
+    files = [v for v in recipe.variants if v == "oracle" or v in recipe.precomputed_scores]
+    models = [v for v in recipe.variants if v not in files]
+    asked: dict[str, str | None] = {recipe.result_name(v, r): r for v in models for r in recipe.rankings}
+    return asked | dict.fromkeys(files)
 
 
 def _reads(stage: str, recipe: Recipe) -> list[str]:

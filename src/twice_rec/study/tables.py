@@ -35,7 +35,7 @@ def _summary(runs: Sequence[Run], expected: Mapping[Run, Expected], places: Plac
     lines = [
         f"{len(runs)} runs, at most {places.processes} at the same time, {where}, {threads} each.",
         f"Expected: {duration(total)} ({duration(alone)} one after another)"
-        + (f", without the {unknown} runs of which nobody knows how long they take." if unknown else "."),
+        + (f", and {unknown} more of unknown length." if unknown else "."),
     ]
     if unknown == len(runs):
         lines[1] = "Nobody knows how long they take: no earlier run of this folder has equal settings."
