@@ -260,14 +260,12 @@ class StageRun:
         Raises:
             InputError: if the training ended before its last step.
         """
-        if trainer.args.disable_tqdm:
-            from twice_rec.training_lines import write_lines  # loads transformers
+        from twice_rec.training_log import LOG, TrainingLog, write_lines, write_log  # loads transformers
 
+        if trainer.args.disable_tqdm:
             write_lines(trainer, self.path.name)
         if IS_MAIN:
             shutil.rmtree(self._replaced, ignore_errors=True)  # disks may be too small for old and new checkpoints
-        from twice_rec.training_log import LOG, TrainingLog, write_log  # loads transformers
-
         trainer.add_callback(TrainingLog(self.path / LOG))
         checkpoint = last_checkpoint(self.path)
         if checkpoint and _is_of_the_last_step(checkpoint):

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from twice_rec.files import write_jsonl
+from twice_rec.progress import progress
 
 logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
+_IN_LINES = ("loss", "reward")
 _SHOWN = {"loss": "loss", "reward": "reward", "learning_rate": "learning rate"}  # key of the trainer -> word
 _BEGIN, _END = 200, 600  # characters of a prompt that tables show
 
@@ -74,3 +76,38 @@ def shortened(prompt: Sequence[Mapping[str, str]]) -> str:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TrainingLines(TrainerCallback):
+    """Writes the progress of a trainer to a log: a line per ten seconds in place of bar and metrics."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Begin at the step of a resumed training."""
+        if state.is_world_process_zero:
+            self._bar = progress(desc=self._name, total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Count the step."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        """Keep what the next line shows."""
+        if self._bar is not None:
+            shown = {name: f"{float(logs[name]):.3g}" for name in _IN_LINES if name in (logs or {})}
+            self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """End."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def write_lines(trainer: Any, name: str) -> None:
+    """Let a trainer whose bar is off (`disable_tqdm`) write lines instead of printing the metrics of each step."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainingLines(name))

@@ -18,7 +18,7 @@ MODULES = sorted(
 LEVELS = {
     "records": 0, "metrics": 0, "files": 0, "errors": 0, "weight_files": 0, "random_streams": 0,
     "item_sequences": 0, "masking": 0,
-    "answer_format": 1, "catalog": 1, "prompts": 1, "progress": 1, "training_lines": 1, "markdown": 1, "recipe": 1,
+    "answer_format": 1, "catalog": 1, "prompts": 1, "progress": 1, "markdown": 1, "recipe": 1,
     "recipe_reader": 1, "locks": 1, "manifest": 1, "training_log": 1, "run": 1,
     "data": 2, "rationales": 2, "llm": 2, "cf": 2,
     "sft": 3, "grpo": 3, "evaluation": 3, "sharing": 3,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from transformers import PrinterCallback
 
 from twice_rec.progress import progress
-from twice_rec.training_lines import TrainingLines, write_lines
+from twice_rec.training_log import TrainingLines, write_lines
 
 
 class Terminal(io.StringIO):

@@ -9,10 +9,10 @@ from twice_rec.errors import InputError
 from twice_rec.manifest import Manifest
 from twice_rec.recipe_reader import load_recipe
 from twice_rec.study.expected import ALIKE, MEASURED, THERE, UNKNOWN, Expected, expected_of, total_seconds
+from twice_rec.study.links import check_link, make_link
 from twice_rec.study.places import Places
 from twice_rec.study.plan import flags_of, make_plan, waits_for
 from twice_rec.study.recipe import StudyRecipe
-from twice_rec.study.sharing import check_link, make_link
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recipes" / "tiny"

@@ -25,8 +25,8 @@ from twice_rec.recipe import Recipe
 from twice_rec.recipe_reader import load_recipe
 from twice_rec.sft.recipe import SDPORecipe, SFTRecipe, is_sft_variant, sft_folder
 from twice_rec.stages.command_line import STAGES
+from twice_rec.study.links import check_link
 from twice_rec.study.recipe import ENTRY, StudyRecipe
-from twice_rec.study.sharing import check_link
 
 FIXED = {"prepare": "data", "report": "report"}  # stage -> its only folder
 FIRST_SEED = ("evaluate", "report")  # stages that draw the same for all seeds: test users, resamples

@@ -20,9 +20,9 @@ from twice_rec.errors import InputError
 from twice_rec.files import MANIFEST, write_json
 from twice_rec.grpo.rollout.vllm_process import end_with_parent
 from twice_rec.masking import masked, masked_words
+from twice_rec.study.links import make_link
 from twice_rec.study.places import Places, flags_of_servers, num_servers
 from twice_rec.study.plan import Run, waits_for
-from twice_rec.study.sharing import make_link
 
 logger = logging.getLogger("study")
 
