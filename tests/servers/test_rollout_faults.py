@@ -18,6 +18,7 @@ from twice_rec.grpo.rollout import vllm as server_rollout
 from twice_rec.grpo.rollout.vllm import Patience, ServerGone
 from twice_rec.grpo.rollout.vllm_client import PolicyServer, ServerDown, base_name
 from twice_rec.stages import stage3c_grpo, stage6_study
+from twice_rec.study.places import Places
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 STOP = 4  # <end_of_turn> of the tiny tokenizer
@@ -268,7 +269,7 @@ def test_patience_has_a_limit_and_says_so_once(caplog):
 
 
 def test_a_study_starts_the_servers_of_its_runs_and_ends_them(run_dir, tmp_path, monkeypatch):
-    """Its servers are a vLLM by name that is the fake, found before any real one."""
+    """Its servers are a vLLM by name that is the fake, which they alone find before any real one."""
     package = tmp_path / "stand_in" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
@@ -281,8 +282,12 @@ def test_a_study_starts_the_servers_of_its_runs_and_ends_them(run_dir, tmp_path,
         f"FakeVLLM(value('--served-model-name'), [10, 11, 12, {STOP}], int(value('--port')))\n"
         "threading.Event().wait()\n"
     )
-    places = (tmp_path / "stand_in", ROOT / "src", ROOT / "tests")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
+    found_first = os.pathsep.join(map(str, (tmp_path / "stand_in", ROOT / "src", ROOT / "tests")))
+    plain = Places.environment_of_servers
+    monkeypatch.setattr(
+        Places, "environment_of_servers", lambda self, taken: {**plain(self, taken), "PYTHONPATH": found_first}
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     flags = iter(STEP.split())
     step = {name.removeprefix("--"): int(value) for name, value in zip(flags, flags, strict=True)}
     words = [str(ROOT / "recipes" / "tiny" / "study.yaml"), "--run_dir", str(run_dir), "--seeds", "1", "--parts", "[]"]

@@ -39,7 +39,7 @@ def test_two_seeds_once_again_and_with_one_run_that_fails(tmp_path, monkeypatch,
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}")
     run_dir, other = tmp_path / "tiny", tmp_path / "tiny_seed43"
     base = tmp_path / "base_run" / "base"
-    assert run("base", base.parent, base) == 0
+    assert run("prepare", base.parent, None) == run("base", base.parent, base) == 0
 
     status, states = study(run_dir, base)
     assert status == 0, capfd.readouterr().err

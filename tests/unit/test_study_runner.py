@@ -89,20 +89,25 @@ def test_a_failed_run_ends_what_needs_it_and_nothing_else(tmp_path, caplog):
         script(tmp_path, "d"),
         script(tmp_path, "e", "kill -9 $$"),
         script(tmp_path, "f", "exit 2"),
+        script(
+            tmp_path, "g", "echo error: g failed; echo 'Traceback (most recent call last):'; echo KeyError: 3; false"
+        ),
         script(tmp_path, "report", reports_on=(tmp_path,)),
     ]
     runner = study(tmp_path, runs)
     rows = {row.run.what: row for row in runner.run()}
     assert states(runner) == {
-        "a": FAILED, "b": SKIPPED, "c": SKIPPED, "d": DONE, "e": FAILED, "f": FAILED, "report": DONE,
+        "a": FAILED, "b": SKIPPED, "c": SKIPPED, "d": DONE, "e": FAILED, "f": FAILED, "g": FAILED,
+        "report": DONE,
     }  # fmt: skip
     assert rows["a"].says == "the disk is full"
     assert rows["b"].says == "needs seed 1 grpo a, which failed"
     assert rows["c"].says == "needs seed 1 grpo b, which was skipped"
     assert rows["e"].says == "ended by signal 9: it wrote nothing"
     assert rows["f"].says == "it wrote nothing"
+    assert rows["g"].says == "KeyError: 3"
     assert log.read_text().splitlines()[:2] == ["error: of an earlier try", "one"]
-    assert "[7/7] seed 1 grpo report done in" in caplog.text
+    assert "[8/8] seed 1 grpo report done in" in caplog.text
     table = result_table(runner.rows)
     assert "the disk is full" in table
     kept = json.loads((tmp_path / "study" / "study.json").read_text())["runs"]

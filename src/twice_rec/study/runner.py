@@ -49,7 +49,7 @@ class Row:
     logs_begin: dict[Path, int] = field(default_factory=dict)  # log -> its size before this run
 
     def last_error(self, log: Path) -> str:
-        """Return the last error in a log of this run, or else its last line."""
+        """Return the last error in a log of this run, of one with a trace the exception, or else its last line."""
         try:
             with open(log, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -58,8 +58,10 @@ class Row:
         except OSError:
             lines = []
         lines = [line.strip() for line in lines if line.strip()]
-        errors = [line for line in lines if line.startswith(("error:", "critical:"))]
-        return masked((errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")[:500])
+        errors = [number for number, line in enumerate(lines) if line.startswith(("error:", "critical:"))]
+        with_trace = errors and lines[errors[-1] + 1 : errors[-1] + 2] == ["Traceback (most recent call last):"]
+        found = lines[errors[-1]] if errors and not with_trace else (lines or ["it wrote nothing"])[-1]
+        return masked(found.removeprefix("error: ")[:500])
 
     def as_json(self) -> dict[str, object]:
         """Return it for study.json."""
