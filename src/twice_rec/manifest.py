@@ -299,8 +299,12 @@ def making_command(run_dir: Path, stage: str) -> str:
             manifest = Manifest.load(folder)
             words = words_of(manifest.stage, manifest.about.get("command", [])) if manifest else []
         if words and (recipe := Path(words[0]).with_name(f"{stage}.yaml")).exists():
-            place = words.index("--run_dir") if "--run_dir" in words else len(words)
-            return " ".join(["bash", launcher_of(stage), str(recipe), *words[place : place + 2]])
+            place = words.index("--run_dir") + 1 if "--run_dir" in words[:-1] else len(words)
+            given = words[place : place + 1]  # the run may have been copied or moved since
+            if given and Path(given[0]).resolve() != run_dir.resolve():
+                given = [_shown(run_dir)]
+            flag = ["--run_dir", shlex.quote(given[0])] if given else []
+            return " ".join(["bash", launcher_of(stage), shlex.quote(str(recipe)), *flag])
     return f"bash {launcher_of(stage)} RECIPE --run_dir {run_dir}"
 
 
