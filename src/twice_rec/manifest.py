@@ -300,7 +300,8 @@ def making_command(run_dir: Path, stage: str) -> str:
             words = words_of(manifest.stage, manifest.about.get("command", [])) if manifest else []
         if words and (recipe := Path(words[0]).with_name(f"{stage}.yaml")).exists():
             named = "--run_dir" in words or folder.is_symlink()  # a link's command has another run's folder
-            return " ".join(["bash", launcher_of(stage), str(recipe), *(["--run_dir", str(run_dir)] if named else [])])
+            flag = ["--run_dir", shlex.quote(_shown(run_dir))] if named else []  # which may have moved since
+            return " ".join(["bash", launcher_of(stage), shlex.quote(str(recipe)), *flag])
     return f"bash {launcher_of(stage)} RECIPE --run_dir {run_dir}"
 
 
