@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from twice_rec.data.dataset import PreparedData
+from twice_rec.data.dataset import CATALOG, PreparedData
 from twice_rec.evaluation.claims import claims_of
 from twice_rec.evaluation.evidence import Sources, gather
 from twice_rec.evaluation.groups import details_of
@@ -43,7 +43,9 @@ def report(recipe: ReportRecipe) -> None:
         run.end_check()
         results = results_of(variants, recipe, [*left_out, *sources.lines])
         results["claims"] = claims_of(variants, recipe, hashes)
-        results |= details_of(variants, PreparedData(runs[0] / "data"), recipe)
+        data = PreparedData(runs[0] / "data")
+        if (data.folder / CATALOG).exists():
+            results |= details_of(variants, data, recipe)
         evidence = gather(recipe, variants, sources)
         run.finish(save_report(run.path, results, evidence, recipe, evaluations), {"left_out": results["left_out"]})
         if recipe.quote is not None:
