@@ -85,7 +85,7 @@ class CFQuestions:
         """Return the items at place 1, of equal scores the first listed: indices 1..N, int64 [B]."""
         if kind == "full":
             users, seen = torch.from_numpy(_pairs(self.asked.histories[rows], self.asked.targets[rows]))  # [P], [P]
-            unseen = scores.clone()  # [B, N]
+            unseen = scores.clone() if scores.is_floating_point() else scores.double()  # [B, N]
             unseen[users.to(scores.device), seen.to(scores.device) - 1] = -torch.inf
             return unseen.argmax(1) + 1
         shown = self._shown(kind, scores, rows)  # [B, C]

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from twice_rec.errors import InputError
 from twice_rec.llm import models
@@ -26,7 +26,7 @@ from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.shared_prefix import group_logprobs
 from twice_rec.llm.tokens import encode_chat, encode_text, end_of_turn_ids
 from twice_rec.prompts import item_answer
-from twice_rec.random_streams import random_stream
+from twice_rec.random_streams import random_stream, stream_seed
 from twice_rec.records import Example
 from twice_rec.sft.recipe import SDPORecipe
 
@@ -118,7 +118,7 @@ def sdpo_trainer(
 ) -> SDPOTrainer:
     """Load the model that is trained, give it an adapter, and return its trainer."""
     arguments = recipe.trainer_arguments(folder, remove_unused_columns=False, label_names=[])
-    set_seed(arguments.seed)  # of the adapter's first weights
+    torch.manual_seed(stream_seed(recipe.seed, "first weights of S-DPO's adapter"))
     model = get_peft_model(models.load_model(start, recipe), models.lora_config(recipe))
     trainer = SDPOTrainer(
         model=model,
