@@ -15,7 +15,9 @@ bash sft.sh
 bash sasrec.sh
 bash grpo_step1.sh
 bash grpo_step2.sh
-bash evaluate.sh --variants base oracle --rankings likelihood # one greedy completion per user, not five more
-bash evaluate.sh --variants stage2 stage3
-bash evaluate.sh --variants stage2 --with_rationale false --suffix item_only --rankings likelihood
+bash evaluate.sh --variants base ceiling_text ceiling_popularity ceiling_cohort oracle --rankings likelihood
+bash evaluate.sh --variants stage2 stage3 # by likelihood, and by votes of five more completions per user
+bash evaluate.sh --variants stage2 stage3 --with_rationale false --suffix item_only --rankings likelihood
+bash judge.sh
+bash ab_test.sh --latency_calls 5
 bash report.sh

@@ -46,7 +46,7 @@ STAGES = {
 
 _NOISY = (
     "urllib3", "filelock", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "fsspec", "asyncio", "matplotlib",
-    "datasets", "wandb",
+    "datasets", "wandb", "fontTools",
 )  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _FULL_OR_LOCKED = {*_FULL, errno.EACCES, errno.EPERM}
