@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = {
     "variants": {
         "sasrec": {
-            "metrics": {"uniform/hr@1": 0.22771234, "full/ndcg@10": 0.02516},
+            "metrics": {"uniform/hr@1": 0.227712345, "full/ndcg@10": 0.02516},
             "ci95": {"uniform/hr@1": [0.2213, 0.2345], "full/ndcg@10": [0.02, 0.03]},
             "n": 11334,
             "runs": 3,
@@ -29,14 +29,14 @@ RESULTS = {
 }  # fmt: skip
 
 
-def test_a_quotation_has_five_digits_and_says_what_made_it(tmp_path):
+def test_a_quotation_has_seven_digits_and_says_what_made_it(tmp_path):
     run_dir = tmp_path / "run"
     for name, stage, seed in (("sasrec", "sasrec", 42), ("eval/sasrec", "sasrec", 42), ("report", "report", 42)):
         about = {"command": ["twice-rec", stage, "r.yaml", "--epochs", "9"], "commit": "abc", "recipe": {"seed": seed}}
         (run_dir / name).mkdir(parents=True)
         Manifest(stage, {}, {}, {}, {}, about).save(run_dir / name)
     quoted = quotation(RESULTS, [run_dir], "Grocery")
-    assert quoted["variants"]["sasrec"]["metrics"]["uniform/hr@1"] == 0.22771
+    assert quoted["variants"]["sasrec"]["metrics"]["uniform/hr@1"] == 0.2277123
     assert "left_out" not in quoted
     assert quoted["about"]["commands"] == ["bash sasrec.sh r.yaml --epochs 9"]
     assert (quoted["about"]["commits"], quoted["about"]["seeds"]) == (["abc"], [42])

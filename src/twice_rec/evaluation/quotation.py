@@ -25,7 +25,7 @@ _LIST_IN_HEADER = {"uniform": "", "popularity": "popularity ", "hard": "hard ", 
 
 
 def quotation(results: Mapping[str, Any], run_dirs: Sequence[Path], domain: str) -> dict[str, Any]:
-    """Return what a document may quote: the parts of results.json with five digits, and what they were made by."""
+    """Return what a document may quote: the parts of results.json with seven digits, and what they were made by."""
     manifests = list(_manifests(run_dirs))
     commands = dict.fromkeys(redo_command(*one).removesuffix(" --overwrite true") for one in manifests)
     commits = dict.fromkeys(str(manifest.about.get("commit")) for _, manifest in manifests)
@@ -56,7 +56,7 @@ def _manifests(run_dirs: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
 
 def _short(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.7g}")
     if isinstance(value, Mapping):
         return {name: _short(of) for name, of in value.items()}
     return [_short(of) for of in value] if isinstance(value, (list, tuple)) else value
