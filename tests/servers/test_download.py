@@ -26,6 +26,7 @@ REVIEWS, METADATA = (
     f"raw/{kind}_categories/{name}{DOMAIN}.jsonl" for kind, name in (("review", ""), ("meta", "meta_"))
 )
 CSV = [f"benchmark/5core/last_out/{DOMAIN}.{split}.csv" for split in ("train", "valid", "test")]
+PIECE = download._PIECE
 TOKEN = "hf_" + "thetokenofthetest4711"
 
 
@@ -37,7 +38,7 @@ def lines(name, count):
 def hub(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+    monkeypatch.setattr(download, "_PIECE", 1024)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits between its tries
     server = HubServer({REVIEWS: lines("review", 900), METADATA: lines("item", 300), **{p: lines(p, 50) for p in CSV}})
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -121,8 +122,21 @@ def test_a_storage_that_fails_ends_the_run_and_the_next_one_goes_on(hub, tmp_pat
     assert not list(tmp_path.glob(".*.part"))
 
 
+def test_what_a_cut_connection_brought_is_kept_as_shipped(hub, tmp_path, monkeypatch):
+    """The library's own pieces are of 10 MiB, of which nothing would be kept of a file that is smaller."""
+    monkeypatch.setattr(download, "_PIECE", PIECE)
+    hub.files[REVIEWS] = lines("review", 60_000)  # 4 MB
+    hub.broken[REVIEWS] = 2
+    fetch(tmp_path)
+    assert (tmp_path / f"{DOMAIN}.jsonl").read_bytes() == hub.files[REVIEWS]
+    begins = hub.begins(REVIEWS)
+    assert begins[0] == 0
+    assert begins[1] >= len(hub.files[REVIEWS]) // 2 - PIECE
+    assert begins == sorted(begins)
+
+
 def test_a_connection_that_never_brings_anything_is_told(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 20)  # more than the file, so no piece arrives whole
+    monkeypatch.setattr(download, "_PIECE", 1 << 20)  # more than the file, so no piece arrives whole
     hub.broken[REVIEWS] = 10**6
     with pytest.raises(Unfinished, match=r"the connection ends again \(RemoteProtocolError\); 0 of [\d,]+ bytes"):
         fetch(tmp_path)
@@ -147,7 +161,7 @@ def test_a_killed_download_leaves_no_file_and_is_continued(hub, tmp_path, monkey
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
     monkeypatch.undo()
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size >= 20 << 20 for path in tmp_path.glob(".*.part")):
+    while not any(path.stat().st_size >= 24 << 20 for path in tmp_path.glob(".*.part")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
@@ -160,7 +174,7 @@ def test_a_killed_download_leaves_no_file_and_is_continued(hub, tmp_path, monkey
     hub.waits.set()
     done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
     assert done.returncode == 0
-    assert hub.begins(REVIEWS) == [0, 20 << 20]
+    assert hub.begins(REVIEWS) == [0, 24 << 20]  # the half that came
     assert (tmp_path / f"{DOMAIN}.jsonl").read_bytes() == hub.files[REVIEWS]
 
 

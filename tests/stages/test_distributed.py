@@ -84,13 +84,21 @@ def test_sasrec_by_two_processes_is_that_by_one(one):
     run_dir, _ = one
     flags = ["--epochs", "2", "--dropout", "0", "--loss", "sampled_softmax", "--num_negatives", "64"]
     flags += ["--batch_size", "37", "--validation_steps", "4", "--baselines", "popularity", "--lists", "uniform"]
-    found = {}
+    flags += ["--weight_decay", "0.01"]  # which would weigh twice as much beside half a gradient
+    found, losses = {}, {}
     for launcher in ("one", "gloo"):
         shutil.rmtree(run_dir / "sasrec", ignore_errors=True)
         shutil.rmtree(run_dir / "eval", ignore_errors=True)
         launch(launcher, "sasrec", run_dir, *flags)
         found[launcher] = load_file(run_dir / "sasrec" / "model.safetensors")
+        rows = [json.loads(line) for line in (run_dir / "sasrec" / "log.jsonl").read_text().splitlines()]
+        losses[launcher] = [row["loss"] for row in rows]
         assert (run_dir / "eval" / "sasrec" / "metrics.json").exists()
     assert found["one"].keys() == found["gloo"].keys()
     for name, weights in found["one"].items():
-        assert np.allclose(weights, found["gloo"][name], atol=2e-4), name
+        if name != "model.input_norm.weight":  # not used before norms, and decayed by several processes only
+            # A bias of the keys changes no attention: its gradient is rounding, which Adam scales up to whole steps.
+            atol = 1e-3 if name.endswith("query_key_value.bias") else 1e-6
+            assert np.allclose(weights, found["gloo"][name], atol=atol), name
+    assert losses["gloo"] == pytest.approx(losses["one"], rel=1e-5)
+    assert any((weights != found["gloo"][name]).any() for name, weights in found["one"].items()), "it was one process"

@@ -224,3 +224,10 @@ def test_simple_models_leave_out_what_does_not_fit(monkeypatch):
     assert list(simple_models(histories, 3)) == ["popularity", "itemknn"]
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
     assert list(simple_models(histories, 3)) == ["popularity"]
+
+
+def test_a_prompts_target_is_held_out_wherever_the_user_bought_it():
+    histories = ItemSequences.of([[7, 3, 7], [4, 5], [7, 7], [6]])
+    everything = HeldOut(1.0, 0)  # the prompts' targets are 7, 5 and 7
+    assert [part.tolist() for part in without_prompted(histories, everything)] == [[3], [4], [], [6]]
+    assert [part.tolist() for part in without_prompted(histories, HeldOut())] == [[7, 3, 7], [4, 5], [7, 7], [6]]

@@ -40,7 +40,7 @@ def prompted(num_examples: int, fraction: float, seed: int) -> NDArray[np.int64]
 
 
 def without_prompted(histories: ItemSequences, held_out: HeldOut) -> ItemSequences:
-    """Return the training parts, those of the prompted users without their last item, the prompt's target.
+    """Return the training parts, of the prompted users without the prompt's target: their last item, wherever it is.
 
     The training examples are the users with at least two training interactions, in the order of the files.
     """
@@ -48,4 +48,12 @@ def without_prompted(histories: ItemSequences, held_out: HeldOut) -> ItemSequenc
     if held_out.fraction:
         examples = np.flatnonzero(histories.lengths >= 2)
         shortened[examples[prompted(len(examples), held_out.fraction, held_out.seed)]] = True
-    return histories.without_last(shortened)
+    kept = histories.without_last(shortened)
+    targets = np.zeros(len(histories), dtype=np.int32)  # [users]
+    targets[shortened] = histories.items[histories.ends[shortened] - 1]
+    users, items = kept.flat()  # [T], [T]
+    others = items != targets[users]  # [T]
+    if others.all():
+        return kept
+    ends = np.bincount(users[others], minlength=len(kept)).cumsum()  # [users]
+    return ItemSequences(items[others], np.concatenate([[0], ends[:-1]]), ends)

@@ -80,8 +80,8 @@ class SASRecTrainer:
         state_file: Path | None = None,
         device: torch.device | str = "cpu",
     ):
-        self._processes = PartialState()
         self.device = torch.device(device)
+        self._processes = PartialState(cpu=self.device.type == "cpu")  # else processes on CPUs do not find each other
         if self._processes.num_processes > 1:
             self.device = self._processes.device  # each has its own GPU
         self._gpus = [self.device] if self.device.type == "cuda" else []
@@ -202,7 +202,7 @@ class SASRecTrainer:
                 total += self._backward(step, sequences)
                 self.optimizer.step()
                 self._average_weights(step)
-        if not math.isfinite(loss := float(reduce(total)) / (end - start)):
+        if not math.isfinite(loss := float(reduce(total, reduction="sum")) / (end - start)):
             raise InputError(f"SASRec's loss is {loss} before step {end}; lower learning_rate")
         if not all(bool(torch.isfinite(weights).all()) for weights in self.average.parameters()):
             raise InputError(f"SASRec's weights are not finite at step {end}; lower learning_rate")
@@ -235,7 +235,7 @@ class SASRecTrainer:
         if self._processes.num_processes > 1:
             for parameter in self.model.parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = reduce(gradient)
+                parameter.grad = reduce(gradient, reduction="sum")
         return loss.detach()
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from twice_rec.cf import checks
@@ -120,6 +121,7 @@ class SASRecVariant:
             if IS_MAIN:
                 write_jsonl(path, tried)
                 (folder / STATE).unlink(missing_ok=True)
+            PartialState().wait_for_everyone()  # or another process would go on from that state
             logger.info("tried %s: validation %.4f", changed or "the recipe's own", trainer.best_validation.validation)
         best = max(tried, key=lambda row: row["validation"])
         logger.info("chose %s", best["settings"] or "the recipe's own settings")

@@ -64,6 +64,9 @@ class DownloadConfig(Settings):
     )
 
 
+_PIECE = 1 << 18  # bytes that are written together; what a cut connection leaves of one is lost, of the hub's 10 MiB
+
+
 class HubFile(NamedTuple):
     """What the hub says of a file; `etag` is the SHA-256 of its content, or of a file in git itself its SHA-1 there."""
 
@@ -102,7 +105,8 @@ def fetch(missing: Sequence[str], domain: str, folder: Path, revision: str) -> N
     if domain not in DOMAINS:
         plain = {name.lower(): name for name in DOMAINS}
         asked = re.sub(r"[^a-z0-9]+", "_", domain.lower().replace("&", "and")).strip("_")
-        close = " or ".join(plain[name] for name in difflib.get_close_matches(asked, plain, n=2))
+        begun = [name for name in plain if asked and name.startswith(asked)]
+        close = " or ".join(plain[name] for name in (begun or difflib.get_close_matches(asked, plain))[:2])
         meant = f"; did you mean {close}?" if close else ";"
         raise InputError(f"domain is {domain!r}, which Amazon Reviews 2023 does not have{meant} Its {_KNOWN}")
     by_hand = f"or put these files of the dataset {REPOSITORY} into {folder} yourself: {', '.join(missing)}"
@@ -176,11 +180,13 @@ def _fetch_one(file: HubFile, folder: Path) -> None:
 def _transfer(file: HubFile, partial: Path) -> str | None:
     """Append what is missing to a partial file; return what is wrong with it if it cannot be the announced one."""
     import httpx
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # compressed content has no ranges
+    constants.DOWNLOAD_CHUNK_SIZE = _PIECE
     with open(partial, "ab") as out:
         while (had := out.tell()) < file.size:
             try:

@@ -39,9 +39,10 @@ def estimate(source: Source, config: PrepareRecipe) -> Estimate:
         unpacked = path.stat().st_size * ratio
         rows, size = rows + unpacked * (start.count(b"\n") + 1) / len(start), size + unpacked
     kept = _KEPT if config.k_core >= 5 else 1.0
+    catalogue = sum(path.stat().st_size * beginning(path)[1] for path in source.item_files)
     users = rows * kept / max(config.min_history, config.k_core)
     lists = users * (1 + 2 * len(config.candidate_lists)) * config.num_candidates * _ID
-    disk = _SAFETY * (size * (_SCRATCH + kept) + lists)
+    disk = _SAFETY * (size * (_SCRATCH + kept) + catalogue * kept + lists)
     return Estimate(round(rows), _MEMORY + _MEMORY_PER_ROW * rows, disk)
 
 
@@ -52,11 +53,15 @@ def check_room(source: Source, config: PrepareRecipe, folder: Path) -> None:
     needed = estimate(source, config)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    rows, memory, disk = needed.rows, needed.memory / 1e9, needed.disk / 1e9
-    says = f"about {rows:,} interactions, which need about {memory:.1f} GB of memory and {disk:.1f} GB of disk"
+    memory, disk = _size(needed.memory), _size(needed.disk)
+    says = f"about {needed.rows:,} interactions, which need about {memory} of memory and {disk} of disk"
     if needed.disk > free:
         raise InputError(
-            f"{source.folder} has {says}, but {there} has {free / 1e9:.1f} GB free; make room, choose another "
+            f"{source.folder} has {says}, but {there} has {_size(free)} free; make room, choose another "
             "--run_dir, or draw fewer candidate_lists"
         )
-    logger.info("%s has %s (%.1f GB are free)", source.folder, says, free / 1e9)
+    logger.info("%s has %s (%s are free)", source.folder, says, _size(free))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
