@@ -151,6 +151,11 @@ def completion(asked, draw, share_of_faults):
     }  # fmt: skip
 
 
+def listed(messages, heading):
+    """How many products a prompt lists under a heading."""
+    return len(re.findall(r"^\d+\. ", messages.partition(heading)[2], re.MULTILINE))
+
+
 def good(asked, draw):
     messages = "".join(m["content"] for m in asked["messages"])
     if '"nothing_invented"' in messages:
@@ -158,10 +163,10 @@ def good(asked, draw):
     if '"score"' in messages:
         return json.dumps({"why": "as the reviews say", "score": draw.choice((1, 2, 3))})
     if '"candidate"' in messages:
-        products = asked["messages"][1]["content"].partition("Products:")[2]
-        return json.dumps(
-            {"why": "the only tea", "candidate": draw.randint(1, len(re.findall(r"^\d+\. ", products, re.M)))}
-        )
+        number = draw.randint(1, listed(messages, "Products:"))
+        return json.dumps({"why": "the only tea", "candidate": number})
+    if '"choice"' in messages:
+        return json.dumps({"choice": draw.randint(1, listed(messages, "Candidates:"))})
     question = next(m["content"] for m in reversed(asked["messages"]) if "Past purchases" in m["content"])
     shown = len(re.findall(r"^\d+\. ", question, re.MULTILINE))
     verdict = draw.choices(("relevant", "weak", "irrelevant"), (7, 2, 1))[0]
