@@ -1,5 +1,6 @@
 """Write the tables of README.md and REPRODUCTION.md anew from the files beside this script.
 
+    export PATH=$PWD/.venv/bin:$PATH PYTHONPATH=src
     python results/fill.py
     python results/fill.py --check     only say whether a table differs; then the exit status is 1
 

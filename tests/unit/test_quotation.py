@@ -1,6 +1,7 @@
 """Tables of documents come from the files in results/, and the documents in this repository are up to date."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,5 +81,6 @@ def test_what_is_not_there_is_named(document, words, says):
 
 def test_the_documents_are_up_to_date():
     command = [sys.executable, "results/fill.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
