@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.evaluation.equals import usable_json
+from twice_rec.evaluation.names import RANKINGS, SUFFIXES
 from twice_rec.evaluation.paper import SATISFYING_SHARE
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import Variant, compare, unequal
@@ -22,10 +23,6 @@ from twice_rec.metrics import holm
 
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run"
 VERDICTS = (SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN)
-
-# What a second ranking of the same evaluation adds to the names of its variants.
-RANKING_SUFFIXES = ("_sampled", "_likelihood")
-_WAYS = {"sampled": "by votes", "likelihood": "by likelihood"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def _with_rankings(variants: Mapping[str, Variant]) -> Iterator[tuple[Claim, str
     """Yield every claim, and again for each second ranking of its language models."""
     for claim in CLAIMS:
         yield claim, ""
-        for suffix in RANKING_SUFFIXES:
+        for suffix in SUFFIXES:
             if {claim.a + suffix, _ranked(claim.b, suffix)} <= variants.keys():
                 yield claim, suffix
 
@@ -136,7 +133,7 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
         **row,
         **{name: found[name] for name in ("difference", "ci95", "n", "p")},
         "runs": min(variants[a].runs, variants[b].runs),
-        "way": _WAYS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
+        "way": RANKINGS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
         "verdict": verdict(*found["ci95"], claim.or_equal),
     }
 

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from twice_rec.evaluation.calibration import Calibration
 from twice_rec.evaluation.curves import LOGGED, Curves, smoothed
 from twice_rec.evaluation.drawing import FAINT, LINES, MARKERS, ON_SERIES, SERIES, Chart, intervals, line_of
-from twice_rec.evaluation.names import CEILING, chosen, group_of, metric_name, metric_with_list, variant_name
+from twice_rec.evaluation.names import CEILING, RANKINGS, chosen, group_of, metric_name, metric_with_list, variant_name
 from twice_rec.evaluation.tables import Table
 from twice_rec.evaluation.trials import Judged, Value
 
@@ -31,7 +32,7 @@ _LAMBDAS = {value: "stage3" if value == 3 else f"stage3_lambda{value}" for value
 _MOST_LINES = 6
 
 # Suffix of a second ranking -> what readers see of the first and of it.
-_SECOND = {"_sampled": ("by likelihood", "by votes"), "_likelihood": ("by votes", "by likelihood")}
+_SECOND = {f"_{second}": (RANKINGS[first], RANKINGS[second]) for first, second in itertools.permutations(RANKINGS, 2)}
 
 
 def shared(results: Results) -> Mapping[str, Mapping[str, Any]]:

@@ -38,7 +38,9 @@ VARIANTS: Mapping[str, str] = {
     "ceiling_cohort": "Ceiling: text, popularity, cohort",
     "oracle": "Ceiling: everything",
 }
-_SUFFIXES = {"_sampled": ", by votes", "_likelihood": ", by likelihood"}
+# How a language model is ranked -> what readers see; a second ranking's variants end with an underscore and its name.
+RANKINGS: Mapping[str, str] = {"sampled": "by votes", "likelihood": "by likelihood"}
+SUFFIXES: Mapping[str, str] = {f"_{ranking}": says for ranking, says in RANKINGS.items()}
 
 LISTS: Mapping[str, str] = {
     "uniform": "Uniform lists",
@@ -53,9 +55,9 @@ GROUPS = (CF, LLM, CEILING)  # in table order
 
 def variant_name(variant: str) -> str:
     """Return what readers see of a variant."""
-    for suffix, says in _SUFFIXES.items():
+    for suffix, says in SUFFIXES.items():
         if variant.endswith(suffix) and variant != suffix:
-            return variant_name(variant.removesuffix(suffix)) + says
+            return f"{variant_name(variant.removesuffix(suffix))}, {says}"
     if variant in VARIANTS:
         return VARIANTS[variant]
     known = max((name for name in VARIANTS if variant.startswith(f"{name}_")), key=len, default=None)
