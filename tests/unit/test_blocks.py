@@ -207,7 +207,8 @@ class TestEstimate:
         source = Amazon2023(tmp_path, "D", metadata_required=False)
         check_room(source, prepare_recipe(), tmp_path / "runs" / "x")
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
-        with pytest.raises(InputError, match=r"about 20,\d+ interactions, .* GB of disk, but .* has 0.0 GB free; make"):
+        says = r"about 20,\d+ interactions, .* and 5\.\d MB of disk, but .* has 1.0 MB free; make room"
+        with pytest.raises(InputError, match=says):
             check_room(source, prepare_recipe(), tmp_path / "runs" / "x")
 
 
