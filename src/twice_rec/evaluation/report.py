@@ -136,7 +136,7 @@ def _read(folders: Sequence[Path]) -> Variant:
 def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: Sequence[str] = ()) -> dict[str, Any]:
     """Return summaries and comparisons, for results.json; a pair of unequals is left out with a line that says why."""
     samples, metric, lines = recipe.bootstrap_samples, recipe.comparison_metric, list(left_out)
-    if not any(metric in variant.values for variant in variants.values()):
+    if variants and not any(metric in variant.values for variant in variants.values()):
         raise InputError(f"comparison_metric is {metric}; no variant was evaluated on it")
     comparisons = []
     for a, b, *but_for in recipe.comparisons:
