@@ -192,7 +192,7 @@ def check_reports(own: Mapping[str, Any] | None, others: Sequence[DomainReport],
     if wrong := [domain for domain in recipe.missing_domains if domain in places]:
         raise InputError(f"missing_domains names {wrong[0]}, but {places[wrong[0]]} is of this domain; leave it out")
     known = [(f"{recipe.domain} (this run)", _Settings.model_validate(own))] if own and others else []
-    known += [(f"{report.domain} ({report.path})", report.results.settings) for report in others]
+    known += [(f"{of.domain} ({of.path})", of.results.settings) for of in others if of.results.variants]
     for (name, one), (other_name, other) in itertools.combinations(known, 2):
         if differs := _difference(one, other):
             raise InputError(f"{name} and {other_name} cannot stand in one table: they have {differs}")
@@ -219,7 +219,7 @@ def domains_of(own: Mapping[str, Any], others: Sequence[DomainReport], recipe: R
     """Return the table over domains and the claim about all of them, for results.json.
 
     Args:
-        own: this run's results; its domain is missing if they hold no variant.
+        own: this run's results; a domain whose results hold no variant is missing.
 
     Returns:
         `domains`, those with a report, in the order of the table; `missing`, those without; `reports`, where each was
@@ -229,8 +229,8 @@ def domains_of(own: Mapping[str, Any], others: Sequence[DomainReport], recipe: R
     kept = {name: own[name] for name in ("variants", "common_users", "claims", "settings")}
     as_read = json.loads(json.dumps({**kept, "manifest": {"domain": recipe.domain}}))
     ours = DomainReport(recipe.run_path / "report" / RESULTS, Results.model_validate(as_read))
-    reports = {report.domain: report for report in ([ours] if own["variants"] else []) + list(others)}
-    missing = [*([] if own["variants"] else [recipe.domain]), *recipe.missing_domains]
+    reports = {report.domain: report for report in (ours, *others) if report.results.variants}
+    missing = [report.domain for report in (ours, *others) if not report.results.variants] + recipe.missing_domains
     kind = recipe.comparison_metric.partition("/")[0]
     metrics = [f"{kind}/{name}" for name in METRICS_OF_TABLE_1]
     asked = [report.results.settings.asked for report in reports.values()]
