@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from reported import ASKED, VOTES, evaluated, prepared
+from reported import ASKED, evaluated, prepared
 from twice_rec.errors import InputError
 from twice_rec.evaluation.domain_tables import claim_over_domains, sheet_over_domains, terminal_over_domains
 from twice_rec.evaluation.domains import check_reports, domains_of, in_all, mean_of, read_reports
