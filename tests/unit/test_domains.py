@@ -9,7 +9,12 @@ import pytest
 
 from reported import ASKED, evaluated, prepared
 from twice_rec.errors import InputError
-from twice_rec.evaluation.domain_tables import claim_over_domains, sheet_over_domains, terminal_over_domains
+from twice_rec.evaluation.domain_tables import (
+    claim_over_domains,
+    claim_title,
+    sheet_over_domains,
+    terminal_over_domains,
+)
 from twice_rec.evaluation.domains import check_reports, domains_of, in_all, mean_of, read_reports
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.sections import latex_page, markdown_page, sections_of
@@ -38,13 +43,13 @@ def claim(verdict, difference=None, p=0.01, way="by likelihood", suffix=""):
     return {**about, "difference": difference, "ci95": ci95, "n": 100, "runs": 1, "p": p}
 
 
-def results(variants, alone=(), claims=(), n=100, candidates=10, asked=None, metric=KEYS[0]):
+def results(variants, alone=(), claims=(), n=100, candidates=10, asked=None, metric=KEYS[0], data=None):
     """What results.json holds; `variants` share their users, those in `alone` have others."""
     asked = {name: ASKED for name in variants if name.startswith("stage")} if asked is None else asked
     return {
         "variants": {**variants, **dict(alone)}, "common_users": {"n": n, "variants": variants}, "comparisons": [],
         "claims": list(claims) or [claim("not run")], "left_out": [],
-        "settings": {"metric": metric, "candidates": {"uniform": candidates}, "asked": asked},
+        "settings": {"metric": metric, "candidates": {"uniform": candidates}, "data": data, "asked": asked},
     }  # fmt: skip
 
 
@@ -119,6 +124,18 @@ def test_a_run_without_evaluations_is_itself_missing(tmp_path):
     assert texts(sheet_over_domains(found), "sasrec") == ["0.3500", "missing", "lacks 1 of 2"]
 
 
+def test_two_names_of_one_domain_have_no_mean(tmp_path):
+    own, same = ({**of, "settings": {**of["settings"], "data": "a hash"}} for of in (TOYS, GARDEN))
+    toys = {**own, "claims": [claim("shown", 0.05)]}
+    found = table(tmp_path, toys, {"Garden": {**same, "claims": [claim("shown", 0.03)]}, "Music": GARDEN})
+    assert found["same_data"] == ["Toys", "Garden"]
+    assert texts(sheet_over_domains(found), "sasrec")[-1] == "same data"
+    assert texts(sheet_over_domains(found), "oracle")[-1] == "lacks 2 of 3"
+    assert "toys and garden have the same data under several names" in sheet_over_domains(found).note.lower()
+    assert "Toys and Garden have the same data" in terminal_over_domains(found, KEYS[0])
+    assert found["claims"][0]["mean"] is None
+
+
 def test_values_of_other_users_than_the_rest_stay_out(tmp_path):
     both = results({**TOYS["variants"], "stage2": row(0.35)}, asked={"stage2": ASKED, "stage3": ASKED})
     found = table(tmp_path, both, {"Garden": CF_ONLY})
@@ -177,18 +194,19 @@ def test_the_claims_table_says_what_each_domain_says(tmp_path):
     toys = {**TOYS, "claims": [claim("shown", 0.05, p=0.01), sampled]}
     garden = {**GARDEN, "claims": [claim("shown", 0.03, p=0.04)]}
     found = table(tmp_path, toys, {"Garden": garden}, ["Music"])
-    header, rows = claim_over_domains(found)
-    assert header[:5] == ["Domain", "The paper", "Here", "Difference", "95 % interval"]
-    says = "Table 1: TWiCE-Rec > SASRec, by likelihood"
-    assert rows[:4] == [
-        ["Toys", says, "shown", "+0.0500", "[+0.0300, +0.0700]", "0.020", "100", "1"],
-        ["Garden", says, "shown", "+0.0300", "[+0.0100, +0.0500]", "0.040", "100", "1"],
-        ["Music", says, "not run: missing", "-", "-", "-", "-", "-"],
-        ["All 3 domains", says, "not run (2 shown, 1 not run)", "-", "-", "-", "-", "-"],
+    of_likelihood, of_votes = found["claims"]
+    assert claim_title(of_votes) == "Table 1, all domains: TWiCE-Rec > SASRec, by votes"
+    header, rows = claim_over_domains(of_likelihood)
+    assert header[:4] == ["Domain", "Here", "Difference", "95 % interval"]
+    assert rows == [
+        ["Toys", "shown", "+0.0500", "[+0.0300, +0.0700]", "0.020", "100", "1"],
+        ["Garden", "shown", "+0.0300", "[+0.0100, +0.0500]", "0.040", "100", "1"],
+        ["Music", "not run: missing", "-", "-", "-", "-", "-"],
+        ["All 3 domains", "not run (2 shown, 1 not run)", "-", "-", "-", "-", "-"],
     ]
-    assert [(of[0], of[2]) for of in rows[4:]] == [
-        ("Toys", "contradicted"), ("Garden", "not run"), ("Music", "not run: missing"),
-        ("All 3 domains", "contradicted (1 contradicted, 2 not run)"),
+    assert [of[:2] for of in claim_over_domains(of_votes)[1]] == [
+        ["Toys", "contradicted"], ["Garden", "not run"], ["Music", "not run: missing"],
+        ["All 3 domains", "contradicted (1 contradicted, 2 not run)"],
     ]  # fmt: skip
     assert in_all([{"verdict": "shown"}] * 8) == "shown"
 
@@ -210,7 +228,7 @@ def test_the_table_is_in_all_forms(tmp_path):
     others = dict.fromkeys(("Garden", "Music", "A_1", "B|2"), GARDEN)
     found = {**own, "domains": table(tmp_path, own, others)}
     sections = sections_of(found, KEYS[0], "Toys")
-    assert [section.id for section in sections][:3] == ["domains", "domains-claim", "same-users"]
+    assert [section.id for section in sections][:3] == ["domains", "domains-table1_sasrec", "same-users"]
     sheet = sections[0].sheet
     header = sheet_to_markdown(sheet).splitlines()[0]
     assert re.findall(r"Toys, 100 users: HR@1|B\\\|2, 50 users: NDCG@5|Mean over 5 domains: HR@5", header) == [
@@ -314,7 +332,8 @@ def test_the_reports_of_two_runs_become_one_table_on_the_page(tmp_path, capsys):
     good, poor = [1] * 7 + [2], [1, 2] * 4
     runs = [tmp_path / name for name in ("To<y>s", "Garden")]
     for run, ranks in zip(runs, (good, poor), strict=True):
-        prepared(run)
+        sequences = prepared(run) / "sequences.jsonl"
+        sequences.write_text(sequences.read_text().replace("liked", f"liked {run.name}"))  # not the same data
         evaluated(run, "sasrec", poor)
         evaluated(run, "stage3", ranks, ASKED)
     assert made(runs[1]) == 0
@@ -328,7 +347,7 @@ def test_the_reports_of_two_runs_become_one_table_on_the_page(tmp_path, capsys):
     page = (runs[0] / "report" / "index.html").read_text()
     assert '<a href="#domains">All domains</a>' in page
     sheet = re.search(r'<h3 id="domains">.*?</table>', page, re.DOTALL)[0]
-    heads = re.findall(r'<th scope="colgroup" colspan="3" class="begins">(.*?)</th>', sheet)
+    heads = re.findall(r'<th scope="colgroup" colspan="3" class="begins"><span>(.*?)</span></th>', sheet)
     assert heads == ["To&lt;y&gt;s, 8 users", "Garden, 8 users", "Music, no report", "Mean over 3 domains"]
     rows = [line for line in sheet.split("<tr>") if "<td" in line]
     assert [line.count("<td") for line in rows] == [12, 12]

@@ -49,10 +49,15 @@ def sheet_over_domains(found: Mapping[str, Any]) -> Sheet:
     only = next(iter(seeds.values()))
     notes = [] if about else [f"{only} seed{'' if only == '1' else 's'}"]
     notes += [f"language models are asked by {usual}, unless said otherwise"] if len(ways) > 1 else []
+    notes += [_same_data(found)] if found["same_data"] else []
     notes += ["bold: the best of a column; underlined: the second; ceilings take no part"]
     note = "; ".join(notes)
     shown = tuple((group, rows) for group, rows in grouped if rows)
     return Sheet(about, columns, shown, f"{note[:1].upper()}{note[1:]}.", tuple((s, len(metrics)) for s in spans))
+
+
+def _same_data(found: Mapping[str, Any]) -> str:
+    return f"{' and '.join(found['same_data'])} have the same data under several names, so nothing has a mean"
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
@@ -86,26 +91,29 @@ def _mean_cell(row: Mapping[str, Any], name: str, domains: Sequence[str], key: s
     published = [value for domain in domains if (value := table_1(domain, name, key)) is not None]
     paper = f"{sum(published) / len(published):.4f}" if len(published) == len(domains) else ""
     if row["mean"] is None:
-        return Cell(f"lacks {len(row['absent'])} of {len(domains)}", paper=paper)
+        return Cell(f"lacks {len(row['absent'])} of {len(domains)}" if row["absent"] else "same data", paper=paper)
     of = row["mean"][key]
     return Cell(f"{of['mean']:.4f}", "[{:.4f}, {:.4f}]".format(*of["ci95"]), marks[_MEAN, key].get(name, ""), paper)
 
 
-def claim_over_domains(found: Mapping[str, Any]) -> Table:
-    """Return header and rows of the claim: one row per domain, then what they say together."""
+def claim_over_domains(claim: Mapping[str, Any]) -> Table:
+    """Return header and rows of a claim: one row per domain, then what they say together."""
     rows = []
-    for claim in found["claims"]:
-        says = ", ".join(filter(None, [f"{claim['question']}: {claim['short']}", claim["way"]]))
-        for of in claim["domains"]:
-            verdict = of["verdict"] if of["verdict"] != NOT_RUN or of["why"] == NOT_RUN else f"{NOT_RUN}: {of['why']}"
-            numbers = ["-" if of[name] is None else f"{of[name]:,}" for name in ("n", "runs")]
-            rows.append([of["domain"], says, verdict, *_difference(of["difference"], of["ci95"])])
-            rows[-1] += [p_text(of["p_holm"]) or "-", *numbers]
-        together = ", ".join(f"{claim['counts'][name]} {name}" for name in VERDICTS if claim["counts"][name])
-        verdict = f"{claim['verdict']} ({together})"
-        rows.append([f"All {len(claim['domains'])} domains", says, verdict])
-        rows[-1] += [*_difference(claim["mean"], claim["ci95"]), "-", "-", "-"]
-    return ["Domain", "The paper", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
+    for of in claim["domains"]:
+        verdict = of["verdict"] if of["verdict"] != NOT_RUN or of["why"] == NOT_RUN else f"{NOT_RUN}: {of['why']}"
+        numbers = ["-" if of[name] is None else f"{of[name]:,}" for name in ("n", "runs")]
+        difference = _difference(of["difference"], of["ci95"])
+        rows.append([of["domain"], verdict, *difference, p_text(of["p_holm"]) or "-", *numbers])
+    together = ", ".join(f"{claim['counts'][name]} {name}" for name in VERDICTS if claim["counts"][name])
+    verdict = f"{claim['verdict']} ({together})"
+    rows.append([f"All {len(claim['domains'])} domains", verdict, *_difference(claim["mean"], claim["ci95"])])
+    rows[-1] += ["-", "-", "-"]
+    return ["Domain", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
+
+
+def claim_title(claim: Mapping[str, Any]) -> str:
+    """Return what a claim about all domains is called."""
+    return ", ".join(filter(None, [f"{claim['question']}, all domains: {claim['short']}", claim["way"]]))
 
 
 def _difference(value: float | None, interval: Sequence[float] | None) -> list[str]:
@@ -115,7 +123,7 @@ def _difference(value: float | None, interval: Sequence[float] | None) -> list[s
 
 
 def terminal_over_domains(found: Mapping[str, Any], metric: str) -> str:
-    """Return what the terminal shows: one metric, without intervals, and the claim."""
+    """Return what the terminal shows: one metric, without intervals, and the claims."""
     domains = [*found["domains"], *found["missing"]]
     key = metric if metric in found["metrics"] else found["metrics"][0]
     rows = []
@@ -123,5 +131,7 @@ def terminal_over_domains(found: Mapping[str, Any], metric: str) -> str:
         cells = [_cell(row, name, domain, key, {(domain, key): {}}).text for domain in domains]
         rows.append([name, *cells, _mean_cell(row, name, domains, key, {(_MEAN, key): {}}).text])
     table = markdown_table(["variant", *domains, "mean"], rows)
-    claim = markdown_table(*claim_over_domains(found)) if found["claims"] else ""
-    return f"All domains, {metric_with_list(key)}:\n\n{table}\n\n{claim}".rstrip()
+    claims = [f"{claim_title(claim)}:\n\n{markdown_table(*claim_over_domains(claim))}" for claim in found["claims"]]
+    note = f"{_same_data(found)}." if found["same_data"] else ""
+    title = f"All domains, {metric_with_list(key)}:"
+    return "\n\n".join(filter(None, [title, table, note, *claims]))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from twice_rec.data.dataset import PreparedData, candidates_file
+from twice_rec.data.dataset import SEQUENCES, PreparedData, candidates_file
 from twice_rec.errors import InputError
 from twice_rec.evaluation.claims import CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, counts
 from twice_rec.evaluation.equals import Terms, labels
@@ -71,6 +71,7 @@ class _Claim(_Part):
 class _Settings(_Part):
     metric: str
     candidates: dict[str, int]
+    data: str | None
     asked: dict[str, dict[str, Any]]
 
 
@@ -104,13 +105,16 @@ class DomainReport:
 def settings_of(variants: Mapping[str, Variant], data: PreparedData, recipe: ReportRecipe) -> dict[str, Any]:
     """Return what reports must have in common to stand in one table, for results.json.
 
-    `candidates` has the length of the first test user's lists; it is empty if the data is not there.
+    `candidates` has the length of the first test user's lists; it is empty if the data is not there. `data` is the hash
+    of the interactions, by which two names of one domain are known.
     """
+    of_data = [of.terms[0].data().get(f"data/{SEQUENCES}") for of in variants.values()]
     there = (data.folder / candidates_file("test")).exists()
     first = next(iter(data.candidates("test")), None) if there else None
     return {
         "metric": recipe.comparison_metric,
         "candidates": {kind: len(items) for kind, items in first.lists.items()} if first else {},
+        "data": next(filter(None, of_data), None),
         "asked": {name: dict(of.terms[0].asked) for name, of in variants.items() if of.terms[0].asked},
     }
 
@@ -224,7 +228,8 @@ def domains_of(own: Mapping[str, Any], others: Sequence[DomainReport], recipe: R
     Returns:
         `domains`, those with a report, in the order of the table; `missing`, those without; `reports`, where each was
         read; `metrics`, the columns; `users`, how many each domain has; `variants`: of each its values per domain, why
-        it lacks others, and its mean, None if it lacks any; `claims`, see `claims_over`.
+        it lacks others, and its mean, None if it lacks any; `same_data`, domains that are two names of one, so that
+        nothing has a mean; `claims`, see `claims_over`.
     """
     kept = {name: own[name] for name in ("variants", "common_users", "claims", "settings")}
     as_read = json.loads(json.dumps({**kept, "manifest": {"domain": recipe.domain}}))
@@ -233,10 +238,12 @@ def domains_of(own: Mapping[str, Any], others: Sequence[DomainReport], recipe: R
     missing = [report.domain for report in (ours, *others) if not report.results.variants] + recipe.missing_domains
     kind = recipe.comparison_metric.partition("/")[0]
     metrics = [f"{kind}/{name}" for name in METRICS_OF_TABLE_1]
+    same_data = _with_same_data(reports)
     asked = [report.results.settings.asked for report in reports.values()]
     terms = {name: Terms(Path(), of, {}) for settings in reversed(asked) for name, of in settings.items()}
     says = labels(terms)
     names = in_order(list(dict.fromkeys(name for report in reports.values() for name in report.results.variants)))
+    claims = list(claims_over({domain: of.results.claims for domain, of in reports.items()}, missing))
     variants = {}
     for name in names:
         values, absent = {}, dict.fromkeys(missing, MISSING)
@@ -244,7 +251,7 @@ def domains_of(own: Mapping[str, Any], others: Sequence[DomainReport], recipe: R
             row, why = _values(report.results, name, metrics)
             values |= {domain: row} if row else {}
             absent |= {domain: why} if why else {}
-        mean = None if absent else {key: _mean(values.values(), key) for key in metrics}
+        mean = None if absent or same_data else {key: _mean(values.values(), key) for key in metrics}
         row = {"domains": values, "absent": absent, "mean": mean}
         variants[name] = {**row, **({"asked": says[name]} if name in says else {})}
     return {
@@ -254,8 +261,15 @@ def domains_of(own: Mapping[str, Any], others: Sequence[DomainReport], recipe: R
         "metrics": metrics,
         "users": {domain: report.results.common_users.n for domain, report in reports.items()},
         "variants": variants,
-        "claims": list(claims_over({domain: of.results.claims for domain, of in reports.items()}, missing)),
+        "same_data": same_data,
+        "claims": claims if not same_data else [{**claim, "mean": None, "ci95": None} for claim in claims],
     }
+
+
+def _with_same_data(reports: Mapping[str, DomainReport]) -> list[str]:
+    """Return the domains whose data is that of another one too."""
+    data = {domain: report.results.settings.data for domain, report in reports.items()}
+    return [domain for domain, of in data.items() if of is not None and list(data.values()).count(of) > 1]
 
 
 def _values(results: Results, name: str, metrics: Sequence[str]) -> tuple[dict[str, Any] | None, str]:

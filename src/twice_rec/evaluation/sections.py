@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twice_rec.evaluation.claims import ARMS, CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, counts
-from twice_rec.evaluation.domain_tables import RULE_OVER_DOMAINS, claim_over_domains, sheet_over_domains
+from twice_rec.evaluation.domain_tables import RULE_OVER_DOMAINS, claim_over_domains, claim_title, sheet_over_domains
 from twice_rec.evaluation.evidence import Evidence
 from twice_rec.evaluation.names import LISTS, metric_with_list, variant_name
 from twice_rec.evaluation.paper import CLICKS, SATISFYING_SHARE
@@ -80,7 +80,7 @@ def sections_of(
 
 
 def _domains(results: Mapping[str, Any]) -> Iterable[Section]:
-    """Yield the table over domains, and the claim about all of them."""
+    """Yield the table over domains, and the claim about all of them, once per ranking."""
     if not (found := results.get("domains")):
         return
     sheet = sheet_over_domains(found)
@@ -90,8 +90,9 @@ def _domains(results: Mapping[str, Any]) -> Iterable[Section]:
         f"same in a mean, and what lacks a domain has none. {sheet.note}"
     )
     yield Section("domains", "All domains", says, sheet)
-    if found["claims"]:
-        yield Section("domains-claim", "All domains: the claim", RULE_OVER_DOMAINS, rows=claim_over_domains(found))
+    for claim in found["claims"]:
+        says = f"{metric_with_list(claim['metric'])}. {RULE_OVER_DOMAINS}"
+        yield Section(f"domains-{claim['id']}", claim_title(claim), says, rows=claim_over_domains(claim))
 
 
 def _recommended(results: Mapping[str, Any]) -> Iterable[Section]:
