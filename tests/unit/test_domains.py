@@ -10,6 +10,7 @@ import pytest
 from reported import ASKED, evaluated, prepared
 from twice_rec.errors import InputError
 from twice_rec.evaluation.domain_tables import (
+    claim_answer,
     claim_over_domains,
     claim_title,
     sheet_over_domains,
@@ -159,6 +160,7 @@ def test_seeds_and_ways_of_asking_are_told_if_they_differ(tmp_path):
 def test_the_papers_values_stand_beside_ours_also_where_we_have_none(tmp_path):
     grocery, office = "Grocery_and_Gourmet_Food", "Office_Products"
     sheet = sheet_over_domains(table(tmp_path, TOYS, {office: CF_ONLY}, domain=grocery))
+    assert sheet.spans[0] == ("Grocery and Gourmet Food, 100 users", 3)
     assert texts(sheet, "sasrec", "paper") == ["0.0288", "0.0292", "0.0290"]
     assert texts(sheet, "stage3", "paper") == ["0.0430", "0.0544", "0.0487"]
     assert texts(sheet, "popularity", "paper") == ["", "", ""]
@@ -202,12 +204,14 @@ def test_the_claims_table_says_what_each_domain_says(tmp_path):
         ["Toys", "shown", "+0.0500", "[+0.0300, +0.0700]", "0.020", "100", "1"],
         ["Garden", "shown", "+0.0300", "[+0.0100, +0.0500]", "0.040", "100", "1"],
         ["Music", "not run: missing", "-", "-", "-", "-", "-"],
-        ["All 3 domains", "not run (2 shown, 1 not run)", "-", "-", "-", "-", "-"],
+        ["All 3 domains", "not run", "-", "-", "-", "-", "-"],
     ]
     assert [of[:2] for of in claim_over_domains(of_votes)[1]] == [
         ["Toys", "contradicted"], ["Garden", "not run"], ["Music", "not run: missing"],
-        ["All 3 domains", "contradicted (1 contradicted, 2 not run)"],
+        ["All 3 domains", "contradicted"],
     ]  # fmt: skip
+    assert claim_answer(of_likelihood) == "In all 3 domains: not run (2 shown, 1 not run)."
+    assert claim_answer(of_votes) == "In all 3 domains: contradicted (1 contradicted, 2 not run)."
     assert in_all([{"verdict": "shown"}] * 8) == "shown"
 
 
@@ -244,14 +248,14 @@ def test_the_table_is_in_all_forms(tmp_path):
     assert r"\cmidrule(lr){2-4} \cmidrule(lr){5-7}" in tabulars[0][1]
     assert r"SASRec & \underline{0.3000} & \underline{0.6000} & \underline{0.4500} & \textbf{0.3500}" in text
     assert r" & {\scriptsize {[}0.2000, 0.4000{]}}" in text
-    assert r"A\_1, 50 users" in text
+    assert r"B|2, 50 users" in text
     assert text.count(r"\begin{") == text.count(r"\end{")
     assert r"Needs \usepackage{booktabs,adjustbox}." in latex_page("T", found, sections)
     assert "## All domains\n" in markdown_page("T", found, sections)
     shown = terminal_over_domains(found["domains"], KEYS[0])
     assert "| sasrec " in shown
     assert re.search(r"\| variant +\| +Toys \| +Garden \|.* mean \|", shown)
-    assert "All 5 domains" in shown
+    assert "In all 5 domains: not run (1 shown, 4 not run)." in shown
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twice_rec.evaluation.claims import NOT_RUN, VERDICTS
-from twice_rec.evaluation.names import GROUPS, asked_name, group_of, metric_name, metric_with_list, variant_name
+from twice_rec.evaluation.names import (
+    GROUPS,
+    asked_name,
+    domain_name,
+    group_of,
+    metric_name,
+    metric_with_list,
+    variant_name,
+)
 from twice_rec.evaluation.paper import table_1
 from twice_rec.evaluation.sheets import Cell, Mark, Row, Sheet, marks_of, p_text
 from twice_rec.evaluation.tables import Table
@@ -42,8 +50,8 @@ def sheet_over_domains(found: Mapping[str, Any]) -> Sheet:
         return Row(variant_name(name), name, "" if asked == usual else asked, told, tuple(cells))
 
     grouped = ((group, tuple(row_of(name) for name in variants if group_of(name) == group)) for group in GROUPS)
-    spans = [f"{name}, {found['users'][name]:,} users" for name in found["domains"]]
-    spans += [f"{name}, no report" for name in found["missing"]]
+    spans = [f"{domain_name(name)}, {found['users'][name]:,} users" for name in found["domains"]]
+    spans += [f"{domain_name(name)}, no report" for name in found["missing"]]
     spans.append(f"Mean over {of_all} domains")
     columns = tuple(map(metric_name, metrics)) * len(spans)
     only = next(iter(seeds.values()))
@@ -57,7 +65,7 @@ def sheet_over_domains(found: Mapping[str, Any]) -> Sheet:
 
 
 def _same_data(found: Mapping[str, Any]) -> str:
-    return f"{' and '.join(found['same_data'])} have the same data under several names, so nothing has a mean"
+    return f"{' and '.join(map(domain_name, found['same_data']))} have the same data under several names, so nothing has a mean"
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
@@ -103,12 +111,16 @@ def claim_over_domains(claim: Mapping[str, Any]) -> Table:
         verdict = of["verdict"] if of["verdict"] != NOT_RUN or of["why"] == NOT_RUN else f"{NOT_RUN}: {of['why']}"
         numbers = ["-" if of[name] is None else f"{of[name]:,}" for name in ("n", "runs")]
         difference = _difference(of["difference"], of["ci95"])
-        rows.append([of["domain"], verdict, *difference, p_text(of["p_holm"]) or "-", *numbers])
-    together = ", ".join(f"{claim['counts'][name]} {name}" for name in VERDICTS if claim["counts"][name])
-    verdict = f"{claim['verdict']} ({together})"
-    rows.append([f"All {len(claim['domains'])} domains", verdict, *_difference(claim["mean"], claim["ci95"])])
+        rows.append([domain_name(of["domain"]), verdict, *difference, p_text(of["p_holm"]) or "-", *numbers])
+    rows.append([f"All {len(claim['domains'])} domains", claim["verdict"], *_difference(claim["mean"], claim["ci95"])])
     rows[-1] += ["-", "-", "-"]
     return ["Domain", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
+
+
+def claim_answer(claim: Mapping[str, Any]) -> str:
+    """Return the verdict about all domains in a sentence, with the number of domains of each verdict."""
+    together = ", ".join(f"{claim['counts'][name]} {name}" for name in VERDICTS if claim["counts"][name])
+    return f"In all {len(claim['domains'])} domains: {claim['verdict']} ({together})."
 
 
 def claim_title(claim: Mapping[str, Any]) -> str:
@@ -131,7 +143,10 @@ def terminal_over_domains(found: Mapping[str, Any], metric: str) -> str:
         cells = [_cell(row, name, domain, key, {(domain, key): {}}).text for domain in domains]
         rows.append([name, *cells, _mean_cell(row, name, domains, key, {(_MEAN, key): {}}).text])
     table = markdown_table(["variant", *domains, "mean"], rows)
-    claims = [f"{claim_title(claim)}:\n\n{markdown_table(*claim_over_domains(claim))}" for claim in found["claims"]]
+    claims = [
+        f"{claim_title(claim)}. {claim_answer(claim)}\n\n{markdown_table(*claim_over_domains(claim))}"
+        for claim in found["claims"]
+    ]
     note = f"{_same_data(found)}." if found["same_data"] else ""
     title = f"All domains, {metric_with_list(key)}:"
     return "\n\n".join(filter(None, [title, table, note, *claims]))

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from twice_rec.evaluation.claims import ARMS, CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, counts
-from twice_rec.evaluation.domain_tables import RULE_OVER_DOMAINS, claim_over_domains, claim_title, sheet_over_domains
+from twice_rec.evaluation.domain_tables import (
+    RULE_OVER_DOMAINS,
+    claim_answer,
+    claim_over_domains,
+    claim_title,
+    sheet_over_domains,
+)
 from twice_rec.evaluation.evidence import Evidence
 from twice_rec.evaluation.names import LISTS, metric_with_list, variant_name
 from twice_rec.evaluation.paper import CLICKS, SATISFYING_SHARE
@@ -91,7 +97,7 @@ def _domains(results: Mapping[str, Any]) -> Iterable[Section]:
     )
     yield Section("domains", "All domains", says, sheet)
     for claim in found["claims"]:
-        says = f"{metric_with_list(claim['metric'])}. {RULE_OVER_DOMAINS}"
+        says = f"{claim_answer(claim)} {metric_with_list(claim['metric'])}. {RULE_OVER_DOMAINS}"
         yield Section(f"domains-{claim['id']}", claim_title(claim), says, rows=claim_over_domains(claim))
 
 
