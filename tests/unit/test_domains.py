@@ -17,6 +17,7 @@ from twice_rec.evaluation.domain_tables import (
     terminal_over_domains,
 )
 from twice_rec.evaluation.domains import check_reports, domains_of, in_all, mean_of, read_reports
+from twice_rec.evaluation.quotation import fill
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.sections import latex_page, markdown_page, sections_of
 from twice_rec.evaluation.sheets import sheet_to_markdown, spanned_to_latex
@@ -256,6 +257,15 @@ def test_the_table_is_in_all_forms(tmp_path):
     assert "| sasrec " in shown
     assert re.search(r"\| variant +\| +Toys \| +Garden \|.* mean \|", shown)
     assert "In all 5 domains: not run (1 shown, 4 not run)." in shown
+
+
+def test_documents_quote_the_table(tmp_path):
+    (tmp_path / "quoted.json").write_text(json.dumps({"domains": table(tmp_path, TOYS, {"Garden": GARDEN})}))
+    document = tmp_path / "README.md"
+    document.write_text("<!-- numbers quoted.json domains -->\n<!-- end of numbers -->\n")
+    text = fill(document)
+    assert "| Toys, 100 users: HR@1 |" in text
+    assert re.search(r"\| SASRec .*\| \*\*0.3500\*\* \[0.2500, 0.4500\] \|", text)
 
 
 @pytest.mark.parametrize(

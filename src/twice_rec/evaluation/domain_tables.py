@@ -65,7 +65,8 @@ def sheet_over_domains(found: Mapping[str, Any]) -> Sheet:
 
 
 def _same_data(found: Mapping[str, Any]) -> str:
-    return f"{' and '.join(map(domain_name, found['same_data']))} have the same data under several names, so nothing has a mean"
+    names = " and ".join(map(domain_name, found["same_data"]))
+    return f"{names} have the same data under several names, so nothing has a mean"
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
