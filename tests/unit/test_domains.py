@@ -298,6 +298,9 @@ def test_a_domain_stands_in_a_table_once(tmp_path):
         check_reports(TOYS["settings"], read_reports([first, again]), recipe(tmp_path))
     with pytest.raises(InputError, match="is of the domain Garden, and so is this run"):
         check_reports(TOYS["settings"], read_reports([first]), recipe(tmp_path, "Garden"))
+    empty = saved(tmp_path, "Music", results({}, n=0))
+    with pytest.raises(InputError, match="no domain has a result"):
+        check_reports(None, read_reports([empty]), recipe(tmp_path))
     with pytest.raises(InputError, match="missing_domains names Garden, but .* is of this domain"):
         check_reports(TOYS["settings"], read_reports([first]), recipe(tmp_path, missing_domains=["Garden"]))
     with pytest.raises(ValueError, match="domain_reports names one twice"):
@@ -384,6 +387,8 @@ def test_a_run_that_failed_has_a_report_if_others_have_one(tmp_path, capsys):
     assert made(other, "--domain_reports", str(run)) == 0
     found = json.loads((other / "report" / "results.json").read_text())
     assert (found["domains"]["domains"], found["domains"]["missing"]) == (["Garden"], ["Toys"])
+    (run / "report").rename(tmp_path / "report")
+    assert made(run, "--domain_reports", str(tmp_path / "report")) == 2  # a copy of itself
     assert made(other, "--domain_reports", str(tmp_path / "Music")) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(

@@ -183,7 +183,7 @@ def check_reports(own: Mapping[str, Any] | None, others: Sequence[DomainReport],
         own: this run's `settings_of`; None if it has no evaluation.
 
     Raises:
-        InputError: if a domain is there twice, or two reports differ in metric, candidates or ranking.
+        InputError: if a domain is there twice, if two differ in metric, candidates or ranking, or if none has results.
     """
     places = {recipe.domain: "this run"}
     for report in others:
@@ -195,6 +195,8 @@ def check_reports(own: Mapping[str, Any] | None, others: Sequence[DomainReport],
         places[report.domain] = str(report.path)
     if wrong := [domain for domain in recipe.missing_domains if domain in places]:
         raise InputError(f"missing_domains names {wrong[0]}, but {places[wrong[0]]} is of this domain; leave it out")
+    if others and not own and not any(of.results.variants for of in others):
+        raise InputError("no domain has a result: neither this run nor the reports in domain_reports have a variant")
     known = [(f"{recipe.domain} (this run)", _Settings.model_validate(own))] if own and others else []
     known += [(f"{of.domain} ({of.path})", of.results.settings) for of in others if of.results.variants]
     for (name, one), (other_name, other) in itertools.combinations(known, 2):

@@ -92,8 +92,8 @@ def _domains(results: Mapping[str, Any]) -> Iterable[Section]:
     sheet = sheet_over_domains(found)
     kind = found["metrics"][0].partition("/")[0]
     says = (
-        f"{LISTS.get(kind, kind)}. Each domain on the users that all of its variants share; each domain counts the "
-        f"same in a mean, and what lacks a domain has none. {sheet.note}"
+        f"{LISTS.get(kind, kind)}. A domain's values are of the users that its variants share. A mean counts each "
+        f"domain the same, and its interval combines theirs; a variant that lacks a domain has no mean. {sheet.note}"
     )
     yield Section("domains", "All domains", says, sheet)
     for claim in found["claims"]:
