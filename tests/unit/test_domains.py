@@ -264,7 +264,7 @@ def test_documents_quote_the_table(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("<!-- numbers quoted.json domains -->\n<!-- end of numbers -->\n")
     text = fill(document)
-    assert "| Toys, 100 users: HR@1 |" in text
+    assert " Toys, 100 users: HR@1 |" in text
     assert re.search(r"\| SASRec .*\| \*\*0.3500\*\* \[0.2500, 0.4500\] \|", text)
 
 
