@@ -111,9 +111,13 @@ def test_each_domain_has_a_folder_and_a_report(tmp_path):
     assert recipe.run_path == tmp_path / "Beauty"
     runs = make_plan(recipe)
     assert {run.run_dir for run in runs} == {tmp_path / "Beauty", tmp_path / "Toys"}
-    assert told(runs)[-2:] == ["Beauty seed 42 report", "Toys seed 42 report"]
+    assert told(runs)[-2:] == ["Toys seed 42 report", "Beauty seed 42 report"]
     of = {run.name: run for run in runs}
     assert all(run.domain == "Toys" for run in waits_for(of["Toys seed 42 report"], runs))
+    assert [run.name for run in runs if run.sums_up] == ["Beauty seed 42 report"]  # it has the table over both
+    waiting = waits_for(of["Beauty seed 42 report"], runs)
+    assert [run.name for run in waiting if run.domain == "Toys"] == ["Toys seed 42 report"]
+    assert not any(run.sums_up for run in make_plan(study(tmp_path / "{domain}", domains=["Beauty"], parts=[])))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,7 @@ def test_each_domain_has_a_folder_and_a_report(tmp_path):
         ({"runs": [], "parts": []}, "runs is empty"),
         ({"overrides": {"grop": {}}}, "overrides names 'grop'"),
         ({"overrides": {"grpo": {"run_dir": "x"}}}, "overrides of grpo has run_dir"),
+        ({"overrides": {"report": {"missing_domains": []}}}, "overrides of report has missing_domains"),
         ({"domains": ["A", "B"]}, "put {domain} into it"),
         ({"domains": []}, "domains is empty"),
         ({"seeds": 0}, "greater than or equal to 1"),

@@ -33,7 +33,7 @@ class Script(Run):
     server: str = ""
 
     def command(self, *more):
-        return ["bash", "-c", self.text]
+        return ["bash", "-c", self.text, *more]
 
     def server_command(self, *more):
         return ["bash", "-c", self.server]
@@ -114,6 +114,24 @@ def test_a_failed_run_ends_what_needs_it_and_nothing_else(tmp_path, caplog):
     assert {row["what"]: row["state"] for row in kept} == states(runner)
     assert kept[0]["says"] == "the disk is full"
     assert Path(kept[0]["log"]) == log
+
+
+def test_the_report_that_sums_up_is_told_which_domains_have_one(tmp_path):
+    def of_domain(domain, text, **more):
+        folder = tmp_path / domain
+        recipe = Recipe(run_dir=str(folder), domain=domain, seed=1)
+        return Script(
+            domain, 1, "report", domain, recipe, (), (folder / "report",), (), text=text, reports_on=(folder,), **more
+        )
+
+    first = of_domain("A", f"echo $0 $1 $2 $3 > {tmp_path}/told", sums_up=True)
+    runner = study(tmp_path, [of_domain("B", "true"), of_domain("C", "exit 2"), of_domain("D", "true"), first])
+    runner.run()
+    assert states(runner) == {"B": THERE, "C": FAILED, "D": THERE, "A": THERE}
+    there = f'["{tmp_path}/B/report", "{tmp_path}/D/report"]'
+    assert (tmp_path / "told").read_text() == f'--domain_reports {there} --missing_domains ["C"]\n'
+    kept = json.loads((tmp_path / "study" / "study.json").read_text())["runs"][-1]
+    assert kept["command"][-4:] == ["--domain_reports", there, "--missing_domains", '["C"]']
 
 
 def test_what_is_finished_already_is_told_from_what_was_done(tmp_path):

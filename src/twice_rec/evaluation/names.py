@@ -66,6 +66,11 @@ def variant_name(variant: str) -> str:
     return f"{VARIANTS[known]}, {variant.removeprefix(f'{known}_').replace('_', ' ')}"
 
 
+def domain_name(domain: str) -> str:
+    """Return what readers see of a domain, `Office Products` for `Office_Products`."""
+    return domain.replace("_", " ")
+
+
 def metric_name(metric: str) -> str:
     """Return what readers see of a metric, `HR@1` for `uniform/hr@1`."""
     return metric.rpartition("/")[2].upper()

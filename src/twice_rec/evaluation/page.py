@@ -15,6 +15,7 @@ from typing import Any
 
 from twice_rec.evaluation import figures
 from twice_rec.evaluation.claims import NOT_RUN
+from twice_rec.evaluation.domain_tables import terminal_over_domains
 from twice_rec.evaluation.drawing import Chart, save
 from twice_rec.evaluation.evidence import Evidence
 from twice_rec.evaluation.names import metric_with_list, variant_name
@@ -165,7 +166,8 @@ def html_page(
         lstrip_blocks=True,
     )  # fmt: skip
     tables = [section for section in sections if section.id != "left-out"]
-    contents = [("answer", "Claims"), *([("not-run", "Not run yet")] if absent else []), ("tables", "Tables")]
+    contents = [("answer", "Claims"), *([("not-run", "Not run yet")] if absent else [])]
+    contents += [*([("domains", "All domains")] if results.get("domains") else []), ("tables", "Tables")]
     contents += [("figures", "Figures")] if drawn else []
     contents += [("users", "Users")] if browser else []
     contents += [("left-out", "Left out")] if results["left_out"] else []
@@ -205,6 +207,8 @@ def show_report(results: Mapping[str, Any], metric: str) -> None:
         show(markdown_table(*comparison_table(results["comparisons"])))
     for line in results["left_out"]:
         logger.warning("%s", line)
+    if results.get("domains"):
+        show(terminal_over_domains(results["domains"], metric))
     if results.get("claims"):
         show(f"{answer_of(results['claims'])}\n\n{markdown_table(*claim_rows(results['claims']))}")
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.errors import InputError
+from twice_rec.evaluation.domain_tables import sheet_over_domains
 from twice_rec.evaluation.names import metric_name, variant_name
-from twice_rec.evaluation.sheets import claim_rows, comparison_rows
+from twice_rec.evaluation.sheets import claim_rows, comparison_rows, sheet_to_markdown
 from twice_rec.files import MANIFEST, read_json
 from twice_rec.manifest import Manifest, environment, redo_command
 from twice_rec.markdown import markdown_table
 
-_PARTS = ("variants", "common_users", "comparisons", "claims", "groups", "recommended", "position")
+_PARTS = ("variants", "common_users", "comparisons", "claims", "groups", "recommended", "position", "domains")
 _BLOCK = re.compile(r"<!-- numbers (?P<words>[^>]*) -->\n(?P<table>.*?)<!-- end of numbers -->", re.DOTALL)
 _LIST_IN_HEADER = {"uniform": "", "popularity": "popularity ", "hard": "hard ", "full": "full "}
 
@@ -116,4 +117,5 @@ _TABLES: Mapping[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {
     "common_users": lambda quoted, words: _variants(quoted, words, "common_users"),
     "comparisons": _comparisons,
     "claims": _claims,
+    "domains": lambda quoted, words: sheet_to_markdown(sheet_over_domains(quoted["domains"])),
 }

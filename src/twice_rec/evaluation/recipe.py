@@ -142,6 +142,14 @@ class ReportRecipe(Recipe):
     """Stage 5: tables of everything under eval/."""
 
     other_runs: list[str] = key([], "run folders of other seeds on the same data, averaged with run_dir's")
+    domain_reports: list[str] = key(
+        [],
+        "finished reports of other domains, each by its folder or its run's; theirs and this run's results become one "
+        "table, as the paper's Table 1",
+    )
+    missing_domains: list[str] = key(
+        [], "domains without a report, which stand in that table as missing; a study names those that failed"
+    )
     comparisons: list[list[str]] = key(
         [],
         "pairs of variants, [a, b], that are compared on the users both have; both must have been asked in the same "
@@ -155,6 +163,13 @@ class ReportRecipe(Recipe):
         "machine and seeds",
         changes_result=False,
     )
+
+    @rule
+    def domains_are_named_once(self) -> str | None:
+        for name in ("domain_reports", "missing_domains"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                return f"{name} names one twice: {', '.join(getattr(self, name))}"
+        return None
 
     @rule
     def comparisons_are_pairs(self) -> str | None:

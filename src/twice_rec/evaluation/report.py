@@ -136,7 +136,7 @@ def _read(folders: Sequence[Path]) -> Variant:
 def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: Sequence[str] = ()) -> dict[str, Any]:
     """Return summaries and comparisons, for results.json; a pair of unequals is left out with a line that says why."""
     samples, metric, lines = recipe.bootstrap_samples, recipe.comparison_metric, list(left_out)
-    if not any(metric in variant.values for variant in variants.values()):
+    if variants and not any(metric in variant.values for variant in variants.values()):
         raise InputError(f"comparison_metric is {metric}; no variant was evaluated on it")
     comparisons = []
     for a, b, *but_for in recipe.comparisons:
@@ -159,7 +159,7 @@ def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: 
 def unequal(variants: Mapping[str, Variant], a: str, b: str, metric: str, but_for: Collection[str] = ()) -> str | None:
     """Return why two variants cannot be compared, in words; None if they can. `but_for`: see `difference`."""
     if missing := [name for name in (a, b) if name not in variants]:
-        return f"{missing[0]} is not evaluated; {', '.join(variants)} are"
+        return f"{missing[0]} is not evaluated" + (f"; {', '.join(variants)} are" if variants else "")
     for name in (a, b):
         if metric not in variants[name].values:
             return f"{name} was not evaluated on {metric}; it has {', '.join(variants[name].values)}"

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from twice_rec.evaluation.claims import ARMS, CONTRADICTED, NOT_RUN, NOT_SHOWN, SHOWN, counts
+from twice_rec.evaluation.domain_tables import (
+    RULE_OVER_DOMAINS,
+    claim_answer,
+    claim_over_domains,
+    claim_title,
+    sheet_over_domains,
+)
 from twice_rec.evaluation.evidence import Evidence
 from twice_rec.evaluation.names import LISTS, metric_with_list, variant_name
 from twice_rec.evaluation.paper import CLICKS, SATISFYING_SHARE
@@ -19,6 +26,7 @@ from twice_rec.evaluation.sheets import (
     sheet_of,
     sheet_to_latex,
     sheet_to_markdown,
+    spanned_to_latex,
 )
 from twice_rec.evaluation.tables import Table, lists_of
 from twice_rec.evaluation.trials import is_simulated
@@ -58,7 +66,7 @@ def sections_of(
     """Return the tables in their order; the shared users' table is of the metric's list. `Left out` is the last."""
     evidence = evidence or Evidence()
     kind, common = metric.partition("/")[0], results["common_users"]
-    sections = []
+    sections = list(_domains(results))
     if shared := sheet_of(common["variants"], kind, domain):
         says = f"The users that all of these variants share, {LISTS.get(kind, kind).lower()}. {shared.note}"
         sections.append(Section("same-users", "The same users for all", says, shared))
@@ -75,6 +83,22 @@ def sections_of(
         lines = [[line] for line in results["left_out"]]
         sections.append(Section("left-out", "Left out", says, rows=(["What and why"], lines)))
     return sections
+
+
+def _domains(results: Mapping[str, Any]) -> Iterable[Section]:
+    """Yield the table over domains, and the claim about all of them, once per ranking."""
+    if not (found := results.get("domains")):
+        return
+    sheet = sheet_over_domains(found)
+    kind = found["metrics"][0].partition("/")[0]
+    says = (
+        f"{LISTS.get(kind, kind)}. A domain's values are of the users that its variants share. A mean counts each "
+        f"domain the same, and its interval combines theirs; a variant that lacks a domain has no mean. {sheet.note}"
+    )
+    yield Section("domains", "All domains", says, sheet)
+    for claim in found["claims"]:
+        says = f"{claim_answer(claim)} {metric_with_list(claim['metric'])}. {RULE_OVER_DOMAINS}"
+        yield Section(f"domains-{claim['id']}", claim_title(claim), says, rows=claim_over_domains(claim))
 
 
 def _recommended(results: Mapping[str, Any]) -> Iterable[Section]:
@@ -193,12 +217,15 @@ def markdown_page(title: str, results: Mapping[str, Any], sections: Sequence[Sec
 
 def latex_page(title: str, results: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """Return tables.tex: tables that a document reads as input, with booktabs."""
-    parts = [f"% {' '.join(title.split())}. Needs \\usepackage{{booktabs}}."]
+    packages = "booktabs,adjustbox" if results.get("domains") else "booktabs"
+    parts = [f"% {' '.join(title.split())}. Needs \\usepackage{{{packages}}}."]
     if results.get("claims"):
         parts.append(rows_to_latex(*claim_rows(results["claims"]), "Claims of the paper", "claims"))
     for section in sections:
         caption = f"{section.heading}. {section.says}"
-        if section.sheet:
+        if section.sheet and section.sheet.spans:
+            parts.append(spanned_to_latex(section.sheet, caption, section.id))
+        elif section.sheet:
             parts.append(sheet_to_latex(section.sheet, caption, section.id))
         elif section.id != "left-out":
             parts.append(rows_to_latex(*section.rows, caption, section.id))

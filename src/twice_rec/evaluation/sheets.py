@@ -44,6 +44,7 @@ class Sheet:
     columns: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Row, ...]], ...]
     note: str
+    spans: tuple[tuple[str, int], ...] = ()  # groups of columns: the name of each, and how many columns it has
 
     @property
     def rows(self) -> list[Row]:
@@ -89,12 +90,13 @@ def sheet_of(summary: Mapping[str, Mapping[str, Any]], kind: str, domain: str) -
 
 
 def _marks(summary: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Mark]:
-    """Return variant -> mark; those that look equal in the table are equals."""
-    values = {
-        name: round(row["metrics"][key], 4)
-        for name, row in summary.items()
-        if key in row["metrics"] and group_of(name) != CEILING
-    }
+    values = {name: row["metrics"][key] for name, row in summary.items() if key in row["metrics"]}
+    return marks_of(values)
+
+
+def marks_of(of_variants: Mapping[str, float]) -> dict[str, Mark]:
+    """Return variant -> mark in a column; those that look equal are equals, and ceilings take no part."""
+    values = {name: round(value, 4) for name, value in of_variants.items() if group_of(name) != CEILING}
     best, second, *_ = [*sorted(set(values.values()), reverse=True), None, None]
     marks: dict[str, Mark] = {name: "best" for name, value in values.items() if value == best}
     marks |= {name: "second" for name, value in values.items() if value == second and len(marks) == 1}
@@ -153,7 +155,9 @@ def sheet_to_markdown(sheet: Sheet) -> str:
         return " ".join(filter(None, [value, cell.interval])) + paper
 
     rows = [[_markdown(_label(row)), *row.about, *map(text, row.cells)] for row in sheet.rows]
-    return markdown_table(["Variant", *sheet.about, *sheet.columns], rows)
+    groups = [_markdown(name) for name, number in sheet.spans for _ in range(number)]
+    columns = [": ".join(names) for names in zip(*([groups] if groups else []), sheet.columns, strict=True)]
+    return markdown_table(["Variant", *sheet.about, *columns], rows)
 
 
 def _label(row: Row) -> str:
@@ -192,6 +196,52 @@ def sheet_to_latex(sheet: Sheet, caption: str, label: str) -> str:
         body += [[latex_text(_label(row)), *map(latex_text, row.about), *map(text, row.cells)] for row in rows]
     header = ["Variant", *sheet.about, *sheet.columns]
     return _latex(header, body, "l" + "r" * (width - 1), caption, label)
+
+
+def spanned_to_latex(sheet: Sheet, caption: str, label: str, most: int = 4) -> str:
+    """Return a table with groups of columns for LaTeX with booktabs and adjustbox: at most so many groups side by side.
+
+    A value's interval and the paper's value are in lines of their own below it.
+    """
+    blocks, begin = [], 0
+    for number in range(0, len(sheet.spans), most):
+        spans = sheet.spans[number : number + most]
+        width = sum(columns for _, columns in spans)
+        blocks.append(_latex_block(sheet, spans, slice(begin, begin + width)))
+        begin += width
+    head = [r"\begin{table*}[t]", r"\centering\small", rf"\caption{{{latex_text(caption)}}}", rf"\label{{tab:{label}}}"]
+    return "\n".join([*head, "\n\n\\medskip\n".join(blocks), r"\end{table*}"])
+
+
+def _latex_block(sheet: Sheet, spans: Sequence[tuple[str, int]], columns: slice) -> str:
+    def value(cell: Cell) -> str:
+        text = latex_text(cell.text)
+        return {"best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}"}.get(cell.mark, text)
+
+    def small(text: str) -> str:
+        return rf"{{\scriptsize {latex_text(text)}}}" if text else ""
+
+    before = 1 + len(sheet.about)
+    groups, rules, place = [""] * before, [], before + 1
+    for name, number in spans:
+        groups.append(rf"\multicolumn{{{number}}}{{c}}{{{latex_text(name)}}}")
+        rules.append(rf"\cmidrule(lr){{{place}-{place + number - 1}}}")
+        place += number
+    header = ["Variant", *sheet.about, *sheet.columns[columns]]
+    lines = [" & ".join(groups) + r" \\", " ".join(rules), " & ".join(map(latex_text, header)) + r" \\"]
+    for _, rows in sheet.groups:
+        lines.append(r"\midrule")
+        for row in rows:
+            cells, about = row.cells[columns], map(latex_text, (_label(row), *row.about))
+            under = [[cell.interval for cell in cells], [f"paper {cell.paper}" if cell.paper else "" for cell in cells]]
+            lines.append(" & ".join([*about, *map(value, cells)]) + r" \\")
+            lines += [" & ".join([""] * before + list(map(small, texts))) + r" \\" for texts in under if any(texts)]
+    return "\n".join(
+        [
+            r"\begin{adjustbox}{max width=\textwidth}", rf"\begin{{tabular}}{{{'l' + 'r' * (place - 2)}}}", r"\toprule",
+            *lines, r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}",
+        ]
+    )  # fmt: skip
 
 
 def rows_to_latex(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:

@@ -2,7 +2,8 @@
 
 The recipe names the runs: the variants of RQ3, RQ4 and RQ6 and the improved rewards, over several seeds and domains.
 What is equal for all seeds is done once and linked. As many processes run at once as there are GPUs or cores. A run
-that fails ends nothing but what waits for it. Every stage skips what is finished, so the same command goes on.
+that fails ends nothing but what waits for it. Every stage skips what is finished, so the same command goes on. Of
+several domains, the first one's report comes last and has the table over all of them.
 
 Limits: one machine, and one GPU per training (rollout servers have their own); larger ones are started by hand.
 """
@@ -40,6 +41,9 @@ def study(recipe: StudyRecipe) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: show(result_table(runner.rows)))
             rows = runner.run()
+    for row in rows:
+        if row.run.sums_up and row.state in GOOD:
+            logger.info("all domains in one table: %s#domains", row.run.makes[0] / "index.html")
     failed = [row for row in rows if row.state not in GOOD]
     if failed:
         raise Unfinished(

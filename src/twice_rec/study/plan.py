@@ -9,7 +9,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Run:
         reads: results folders that it needs; in the folder of its seed, where they may be links.
         links: name of a folder in run_dir -> the first seed's, which it is a link to.
         reports_on: run folders of all seeds, of a report; it runs once nothing else is left, whatever failed.
+        sums_up: whether this report, that of the first of several domains, also has the table over all domains; it
+            waits for the other domains' reports.
     """
 
     domain: str
@@ -56,6 +58,7 @@ class Run:
     reads: tuple[Path, ...]
     links: Mapping[str, Path] = field(default_factory=dict)
     reports_on: tuple[Path, ...] = ()
+    sums_up: bool = False
 
     @property
     def run_dir(self) -> Path:
@@ -126,7 +129,8 @@ def _of_domain(study: StudyRecipe, domain: str, several: bool, here: bool, error
                 try:
                     recipe = load_recipe(path, cls, words, here)
                     links = {} if seed == first else shared  # which later entries add to
-                    yield _run(domain if several else "", seed, entry, recipe, (str(path), *words), links, folders)
+                    run = _run(domain if several else "", seed, entry, recipe, (str(path), *words), links, folders)
+                    yield replace(run, sums_up=is_report and several and domain == study.all_domains[0])
                     if once and len(folders) > 1:
                         _check_shared(entry["stage"], recipe)
                         made = _makes(entry["stage"], recipe)
@@ -285,9 +289,13 @@ def _missing(runs: Sequence[Run]) -> list[str]:
 
 
 def waits_for(run: Run, runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that must be done before one: those that make what it reads; of a report all of its domain."""
+    """Return the runs that must be done before one: those that make what it reads; of a report all of its domain.
+
+    The report that sums up waits for the other domains' reports too.
+    """
     if run.reports_on:
-        return [other for other in runs if other is not run and other.domain == run.domain and not other.reports_on]
+        of_domain = [o for o in runs if o is not run and o.domain == run.domain and not o.reports_on]
+        return of_domain + [o for o in runs if run.sums_up and o.reports_on and o.domain != run.domain]
     made = makers(runs)
     return list(dict.fromkeys(made[path] for path in run.reads if path in made and made[path] is not run))
 

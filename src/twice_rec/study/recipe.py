@@ -13,7 +13,9 @@ from twice_rec.stages.command_line import STAGES
 ENTRY: Mapping[str, type] = {
     "stage": str, "recipe": str, "part": str, "once": bool, "others": dict, "needs": list,
 }  # fmt: skip
-SET_BY_THE_STUDY = ("run_dir", "domain", "seed", "overwrite", "other_runs", "rollout_servers")
+SET_BY_THE_STUDY = (
+    "run_dir", "domain", "seed", "overwrite", "other_runs", "domain_reports", "missing_domains", "rollout_servers",
+)  # fmt: skip
 NOT_RUN = ("serve", "study")  # stages that a study does not run by themselves
 
 

@@ -7,6 +7,7 @@ lose nothing, since every stage goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -47,6 +48,7 @@ class Row:
     taken: list[str] = field(default_factory=list)  # its places
     started: float = 0.0
     logs_begin: dict[Path, int] = field(default_factory=dict)  # log -> its size before this run
+    more: list[str] = field(default_factory=list)  # flags that are known only when it starts: of the domains' reports
 
     def last_error(self, log: Path) -> str:
         """Return the last error in a log of this run, of one with a trace the exception, or else its last line."""
@@ -69,7 +71,7 @@ class Row:
         return {
             "domain": run.recipe.domain, "seed": run.seed, "stage": run.stage, "what": run.what, "state": self.state,
             "seconds": self.seconds, "says": self.says, "run_dir": str(run.run_dir), "log": str(self.log),
-            "command": masked_words(run.command()[1:]),
+            "command": masked_words(run.command(*self.more)[1:]),
         }  # fmt: skip
 
 
@@ -161,11 +163,21 @@ class Runner:
             self._end(row, FAILED, str(error))
             return
         row.logs_begin = {log: log.stat().st_size for log in (row.log, _server_log(row.log)) if log.exists()}
-        more = flags_of_servers(run)
+        row.more = self._flags_of_domains(run)
+        more = [*flags_of_servers(run), *row.more]
         row.processes.append(_process(run.command(*more), places.environment(row.taken), row.log))
         if num_servers(run):
             server = _process(run.server_command(*more), places.environment_of_servers(row.taken), _server_log(row.log))
             row.processes.append(server)
+
+    def _flags_of_domains(self, run: Run) -> list[str]:
+        """Return the flags of the report that sums up: which domains have a report, and which have none."""
+        if not run.sums_up:
+            return []
+        rows = [self._of[other] for other in self._waits_for[run] if other.reports_on]
+        there = [str(row.run.makes[0]) for row in rows if row.state in GOOD]
+        missing = [row.run.domain for row in rows if row.state not in GOOD]
+        return ["--domain_reports", json.dumps(there), "--missing_domains", json.dumps(missing)]
 
     def _tell(self, row: Row) -> None:
         """Log a line about a run that is over, and save the table."""
