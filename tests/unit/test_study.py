@@ -213,6 +213,13 @@ def test_seconds_of_an_evaluation_are_those_of_all_its_rankings(tmp_path):
     assert expected_of(list(of.values()), recipe)[of["seed 42 evaluate oracle"]] == Expected(2.0, MEASURED)
 
 
+def test_ceilings_are_score_files_which_have_one_result_whatever_the_rankings(tmp_path):
+    runs = [{"stage": "prepare"}, {"stage": "evaluate", "variants": ["ceiling_text", "oracle"]}]
+    _, *asked = make_plan(study(tmp_path, runs, seeds=1, parts=[]))
+    assert asked[0].recipe.rankings == ["likelihood", "sampled"]
+    assert [run.makes for run in asked] == [(tmp_path / "eval" / name,) for name in ("ceiling_text", "oracle")]
+
+
 def test_the_time_of_all_is_that_of_the_longest_way(tmp_path):
     runs = make_plan(study(tmp_path / "tiny", seeds=1, parts=[]))
     seconds = {"prepare": 10, "rationales": 5, "sasrec": 60, "sft": 40, "grpo": 100, "evaluate": 20, "report": 1}
