@@ -8,6 +8,7 @@ from reported import ALONE, ASKED, VOTES, clicked, evaluated, judged, prepared
 from twice_rec.evaluation.claims import CLAIMS, claims_of, counts, verdict
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import read_variants, results_of
+from twice_rec.evaluation.sheets import claim_rows
 from twice_rec.manifest import Hashes, Manifest
 
 
@@ -130,6 +131,17 @@ def test_clicks_are_compared_in_the_papers_direction(run_dir):
     assert row["difference"] == pytest.approx(0.02)
     assert row["ci95"] == pytest.approx([0.01, 0.04])
     assert claims(run_dir)["rq5_ml_random"]["why"] == "the test has no such arms"
+    assert claim_rows([row])[1][0][5] == "2,000 impressions"  # the column's name is Users
+
+
+def test_a_simulation_is_judged_over_its_users_not_over_its_visits(run_dir):
+    evaluated(run_dir, "stage3", [1] * 8, ASKED)
+    of_users = {"difference": -0.02, "ci95": [-0.1, 0.05], "p": 0.4, "n": 8}
+    clicked(run_dir, "sasrec", "stage3", -0.02, over_users=of_users)
+    row = claims(run_dir)["rq5_full_ml"]
+    assert (row["verdict"], row["n"], row["p"], row["difference"]) == ("not shown", 8, 0.4, 0.02)
+    assert row["ci95"] == [-0.05, 0.1]
+    assert claim_rows([row])[1][0][5] == "8"
 
 
 def test_a_changed_judgement_is_no_verdict(run_dir):

@@ -81,7 +81,11 @@ def _recommended(results: Mapping[str, Any], kind: str) -> Iterable[Section]:
     """Yield the tables of what is recommended, and of how far the order of the candidates decides; see `groups`."""
     found = results.get("recommended") or {}
     rows = [
-        ["The targets" if name == "targets" else variant_name(name), f"{of['coverage']:.3f}", f"{of['popularity']:,.1f}"]
+        [
+            "The targets" if name == "targets" else variant_name(name),
+            f"{of['coverage']:.3f}",
+            f"{of['popularity']:,.1f}",
+        ]
         for name, kinds in found.items()
         if (of := kinds.get("targets" if name == "targets" else kind))
     ]
@@ -170,13 +174,16 @@ def _clicks(evidence: Evidence) -> Iterable[Section]:
     tests = [
         [
             f"{variant_name(test['a'])} less {variant_name(test['b'])}", f"{test['difference']:+.4f}",
-            "[{:+.4f}, {:+.4f}]".format(*test["ci95"]), p_text(test.get("p")),
+            "[{:+.4f}, {:+.4f}]".format(*test["ci95"]),
+            "[{:+.4f}, {:+.4f}]".format(*test["over_users"]["ci95"]) if "over_users" in test else "-",
+            p_text(test.get("p")),
         ]
         for test in evidence.ab_test.get("comparisons", [])
     ]  # fmt: skip
     if tests:
         says = "Two-proportion tests, to be read once: who looks again and again finds differences that are not there."
-        header = ["Difference of click-through rates", "Value", "95 % interval", "p"]
+        says += " The claims go by the interval over users: many visits of few users." if simulated else ""
+        header = ["Difference of click-through rates", "Value", "95 %, over visits", "95 %, over users", "p of visits"]
         yield Section("ab-tests", f"{name}: differences", says, rows=(header, tests))
 
 
