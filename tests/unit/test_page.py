@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from reported import ASKED, EVIL, USERS, evaluated, judged, prepared, trained, whole
+from twice_rec.errors import InputError
 from twice_rec.evaluation import figures, users
 from twice_rec.evaluation.calibration import reliability
 from twice_rec.evaluation.curves import averaged, smoothed
@@ -16,6 +17,7 @@ from twice_rec.evaluation.drawing import SERIES, save
 from twice_rec.evaluation.names import metric_name, metric_with_list, variant_name
 from twice_rec.evaluation.page import json_in_html
 from twice_rec.evaluation.position import position_of
+from twice_rec.evaluation.report import read_variants
 from twice_rec.evaluation.sections import sections_of
 from twice_rec.evaluation.sheets import latex_text, sheet_of, sheet_to_latex, sheet_to_markdown
 from twice_rec.manifest import Manifest
@@ -168,6 +170,16 @@ def test_a_page_stays_small_whatever_the_texts_are(tmp_path, monkeypatch):
     assert 1 < len(data["users"]) < 8
     rationales = [user["answers"]["stage2"]["rationale"] for user in data["users"]]
     assert all(len(text) <= 1504 and text.endswith(" ...") for text in rationales)
+
+
+def test_answers_about_other_lists_are_not_shown(tmp_path):
+    folder = prepared(tmp_path)
+    evaluated(tmp_path, "stage2", [1, 2] * 4, ASKED)
+    variants, _ = read_variants([tmp_path])
+    file = tmp_path / "eval" / "stage2" / "predictions.jsonl"
+    file.write_text(file.read_text().replace('["I6", "I5"]', '["I1", "I2"]', 1))
+    with pytest.raises(InputError, match="user u1 was asked about another list than .*; evaluate it again"):
+        users.read_asked(variants, "uniform", folder, 0)
 
 
 def test_what_was_not_run_is_named_with_its_command(tmp_path, capsys):
