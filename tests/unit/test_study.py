@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from twice_rec.errors import InputError
+from twice_rec.evaluation.claims import CLAIMS
 from twice_rec.manifest import Manifest
 from twice_rec.recipe_reader import load_recipe
 from twice_rec.study.expected import ALIKE, MEASURED, THERE, UNKNOWN, Expected, expected_of, total_seconds
@@ -303,3 +304,6 @@ def test_the_studies_of_the_repository_can_be_planned(name, tmp_path, monkeypatc
     variants = ["base", "stage2", "stage3", "stage3_C", "stage3_D", "stage3_improved", "sasrec", "stage2_no_rationale"]
     variants += [f"stage3_lambda{value}" for value in (0, 1, 2, 4, 5)] + ["stage2_item_only", "stage3_item_only"]
     assert made >= set(variants)
+    samples = next(run.recipe.bootstrap_samples for run in runs if run.stage == "report")
+    claims = 2 * (len(CLAIMS) + 1)  # by two rankings, and two of click-through rates
+    assert claims * 2 / (samples + 1) < 0.05 / 2 or name == "amazon"  # or no claim could ever be significant
