@@ -88,8 +88,8 @@ def over_users(
 
     However many visits are drawn, they are visits of these users: this interval says what other users would do.
     """
-    rates = [clicks.mean(axis=1) if of is None else clicks[np.arange(len(clicks)), of] for of in (a, b)]  # [U] each
-    return {**asdict(paired_bootstrap(*rates, seed=seed)), "n": len(clicks)}
+    left, right = (clicks.mean(axis=1) if of is None else clicks[np.arange(len(clicks)), of] for of in (a, b))  # [U]
+    return {**asdict(paired_bootstrap(left, right, seed=seed)), "n": len(clicks)}
 
 
 def read_log(path: Path) -> list[Traffic]:
