@@ -119,11 +119,11 @@ def judged(run_dir, variant="stage3", share=0.5, judge="rules"):
     (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def clicked(run_dir, a="sasrec", b="stage3", difference=-0.02):
+def clicked(run_dir, a="sasrec", b="stage3", difference=-0.02, **more):
     about = {"impressions": 1000, "clicks": 100, "ctr": 0.1, "ci95": [0.08, 0.12], "latency_ms": {"mean": 9.5}}
     arms = [{"arm": name, **about} for name in ("random", "sasrec", "stage3")]
     ci95 = sorted([difference / 2, difference * 2])
-    tests = [{"a": a, "b": b, "difference": difference, "ci95": ci95, "z": 2.6, "p": 0.01}]
+    tests = [{"a": a, "b": b, "difference": difference, "ci95": ci95, "z": 2.6, "p": 0.01, **more}]
     found = {"title": "Simulation", "kind": "simulation", "arms": arms, "comparisons": tests}
     (run_dir / "ab_test").mkdir(parents=True)
     (run_dir / "ab_test" / "ab_test.json").write_text(json.dumps(found))

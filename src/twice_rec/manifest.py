@@ -302,7 +302,7 @@ def making_command(run_dir: Path, stage: str) -> str:
             named = "--run_dir" in words or folder.is_symlink()  # a link's command has another run's folder
             flag = ["--run_dir", shlex.quote(_shown(run_dir))] if named else []  # which may have moved since
             return " ".join(["bash", launcher_of(stage), shlex.quote(str(recipe)), *flag])
-    return f"bash {launcher_of(stage)} RECIPE --run_dir {run_dir}"
+    return f"bash {launcher_of(stage)} RECIPE --run_dir {shlex.quote(str(run_dir))}"
 
 
 def _command(folder: Path, stage: str, command: list[str]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
-from twice_rec.evaluation.ab_test import Traffic, analyse, expected_rate, read_log, simulate
+from twice_rec.evaluation.ab_test import Traffic, analyse, expected_rate, over_users, read_log, simulate
 from twice_rec.evaluation.proportions import false_alarms, two_proportions, wilson
 from twice_rec.evaluation.recipe import AbTestRecipe
 from twice_rec.files import write_json, write_jsonl, write_records
@@ -47,6 +47,17 @@ def test_two_proportions_by_hand():
     assert found.ci95[0] == pytest.approx(0.05 - math.sqrt((0.15 - low_a) ** 2 + (high_b - 0.1) ** 2))
     assert found.ci95[1] == pytest.approx(0.05 + math.sqrt((high_a - 0.15) ** 2 + (0.1 - low_b) ** 2))
     assert two_proportions(30, 300, 45, 300).z == -found.z
+
+
+def test_many_visits_of_few_users_do_not_make_more_users():
+    """Of 4 users arm a is sure of a click for two and has none of the others; arm b has 1/4 everywhere."""
+    clicks = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    found = over_users(np.array([0, 0, 0, 0]), None, clicks, seed=1)  # a less an arm that draws: +-1/2 for two each
+    assert (found["difference"], found["n"]) == (0.0, 4)
+    assert found["ci95"] == (-0.5, 0.5)  # all four alike has probability 1/8 > .05
+    traffic = simulate({"a": np.array([0, 0, 0, 0]), "b": None}, clicks, recipe_of(arms={"a": 0.5, "b": 0.5}))
+    low, high = analyse(traffic, recipe_of())["comparisons"][0]["ci95"]
+    assert high - low < 0.01  # over 355,150 visits
 
 
 def test_if_nobody_or_everybody_clicked_nothing_differs():

@@ -1,6 +1,7 @@
 """The paper's claims: verdicts come from intervals, and what was not run is named with what makes it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,9 @@ from reported import ALONE, ASKED, VOTES, clicked, evaluated, judged, prepared
 from twice_rec.evaluation.claims import CLAIMS, claims_of, counts, verdict
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import read_variants, results_of
-from twice_rec.manifest import Hashes, Manifest
+from twice_rec.evaluation.sheets import claim_rows
+from twice_rec.files import hash_file
+from twice_rec.manifest import Hashes, Manifest, making_command
 
 
 def claims(run_dir, **settings):
@@ -73,6 +76,11 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(run_dir):
     assert all(row["difference"] is None and row["p_holm"] is None for row in found.values())
 
 
+def test_the_command_of_a_run_with_an_odd_name_can_be_pasted():
+    command = making_command(Path("/runs/$(touch x) y"), "judge")
+    assert command == "bash judge.sh RECIPE --run_dir '/runs/$(touch x) y'"
+
+
 def test_a_second_ranking_has_a_row_of_its_own(run_dir):
     evaluated(run_dir, "sasrec", [2] * 8)
     for name, ranks in (("stage2", [2] * 8), ("stage3", [1] * 8)):
@@ -99,6 +107,46 @@ def test_only_rq6_compares_across_prompt_forms(run_dir):
     assert "different with_rationale (True and False)" in found["rq3_b_a"]["why"]
     recipe = ReportRecipe(run_dir=str(run_dir), domain="D", seed=0, comparisons=[["stage2", "stage2_item_only"]])
     assert results_of(read_variants([run_dir])[0], recipe)["comparisons"] == []
+
+
+@pytest.mark.parametrize(
+    ("of_stage3", "of_lambda0", "why"),
+    [
+        ({}, {"reward_lambda": 0.0}, None),
+        ({}, {"reward_lambda": 3.0}, "stage3_lambda0 of RUN was trained with reward_lambda 3.0, not 0.0"),
+        ({"reward_lambda": 2.0}, {"reward_lambda": 0.0}, "stage3 of RUN was trained with reward_lambda 2.0, not 3.0"),
+        ({}, {"reward_lambda": 0.0, "max_steps": 4}, "they were trained with different max_steps (128 and 4) in RUN"),
+        ({}, {"reward_lambda": 0.0, "save_steps": 4}, None),
+    ],
+)
+def test_a_variant_is_what_it_was_trained_as_not_what_it_is_called(run_dir, of_stage3, of_lambda0, why):
+    for name, folder, keys in (("stage3", "grpo", of_stage3), ("stage3_lambda0", "grpo_lambda0", of_lambda0)):
+        model = run_dir / folder / "merged"
+        model.mkdir(parents=True)
+        (model / "model").write_text(name)
+        hashed = hash_file(model)
+        config = {"reward_lambda": 3.0, "max_steps": 128, "save_steps": 32, **keys}
+        Manifest("grpo", config, {}, {f"{folder}/merged": hashed}).save(run_dir / folder)
+        evaluated(run_dir, name, [1] * 8 if name == "stage3" else [2] * 8, ASKED, **{f"{folder}/merged": hashed})
+    row = claims(run_dir)["rq4_3_0"]
+    assert (row["verdict"], row.get("why")) == (("shown", None) if why is None else ("not run", row["why"]))
+    assert why is None or row["why"] == why.replace("RUN", str(run_dir))
+
+
+def test_c_starts_from_the_base_and_d_has_other_rewards(run_dir):
+    for name, folder in (("stage3", "grpo"), ("stage3_C", "grpo_C"), ("stage3_D", "grpo_D")):
+        model = run_dir / folder / "merged"
+        model.mkdir(parents=True)
+        (model / "model").write_text(name)
+        config = {"model_name_or_path": None, "reward_funcs": ["collaborative"], "reward_weights": [4.0]}
+        Manifest("grpo", config, {}, {f"{folder}/merged": hash_file(model)}).save(run_dir / folder)
+        evaluated(run_dir, name, [1] * 8, ASKED, **{f"{folder}/merged": hash_file(model)})
+    evaluated(run_dir, "base", [2] * 8, ASKED)
+    found = claims(run_dir)
+    says = "was trained without model_name_or_path, so it started from stage 2"
+    assert found["rq3_c_a"]["why"] == f"stage3_C of {run_dir} {says}"
+    same = "reward_funcs, reward_weights, reward_lambda"
+    assert found["rq3_e_d"]["why"] == f"they were trained with the same {same} in {run_dir}"
 
 
 def test_not_below_is_shown_by_equals(run_dir):
@@ -130,6 +178,17 @@ def test_clicks_are_compared_in_the_papers_direction(run_dir):
     assert row["difference"] == pytest.approx(0.02)
     assert row["ci95"] == pytest.approx([0.01, 0.04])
     assert claims(run_dir)["rq5_ml_random"]["why"] == "the test has no such arms"
+    assert claim_rows([row])[1][0][5] == "2,000 impressions"  # the column's name is Users
+
+
+def test_a_simulation_is_judged_over_its_users_not_over_its_visits(run_dir):
+    evaluated(run_dir, "stage3", [1] * 8, ASKED)
+    of_users = {"difference": -0.02, "ci95": [-0.1, 0.05], "p": 0.4, "n": 8}
+    clicked(run_dir, "sasrec", "stage3", -0.02, over_users=of_users)
+    row = claims(run_dir)["rq5_full_ml"]
+    assert (row["verdict"], row["n"], row["p"], row["difference"]) == ("not shown", 8, 0.4, 0.02)
+    assert row["ci95"] == [-0.05, 0.1]
+    assert claim_rows([row])[1][0][5] == "8"
 
 
 def test_a_changed_judgement_is_no_verdict(run_dir):

@@ -7,6 +7,7 @@ import pytest
 
 from evaluated import ROOT, well_argued, write_evaluation
 from prompt_formats import prompt_format
+from twice_rec import prompts
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
@@ -280,6 +281,7 @@ def test_labels_are_written_without_scores_and_read_back(asked, tmp_path):
     ("change", "message"),
     [
         ({"user_id": "nobody"}, "line 2: user nobody is not judged under"),
+        ({"rationale": "Of a model before."}, "line 2: the score is of another rationale than stage2 has now"),
         ({"score": 4}, "line 2: score is 4; it must be 0 to 3"),
         ({"score": "3"}, "line 2: not a Label: score"),
         ({"condition": "item_hidden"}, "line 2: condition is 'item_hidden'; humans score item_shown and"),
@@ -305,6 +307,16 @@ def test_labels_that_are_there_twice(asked, tmp_path):
         human_labels.read(path, asked, ["rule"])
     path.write_text(json.dumps({**first, "variant": "another"}) + "\n")
     assert human_labels.read(path, asked, ["rule"]) == {"stage2": {}}
+
+
+def test_a_changed_rubric_is_another_question(asked, monkeypatch):
+    of_model, by_rule = SamplingConfig(model="m"), JudgeRecipe(run_dir="r", domain="D", seed=0).configs["rule"]
+    digest = lambda config=of_model: judges.rubric_of(config, asked["stage2"], CATALOG, SHOWN)
+    before = digest()
+    assert before == digest()
+    assert digest(by_rule) == digest(by_rule) != before
+    monkeypatch.setattr(prompts, "LEVELS", {**LEVELS, 3: "satisfying: it rhymes"})
+    assert digest() != before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

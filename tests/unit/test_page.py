@@ -2,20 +2,26 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from reported import ASKED, EVIL, USERS, evaluated, judged, prepared, trained, whole
+from twice_rec.errors import InputError
 from twice_rec.evaluation import figures, users
 from twice_rec.evaluation.calibration import reliability
 from twice_rec.evaluation.curves import averaged, smoothed
 from twice_rec.evaluation.drawing import SERIES, save
 from twice_rec.evaluation.names import metric_name, metric_with_list, variant_name
 from twice_rec.evaluation.page import json_in_html
+from twice_rec.evaluation.position import position_of
+from twice_rec.evaluation.report import read_variants
+from twice_rec.evaluation.sections import sections_of
 from twice_rec.evaluation.sheets import latex_text, sheet_of, sheet_to_latex, sheet_to_markdown
 from twice_rec.manifest import Manifest
+from twice_rec.records import Prediction
 from twice_rec.stages import stage5_report
 
 VOID = {"meta", "input", "line", "circle", "br", "use", "path", "rect", "link", "img", "polygon"}
@@ -164,6 +170,16 @@ def test_a_page_stays_small_whatever_the_texts_are(tmp_path, monkeypatch):
     assert 1 < len(data["users"]) < 8
     rationales = [user["answers"]["stage2"]["rationale"] for user in data["users"]]
     assert all(len(text) <= 1504 and text.endswith(" ...") for text in rationales)
+
+
+def test_answers_about_other_lists_are_not_shown(tmp_path):
+    folder = prepared(tmp_path)
+    evaluated(tmp_path, "stage2", [1, 2] * 4, ASKED)
+    variants, _ = read_variants([tmp_path])
+    file = tmp_path / "eval" / "stage2" / "predictions.jsonl"
+    file.write_text(file.read_text().replace('["I6", "I5"]', '["I1", "I2"]', 1))
+    with pytest.raises(InputError, match="user u1 was asked about another list than .*; evaluate it again"):
+        users.read_asked(variants, "uniform", folder, 0)
 
 
 def test_what_was_not_run_is_named_with_its_command(tmp_path, capsys):
@@ -332,19 +348,44 @@ def test_groups_and_positions_of_the_results_are_drawn(tmp_path):
     def group(label, value):
         return {"label": label, "n": 5, "variants": {"stage3": {"hr@1": {"mean": value, "ci95": [0.1, 0.9]}}}}
 
+    rows = [  # of four users, one of whom chooses another item if the order is another
+        Prediction(user, "I5", {"uniform": 1}, 42, ("I5", "I6"), (), {}, choices, (0, 1))
+        for user, choices in zip(USERS, [("I5", "I6"), *[("I5", "I5")] * 3], strict=False)
+    ]
     results = {
         "variants": {}, "common_users": {"variants": {}},
         "groups": {"history_length": [group("5-7", 0.2), group("8-10", 0.4)], "target_popularity": []},
-        "position": {"stage3": {"k": 4, "choice_changes": 0.25, "by_place": [0.5, 0.3, 0.2]}},
+        "position": {"stage3": position_of(rows)},
     }  # fmt: skip
     chart = figures.by_group(results, "uniform/hr@1", "history_length")
     assert chart.table[1] == [["5-7", "5", "0.2000 [0.1000, 0.9000]"], ["8-10", "5", "0.4000 [0.1000, 0.9000]"]]
     assert figures.by_group(results, "uniform/hr@1", "target_popularity") is None
     chart = figures.position(results, {})
-    assert "E: stage 3: shuffled 4 times, 25.0% of choices change" in chart.caption
+    assert "E: stage 3: in 2 orders, 25.0% of choices change" in chart.caption
     svg, files = save(chart, tmp_path)
     assert svg.startswith("<svg viewBox=")
     assert [path.stat().st_size > 1000 for path in files] == [True, True]
     before = [path.read_bytes() for path in files]
     assert save(chart, tmp_path)[0] == svg
     assert [path.read_bytes() for path in files] == before
+
+
+def test_what_is_recommended_and_what_other_orders_change_have_tables():
+    """As `groups.details_of` gives them: a figure that is measured and shown nowhere helps nobody."""
+    rows = [
+        Prediction("u1", "I5", {"uniform": 1}, 42, ("I5", "I6"), (), {}, ("I5", "I6"), (0, 0)),
+        Prediction("u2", "I5", {"uniform": 1}, 42, ("I5", "I6"), (), {}, ("I5", "I5"), (0, 1)),
+    ]
+    results = {
+        "variants": {}, "common_users": {"n": 2, "variants": {}}, "comparisons": [], "left_out": [],
+        "recommended": {
+            "targets": {"targets": {"coverage": 0.25, "popularity": 1234.5}},
+            "sasrec": {"uniform": {"coverage": 0.5, "popularity": 3.0}, "full": {"coverage": 0.75, "popularity": 9.0}},
+        },
+        "position": {"stage3": position_of(rows), "stage2": position_of([replace(rows[0], choices=("I5",))])},
+    }  # fmt: skip
+    tables = {section.id: section for section in sections_of(results, "uniform/hr@1", "D")}
+    assert tables["recommended"].rows[1] == [["The targets", "0.250", "1,234.5"], ["SASRec", "0.500", "3.0"]]
+    assert "2 users" in tables["recommended"].says
+    # One of two users chooses otherwise; both orders differ with probability 1/2 for that user; HR@1 is 1 and 1/2.
+    assert tables["orders"].rows[1] == [["E: stage 3", "2", "2", "0.500", "0.250", "0.2500", "0.000"]]

@@ -44,6 +44,23 @@ def test_a_quotation_has_seven_digits_and_says_what_made_it(tmp_path):
     assert json.dumps(quoted)
 
 
+def test_a_quotation_names_the_machines_that_measured_and_changes_that_no_commit_has(tmp_path):
+    for name, cpus, changed in (("sasrec", 2, False), ("eval/sasrec", 2, False), ("eval/base", 64, True)):
+        about = {"command": ["twice-rec", "sasrec", "r.yaml"], "commit": "abc", "machine": {"cpus": cpus}}
+        (tmp_path / name).mkdir(parents=True)
+        Manifest("sasrec", {}, {}, {}, {}, {**about, "uncommitted_changes": changed}).save(tmp_path / name)
+    about = quotation(RESULTS, [tmp_path], "Grocery")["about"]
+    assert about["machine"] == [{"cpus": 2}, {"cpus": 64}]
+    assert about["commits"] == ["abc", "abc and changes"]
+
+
+def test_a_table_without_its_end_takes_no_text_with_it(document):
+    path = document("one.json comparisons")
+    path.write_text("<!-- numbers one.json comparisons -->\nprose\n" + path.read_text())
+    with pytest.raises(InputError, match="2 tables begin by .* what stands between them would be lost"):
+        fill(path)
+
+
 @pytest.fixture
 def document(tmp_path):
     def write(words, table="old\n"):

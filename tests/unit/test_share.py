@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from shared_run import evaluated, make_run, write
+from shared_run import GRPO, SFT, evaluated, finish, make_run, write
 from twice_rec.files import hash_file
 from twice_rec.manifest import Hashes, stale_because
 from twice_rec.records import Prediction
@@ -68,6 +68,38 @@ def test_the_hub_reads_the_card(tmp_path):
     ):  # fmt: skip
         assert part in card.text, part
     assert str(tmp_path) not in card.content  # no path of this machine
+
+
+def test_a_baseline_of_stage_2_and_rewards_without_cf_are_told_as_what_they_are(tmp_path):
+    run_dir = make_run(tmp_path)
+    sequences, start = Path("data/sequences.jsonl"), Path("sft/merged")
+    for stage, folder, config in (
+        ("sdpo", "sft_sdpo", {"num_negatives": 3, "preference_rows": 48, "beta": 1.0, "seed": 42}),
+        ("grpo", "grpo_D", {**GRPO, "reward_funcs": ["match", "structure"]}),
+    ):
+        model = Path(folder) / "merged"
+        write(run_dir / model / "model.safetensors", b"weights")
+        finish(run_dir, stage, folder, config, [sequences, start], [model], steps=6)
+    assert share(run_dir, "--variant", "stage2_sdpo") == share(run_dir, "--variant", "stage3_D") == 0
+    sdpo, match = (ModelCard.load(run_dir / "share" / name / "README.md") for name in ("stage2_sdpo", "stage3_D"))
+    assert "**S-DPO** from the stage-2 model, asked for the item alone" in sdpo.text
+    assert "a baseline, a re-creation of S-DPO" in sdpo.text
+    assert "GRPO" not in sdpo.text
+    assert sdpo.data.tags[-1] == "dpo"
+    assert "No collaborative-filtering model has a part in them" in match.text
+    assert "confidence-weighted" not in match.text
+    assert "lambda 3" not in match.text
+
+
+def test_a_card_tells_of_the_rationales_that_were_read(tmp_path):
+    run_dir = make_run(tmp_path)
+    other, sequences, model = Path("rationales_own/accepted.jsonl"), Path("data/sequences.jsonl"), Path("sft/merged")
+    write(run_dir / other, "{}\n")
+    finish(run_dir, "rationales", "rationales_own", {"annotator": "openai", "model": "m"}, [], [other], accepted=7)
+    finish(run_dir, "sft", "sft", {**SFT, "model_name_or_path": str(tmp_path / "base")}, [sequences, other], [model])
+    assert share(run_dir, "--variant", "stage2") == 0
+    card = (run_dir / "share" / "stage2" / "README.md").read_text()
+    assert "7 accepted, written by the language model `m`" in card
 
 
 def test_results_are_also_numbers_of_the_same_users(tmp_path):

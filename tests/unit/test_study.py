@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from twice_rec.errors import InputError
+from twice_rec.evaluation.claims import CLAIMS
 from twice_rec.manifest import Manifest
 from twice_rec.recipe_reader import load_recipe
 from twice_rec.study.expected import ALIKE, MEASURED, THERE, UNKNOWN, Expected, expected_of, total_seconds
@@ -218,6 +219,13 @@ def test_seconds_of_an_evaluation_are_those_of_all_its_rankings(tmp_path):
     assert expected_of(list(of.values()), recipe)[of["seed 42 evaluate oracle"]] == Expected(2.0, MEASURED)
 
 
+def test_ceilings_are_score_files_which_have_one_result_whatever_the_rankings(tmp_path):
+    runs = [{"stage": "prepare"}, {"stage": "evaluate", "variants": ["ceiling_text", "oracle"]}]
+    _, *asked = make_plan(study(tmp_path, runs, seeds=1, parts=[]))
+    assert asked[0].recipe.rankings == ["likelihood", "sampled"]
+    assert [run.makes for run in asked] == [(tmp_path / "eval" / name,) for name in ("ceiling_text", "oracle")]
+
+
 def test_the_time_of_all_is_that_of_the_longest_way(tmp_path):
     runs = make_plan(study(tmp_path / "tiny", seeds=1, parts=[]))
     seconds = {"prepare": 10, "rationales": 5, "sasrec": 60, "sft": 40, "grpo": 100, "evaluate": 20, "report": 1}
@@ -301,3 +309,6 @@ def test_the_studies_of_the_repository_can_be_planned(name, tmp_path, monkeypatc
     variants = ["base", "stage2", "stage3", "stage3_C", "stage3_D", "stage3_improved", "sasrec", "stage2_no_rationale"]
     variants += [f"stage3_lambda{value}" for value in (0, 1, 2, 4, 5)] + ["stage2_item_only", "stage3_item_only"]
     assert made >= set(variants)
+    samples = next(run.recipe.bootstrap_samples for run in runs if run.stage == "report")
+    claims = 2 * (len(CLAIMS) + 1)  # by two rankings, and two of click-through rates
+    assert claims * 2 / (samples + 1) < 0.05 / 2 or name == "amazon"  # or no claim could ever be significant

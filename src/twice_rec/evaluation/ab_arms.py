@@ -21,7 +21,7 @@ from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
-from twice_rec.evaluation.ab_test import CLICK_MODEL, analyse, expected_rate, simulate
+from twice_rec.evaluation.ab_test import CLICK_MODEL, analyse, expected_rate, over_users, simulate
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import AbTestRecipe, EvaluateRecipe
 from twice_rec.files import read_records
@@ -88,6 +88,8 @@ def run_simulation(recipe: AbTestRecipe, data: PreparedData) -> dict[str, Any]:
     clicks = click_probabilities(recipe, data, questions)
     arms = {name: _arm(recipe, name, ranked.get(name, {}), data, questions) for name in recipe.arms}
     result = analyse(simulate({name: arm.shows for name, arm in arms.items()}, clicks, recipe), recipe)
+    for row in result["comparisons"]:
+        row["over_users"] = over_users(arms[row["a"]].shows, arms[row["b"]].shows, clicks, recipe.seed)
     for row in result["arms"]:
         arm = arms[row["arm"]]
         row["expected_ctr"] = expected_rate(arm.shows, clicks)

@@ -6,7 +6,8 @@ the probability that, of these candidates, they would pick the shown one: softma
 utilities, which the oracle's scores are. Nothing but that is simulated: no position, no habit, no effect of one visit
 on the next. All arms draw from the users about whom every language model among them was asked.
 
-The intervals cover what visits draw, not which users were asked. It is no evidence about a shop.
+The intervals of rates and tests cover what visits draw, not which users were asked; `over_users` has the differences'
+intervals over users, by which the paper's claims are judged. It is no evidence about a shop.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from twice_rec.evaluation.recipe import AbTestRecipe
 from twice_rec.evaluation.tables import show
 from twice_rec.files import read_jsonl
 from twice_rec.markdown import markdown_table
+from twice_rec.metrics import paired_bootstrap
 from twice_rec.random_streams import random_stream
 
 CLICK_MODEL = (
@@ -79,6 +81,17 @@ def expected_rate(chosen: NDArray[np.int64] | None, clicks: NDArray[np.float64])
     return float(clicks.mean() if chosen is None else clicks[np.arange(len(clicks)), chosen].mean())
 
 
+def over_users(
+    a: NDArray[np.int64] | None, b: NDArray[np.int64] | None, clicks: NDArray[np.float64], seed: int
+) -> dict[str, Any]:
+    """Return the difference of two arms' exact click rates with its interval over users, see `expected_rate`.
+
+    However many visits are drawn, they are visits of these users: this interval says what other users would do.
+    """
+    left, right = (clicks.mean(axis=1) if of is None else clicks[np.arange(len(clicks)), of] for of in (a, b))  # [U]
+    return {**asdict(paired_bootstrap(left, right, seed=seed)), "n": len(clicks)}
+
+
 def read_log(path: Path) -> list[Traffic]:
     """Count a real test's log: JSON lines with `arm` (text) and `clicked` (true, false, 0 or 1), one per impression.
 
@@ -127,11 +140,13 @@ def show_ab_test(result: Mapping[str, Any]) -> None:
         row = [arm["arm"], f"{arm['impressions']:,}", f"{arm['clicks']:,}", f"{arm['ctr']:.4f}"]
         row += [f"[{low:.4f}, {high:.4f}]", "-" if expected is None else f"{expected:.4f}"]
         rows.append(row + ([f"{latency['mean']:,.1f} ms", f"{latency['p95']:,.1f} ms"] if latency else ["-", "-"]))
+    simulated = all("over_users" in c for c in result["comparisons"])
     pairs = [
         [
             f"{c['a']} - {c['b']}",
             f"{c['difference']:+.4f}",
             "[{:+.4f}, {:+.4f}]".format(*c["ci95"]),
+            *(["[{:+.4f}, {:+.4f}]".format(*c["over_users"]["ci95"])] if simulated else []),
             f"{c['z']:+.2f}",
             f"{c['p']:.4f}" if c["p"] >= 0.0001 else "< 0.0001",
             f"{c['false_alarms_once']:.3f}",
@@ -139,6 +154,7 @@ def show_ab_test(result: Mapping[str, Any]) -> None:
         ]
         for c in result["comparisons"]
     ]
-    header = ["comparison", "difference", "95 % interval", "z", "p", "false alarms", f"with {result['looks']} looks"]
+    over = ["95 % over visits", "95 % over users"] if simulated else ["95 % interval"]
+    header = ["comparison", "difference", *over, "z", "p", "false alarms", f"with {result['looks']} looks"]
     parts = [result["title"], markdown_table(columns, rows), markdown_table(header, pairs)]
     show("\n\n".join([*parts, PEEKING.format(looks=result["looks"])]))

@@ -17,6 +17,7 @@ from twice_rec.evaluation.names import RANKINGS, SUFFIXES
 from twice_rec.evaluation.paper import SATISFYING_SHARE
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import Variant, compare, unequal
+from twice_rec.evaluation.trainings import ANY, other_than_promised, trained_otherwise
 from twice_rec.evaluation.trials import difference_of, is_simulated, judged_of
 from twice_rec.manifest import Hashes, making_command
 from twice_rec.metrics import holm
@@ -37,22 +38,33 @@ class Claim:
     b: str
     or_equal: bool = False
     but_for: tuple[str, ...] = ()  # how the two are asked differently, because the claim is about that
+    apart: tuple[str, ...] = ()  # how the two are trained differently, because the claim is about that
 
 
 _WITHOUT_RATIONALE = ("with_rationale",)
+_REWARDS = ("reward_funcs", "reward_weights", "reward_lambda")
+
+# Variant -> keys of its training that a claim about it rests on.
+PROMISED: Mapping[str, Mapping[str, Any]] = {
+    **{f"stage3_lambda{value}": {"reward_lambda": float(value)} for value in range(6)},
+    "stage3_C": {"model_name_or_path": ANY},
+    "stage2_no_rationale": {"rationale_rows": 0},
+}
 
 CLAIMS: tuple[Claim, ...] = (
     Claim("table1_sasrec", "Table 1", "TWiCE-Rec > SASRec", "TWiCE-Rec ranks better than SASRec.", "stage3", "sasrec"),
     Claim("rq3_b_a", "RQ3", "B > A", "Stage 2 helps: B is above A, the base model.", "stage2", "base"),
     Claim("rq3_e_b", "RQ3", "E > B", "Stage 3 helps: E is above B.", "stage3", "stage2"),
-    Claim("rq3_e_d", "RQ3", "E > D", "CF in the reward helps: E is above D, without CF.", "stage3", "stage3_D"),
+    Claim("rq3_e_d", "RQ3", "E > D", "CF in the reward helps: E is above D, without CF.", "stage3", "stage3_D",
+          apart=_REWARDS),
     Claim("rq3_d_b", "RQ3", "D > B", "Stage 3 helps without CF too: D is above B.", "stage3_D", "stage2"),
     Claim("rq3_c_a", "RQ3", "C > A", "Stage 3 helps without stage 2: C is above A.", "stage3_C", "base"),
     Claim("rq3_b_c", "RQ3", "B > C", "Stage 2 alone is above stage 3 alone: B is above C.", "stage2", "stage3_C"),
-    Claim("rq4_3_0", "RQ4", "lambda 3 > 0", "Lambda 3 is above lambda 0.", "stage3", "stage3_lambda0"),
+    Claim("rq4_3_0", "RQ4", "lambda 3 > 0", "Lambda 3 is above lambda 0.", "stage3", "stage3_lambda0",
+          apart=("reward_lambda",)),
     Claim(
         "rq4_3_5", "RQ4", "lambda 3 >= 5", "Lambda 3 is not below lambda 5.",
-        "stage3", "stage3_lambda5", or_equal=True,
+        "stage3", "stage3_lambda5", or_equal=True, apart=("reward_lambda",),
     ),
     Claim(
         "rq6_a_b_stage2", "RQ6", "A > B, stage 2",
@@ -66,7 +78,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "rq6_b_c", "RQ6", "B > C", "Training on rationales helps an answer without one: B is above C, trained without.",
-        "stage2_item_only", "stage2_no_rationale",
+        "stage2_item_only", "stage2_no_rationale", apart=("rationale_rows", "rationale_weight"),
     ),
 )  # fmt: skip
 
@@ -126,7 +138,8 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
         stages = dict.fromkeys(_MADE_BY.get(name, "study") for name in missing)
         commands = [making_command(recipe.run_path, stage) for stage in stages]
         return {**row, "why": f"{' and '.join(missing)} not evaluated", "commands": commands}
-    if differs := unequal(variants, a, b, metric, claim.but_for):
+    differs = unequal(variants, a, b, metric, claim.but_for) or _trained_for_another(claim, variants[a], variants[b])
+    if differs:
         return {**row, "why": differs, "commands": []}
     found = compare(variants, a, b, metric, recipe.bootstrap_samples, recipe.seed)
     return {
@@ -136,6 +149,17 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
         "way": RANKINGS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
         "verdict": verdict(*found["ci95"], claim.or_equal),
     }
+
+
+def _trained_for_another(claim: Claim, a: Variant, b: Variant) -> str | None:
+    """Return why two variants were not trained as the claim says, in words; None if they were."""
+    for name, variant in ((claim.a, a), (claim.b, b)):
+        promised = PROMISED.get(name, {})
+        if claim.question == "RQ4" and name == "stage3":
+            promised = {"reward_lambda": 3.0}
+        if differs := other_than_promised(name, variant, promised):
+            return differs
+    return trained_otherwise(a, b, claim.apart)
 
 
 def _row(claim_id: str, question: str, short: str, says: str, a: str, b: str, metric: str) -> dict[str, Any]:

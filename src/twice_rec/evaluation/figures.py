@@ -314,9 +314,9 @@ def position(results: Results, places: Mapping[str, Sequence[int]]) -> Chart | N
         figure.legend(loc="outside lower center", ncols=2)
 
     changes = "; ".join(
-        f"{variant_name(name)}: shuffled {of.get('k', 'several')} times, {of['choice_changes']:.1%} of choices change"
+        f"{variant_name(name)}: in {of['k']} orders, {of['changes']:.1%} of choices change"
         for name, of in results.get("position", {}).items()
-        if of.get("choice_changes") is not None
+        if "changes" in of
     )
     rows = [[variant_name(name), *(f"{share:.3f}" for share in shares[name])] for name in names]
     first = "; ".join(f"{variant_name(name)} chooses the first place in {shares[name][0]:.3f}" for name in names)

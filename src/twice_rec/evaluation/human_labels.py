@@ -88,10 +88,12 @@ def read(
         judges: names that no human can have.
 
     Raises:
-        InputError: for a line about a user who is not judged, without a name, with another score or condition, or
-            that is there twice; names file and line.
+        InputError: for a line about a user who is not judged, about another rationale, without a name, with another
+            score or condition, or that is there twice; names file and line.
     """
-    known = {variant: {(q.example.user_id, q.condition) for q in asked} for variant, asked in questions.items()}
+    known = {
+        variant: {(q.example.user_id, q.condition): q.rationale for q in asked} for variant, asked in questions.items()
+    }
     found: dict[str, dict[str, Labels]] = {variant: {} for variant in known}
     lines: dict[tuple[str, str, str, str], int] = {}
     others = 0
@@ -111,6 +113,11 @@ def read(
             raise InputError(
                 f"{where}: user {label.user_id} is not judged under {label.condition} of {label.variant}; are "
                 "num_judged, conditions and seed those with which the file was written?"
+            )
+        if label.rationale not in ("", known[label.variant][label.user_id, label.condition]):
+            raise InputError(
+                f"{where}: the score is of another rationale than {label.variant} has now for user {label.user_id}; it "
+                "was evaluated anew since the file was written: write the file again, and have it filled in"
             )
         line = (label.variant, label.judge, label.user_id, label.condition)
         if line in lines:

@@ -16,6 +16,7 @@ import numpy as np
 from twice_rec.catalog import ItemCatalog
 from twice_rec.data.dataset import TRUE_REASONS, PreparedData
 from twice_rec.errors import InputError
+from twice_rec.evaluation import rule_judge
 from twice_rec.evaluation.equals import Terms
 from twice_rec.evaluation.human_labels import Labels
 from twice_rec.evaluation.judge import Answer, JudgedRow, JudgeQuestions, Question, judged, verdict_by_rule
@@ -23,7 +24,7 @@ from twice_rec.evaluation.judge_scores import SCORES, VERDICTS, scores_of
 from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import JudgeConfig, JudgeRecipe
 from twice_rec.evaluation.rule_judge import RuleJudge
-from twice_rec.files import MANIFEST, read_records, write_json, write_records
+from twice_rec.files import MANIFEST, hash_file, read_records, write_json, write_records
 from twice_rec.prompts import PromptFormat
 from twice_rec.random_streams import random_stream
 from twice_rec.rationales import annotators, generate
@@ -31,6 +32,7 @@ from twice_rec.rationales.cache import CompletionCache
 from twice_rec.rationales.completions import Completion
 from twice_rec.rationales.connection import read_api_key
 from twice_rec.rationales.generate import Collected
+from twice_rec.rationales.recipe import SamplingConfig
 from twice_rec.records import Prediction, TrueReasons
 from twice_rec.run import StageRun, require
 
@@ -145,6 +147,15 @@ class _Counting:
         return completion
 
 
+def rubric_of(config: SamplingConfig, asked: Sequence[Question], catalog: ItemCatalog, shown: PromptFormat) -> str:
+    """Return a digest of what a judge goes by: of all that a model is asked first, or of the rule's own text."""
+    if isinstance(config, JudgeConfig) and not config.asks_a_model:
+        return hash_file(Path(rule_judge.__file__))
+    questions = JudgeQuestions(catalog, shown, config)
+    keys = [next(questions.verdict(question)).key for question in asked if not question.is_settled]
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
 Verdicts = tuple[list[JudgedRow], dict[str, Any], dict[str, Any]]
 
 
@@ -220,6 +231,9 @@ def judge_variant(
     users = list(dict.fromkeys(question.example.user_id for question in asked))
     settings = {name: getattr(recipe, name) for name in ("num_judged", "judged_list", "conditions", "seed")}
     settings["judges"] = {name: config.what_decides() for name, config in recipe.configs.items()}
+    settings["rubrics"] = {
+        name: rubric_of(config, asked, data.catalog, data.prompt_format) for name, config in recipe.configs.items()
+    }
     settings["users"] = hashlib.sha256("\n".join(users).encode()).hexdigest()  # of those that the variants share
     with StageRun(recipe, "judge", f"judge/{variant}", inputs, settings) as run:
         if run.is_finished():

@@ -103,10 +103,11 @@ def _compared(row: Mapping[str, Any]) -> str:
 
 def _facts(row: Mapping[str, Any]) -> str:
     """Return what stands beside a result: value, numbers, p."""
-    what = {"ctr": "impressions", "judge/share_3": "rationales"}.get(row["metric"], "users")
+    what = "rationales" if row["metric"] == "judge/share_3" else row.get("counted", "users")
     facts = [f"{row['value']:.4f} here"] if row.get("value") is not None else []
     facts += [] if row["n"] is None else [f"{row['n']:,} {what}"]
-    facts += [f"{row['runs']} seed{'' if row['runs'] == 1 else 's'}"] if what == "users" else []
+    seeds = [f"{row['runs']} seed{'' if row['runs'] == 1 else 's'}"]
+    facts += seeds if what == "users" and row["metric"] != "ctr" else []
     facts += [f"p {p_text(row['p_holm'])}"] if row.get("p_holm") is not None else []
     return ", ".join(facts)
 

@@ -17,7 +17,7 @@ from twice_rec.evaluation.domain_tables import sheet_over_domains
 from twice_rec.evaluation.names import metric_name, variant_name
 from twice_rec.evaluation.sheets import claim_rows, comparison_rows, sheet_to_markdown
 from twice_rec.files import MANIFEST, read_json
-from twice_rec.manifest import Manifest, environment, redo_command
+from twice_rec.manifest import Manifest, redo_command
 from twice_rec.markdown import markdown_table
 
 _PARTS = ("variants", "common_users", "comparisons", "claims", "groups", "recommended", "position", "domains")
@@ -29,14 +29,19 @@ def quotation(results: Mapping[str, Any], run_dirs: Sequence[Path], domain: str)
     """Return what a document may quote: the parts of results.json with seven digits, and what they were made by."""
     manifests = list(_manifests(run_dirs))
     commands = dict.fromkeys(redo_command(*one).removesuffix(" --overwrite true") for one in manifests)
-    commits = dict.fromkeys(str(manifest.about.get("commit")) for _, manifest in manifests)
+    commits = dict.fromkeys(
+        f"{manifest.about.get('commit')}{' and changes' if manifest.about.get('uncommitted_changes') else ''}"
+        for _, manifest in manifests
+    )
+    machines = [manifest.about["machine"] for _, manifest in manifests if manifest.about.get("machine")]
+    machines = [machine for i, machine in enumerate(machines) if machine not in machines[:i]]
     seeds = {manifest.about.get("recipe", {}).get("seed") for _, manifest in manifests}
     about = {
         "domain": domain,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commands": list(commands),
         "commits": list(commits),
-        "machine": environment()["machine"],
+        "machine": machines[0] if len(machines) == 1 else machines,
         "seeds": sorted(seed for seed in seeds if seed is not None),
     }
     return {"about": about, **{name: _short(results[name]) for name in _PARTS if name in results}}
@@ -67,7 +72,7 @@ def fill(document: Path) -> str:
     """Return a document with its tables made anew.
 
     Raises:
-        InputError: if a table names a file, a variant or a metric that is not there.
+        InputError: if a table names a file, a variant or a metric that is not there, or has no end.
     """
 
     def made(block: re.Match[str]) -> str:
@@ -79,7 +84,14 @@ def fill(document: Path) -> str:
             raise InputError(f"{document}: numbers {block['words']}: there is no {error}") from None
         return f"<!-- numbers {block['words']} -->\n{table}\n<!-- end of numbers -->"
 
-    return _BLOCK.sub(made, document.read_text(encoding="utf-8"))
+    text = document.read_text(encoding="utf-8")
+    begun, whole = text.count("<!-- numbers "), list(_BLOCK.finditer(text))
+    if begun != len(whole) or text.count("<!-- end of numbers -->") != begun:
+        raise InputError(
+            f"{document}: {begun} tables begin by `<!-- numbers FILE what ... -->`, but not each ends by "
+            "`<!-- end of numbers -->` before the next; what stands between them would be lost"
+        )
+    return _BLOCK.sub(made, text)
 
 
 def _variants(quoted: Mapping[str, Any], words: Sequence[str], part: str = "variants") -> str:

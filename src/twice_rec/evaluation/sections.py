@@ -77,7 +77,7 @@ def sections_of(
         if sheet := sheet_of(results["variants"], of_kind, domain):
             says = f"{RANKED_LISTS[of_kind]} Every variant on all users it was evaluated on. {sheet.note}".strip()
             sections.append(Section(f"list-{of_kind}", LISTS.get(of_kind, of_kind), says, sheet))
-    sections += [*_recommended(results), *_judged(evidence), *_clicks(evidence)]
+    sections += [*_recommended(results, kind), *_judged(evidence), *_clicks(evidence)]
     if results["left_out"]:
         says = "Not in these tables or comparisons, because it is stale or not equal to the rest."
         lines = [[line] for line in results["left_out"]]
@@ -101,21 +101,41 @@ def _domains(results: Mapping[str, Any]) -> Iterable[Section]:
         yield Section(f"domains-{claim['id']}", claim_title(claim), says, rows=claim_over_domains(claim))
 
 
-def _recommended(results: Mapping[str, Any]) -> Iterable[Section]:
-    """Yield the table of what is recommended, whatever was measured of it."""
+def _recommended(results: Mapping[str, Any], kind: str) -> Iterable[Section]:
+    """Yield the tables of what is recommended, and of how far the order of the candidates decides; see `groups`."""
     found = results.get("recommended") or {}
-    keys = list(dict.fromkeys(key for row in found.values() for key, value in row.items() if _is_number(value)))
-    if keys:
-        rows = [
-            [variant_name(name), *(f"{row[key]:.4g}" if _is_number(row.get(key)) else "-" for key in keys)]
-            for name, row in found.items()
+    rows = [
+        [
+            "The targets" if name == "targets" else variant_name(name),
+            f"{of['coverage']:.3f}",
+            f"{of['popularity']:,.1f}",
         ]
-        header = ["Variant", *(key.replace("_", " ").capitalize() for key in keys)]
-        yield Section("recommended", "What is recommended", "Of the items that are ranked first.", rows=(header, rows))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        for name, kinds in found.items()
+        if (of := kinds.get("targets" if name == "targets" else kind))
+    ]
+    if rows:
+        says = (
+            f"{LISTS.get(kind, kind)}, {results['common_users']['n']:,} users: which share of the catalogue the items "
+            "are that are ranked first, and the mean number of training interactions with them."
+        )
+        header = ["Variant", "Share of the catalogue", "Training interactions"]
+        yield Section("recommended", "What is recommended", says, rows=(header, rows))
+    orders = [
+        [
+            variant_name(name), str(of["k"]), f"{of['n']:,}", f"{of['changes']:.3f}", f"{of['choice_variance']:.3f}",
+            f"{of['hr@1_std']:.4f}", f"{of['none']:.3f}",
+        ]
+        for name, of in (results.get("position") or {}).items()
+        if "changes" in of
+    ]  # fmt: skip
+    if orders:
+        says = (
+            "Every question was asked with its candidates in several orders. Another choice: share of the questions "
+            "with more than one first choice; variance: chance that two orders of a question choose differently; "
+            "spread of HR@1: its standard deviation over orders."
+        )
+        header = ["Variant", "Orders", "Questions", "Another choice", "Variance", "Spread of HR@1", "No choice"]
+        yield Section("orders", "The same question in other orders", says, rows=(header, orders))
 
 
 def _judged(evidence: Evidence) -> Iterable[Section]:
@@ -178,13 +198,16 @@ def _clicks(evidence: Evidence) -> Iterable[Section]:
     tests = [
         [
             f"{variant_name(test['a'])} less {variant_name(test['b'])}", f"{test['difference']:+.4f}",
-            "[{:+.4f}, {:+.4f}]".format(*test["ci95"]), p_text(test.get("p")),
+            "[{:+.4f}, {:+.4f}]".format(*test["ci95"]),
+            "[{:+.4f}, {:+.4f}]".format(*test["over_users"]["ci95"]) if "over_users" in test else "-",
+            p_text(test.get("p")),
         ]
         for test in evidence.ab_test.get("comparisons", [])
     ]  # fmt: skip
     if tests:
         says = "Two-proportion tests, to be read once: who looks again and again finds differences that are not there."
-        header = ["Difference of click-through rates", "Value", "95 % interval", "p"]
+        says += " The claims go by the interval over users: many visits of few users." if simulated else ""
+        header = ["Difference of click-through rates", "Value", "95 %, over visits", "95 %, over users", "p of visits"]
         yield Section("ab-tests", f"{name}: differences", says, rows=(header, tests))
 
 

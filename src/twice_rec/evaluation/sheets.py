@@ -142,6 +142,7 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
             difference, interval = f"{c['difference']:+.4f}", "[{:+.4f}, {:+.4f}]".format(*c["ci95"])
         says = ", ".join(filter(None, [f"{c['question']}: {c['short']}", c["way"]]))
         numbers = ["-" if c[name] is None else f"{c[name]:,}" for name in ("n", "runs")]
+        numbers[0] += f" {c['counted']}" if c.get("counted", "users") != "users" else ""
         rows.append([says, c["verdict"], difference, interval, p_text(c["p_holm"]) or "-", *numbers])
     return ["The paper", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
 

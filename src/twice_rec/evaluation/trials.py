@@ -57,14 +57,19 @@ def _value(of: Mapping[str, Any], name: str) -> Value | None:
 def difference_of(tests: Mapping[str, Any], firsts: Sequence[str], seconds: Sequence[str]) -> dict[str, Any] | None:
     """Return the comparison of two arms in an A/B test, the first less the second; None if there is none.
 
+    Of a simulation it is that over users: its visits are many visits of a few users. `counted` says what `n` counts.
+
     Args:
         tests: what `ab_test.json` holds.
         firsts, seconds: names that the arms may have.
     """
     shown = {row["arm"]: row["impressions"] for row in tests.get("arms", [])}
     for row in tests.get("comparisons", []):
-        a, b, (low, high) = row["a"], row["b"], row["ci95"]
-        found = {"n": shown.get(a, 0) + shown.get(b, 0), "p": row.get("p")}
+        a, b = row["a"], row["b"]
+        found = {"n": shown.get(a, 0) + shown.get(b, 0), "p": row.get("p"), "counted": "impressions"}
+        if of_users := row.get("over_users"):
+            row, found = of_users, {"n": of_users["n"], "p": of_users["p"], "counted": "users"}
+        low, high = row["ci95"]
         if a in firsts and b in seconds:
             return {**found, "a": a, "b": b, "difference": row["difference"], "ci95": [low, high]}
         if b in firsts and a in seconds:

@@ -19,6 +19,7 @@ from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.confidence import ConfidenceModel
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
+from twice_rec.errors import InputError
 from twice_rec.evaluation.equals import reference_users
 from twice_rec.evaluation.llm_ranking import rationale_of
 from twice_rec.evaluation.names import variant_name
@@ -53,7 +54,8 @@ class Asked:
 def read_asked(variants: Mapping[str, Variant], kind: str, folder: Path, seed: int) -> Asked | None:
     """Read the language models' answers; None if there are none for this kind of list.
 
-    `folder` is the run's `data/`. Of several trainings the first one's answers are read.
+    `folder` is the run's `data/`. Of several trainings the first one's answers are read; InputError if they are about
+    other lists.
     """
     asked = {
         name: variant for name, variant in variants.items()
@@ -75,6 +77,11 @@ def read_asked(variants: Mapping[str, Variant], kind: str, folder: Path, seed: i
             shown = lists[row.user_id].lists.get(kind) if row.user_id in lists else None
             if kind not in row.ranks or not row.ranking or shown is None:
                 continue
+            if set(shown) != set(row.ranking):
+                raise InputError(
+                    f"{variant.terms[0].folder}: user {row.user_id} was asked about another list than {folder} has; "
+                    "evaluate it again"
+                )
             places[shown.index(row.ranking[0])] += 1
             if row.user_id in wanted:
                 found.answers.setdefault((name, row.user_id), row)

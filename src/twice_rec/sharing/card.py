@@ -20,6 +20,8 @@ _PAPER = (
     'Learning from Collaborative Signals" (TWiCE-Rec, AAAI-26, pages 15609-15616)'
 )
 _FORM = "`<think> ... </think> <item_nm> title </item_nm> <item_id> id </item_id>`"
+# Rewards of stage 3 that do not ask the CF model.
+_WITHOUT_CF = {"match", "structure", "tags", "tags_release", "only_expected_tags", "rank", "certainty"}
 _UNKNOWN = "not known: it is not in the run any more"
 
 
@@ -88,16 +90,23 @@ def _eval_results(recipe: ShareRecipe, facts: Facts, evaluation: Evaluation) -> 
 
 
 def _trainer(facts: Facts) -> str:
-    return "sft" if facts.training.stage == "sft" else "grpo"
+    return {"sft": "sft", "sdpo": "dpo"}.get(facts.training.stage, "grpo")
 
 
 def _intro(recipe: ShareRecipe, facts: Facts) -> str:
-    stage = "2 (multi-task SFT)" if _trainer(facts) == "sft" else "3 (confidence-weighted GRPO)"
+    made_by = {
+        "sft": "stage 2 (multi-task SFT)", "dpo": "a baseline, a re-creation of S-DPO behind stage 2,",
+        "grpo": f"stage 3 ({'confidence-weighted ' if _asks_cf(facts) else ''}GRPO)",
+    }[_trainer(facts)]  # fmt: skip
     return (
         f"A language model that reads a user's history, reasons about it, and recommends one item of a list of "
-        f"candidates. It is the result of stage {stage} of twice_rec, an open reproduction of {_PAPER}; it is not the "
+        f"candidates. It is the result of {made_by} of twice_rec, an open reproduction of {_PAPER}; it is not the "
         f"authors' model. Domain: **{recipe.domain}**. Base model: {_base(facts)}."
     )
+
+
+def _asks_cf(facts: Facts) -> bool:
+    return not set(facts.setting("reward_funcs") or []) <= _WITHOUT_CF
 
 
 def _base(facts: Facts) -> str:
@@ -121,12 +130,23 @@ def _method(facts: Facts) -> Iterable[str]:
         setting, figures = facts.setting, facts.training.figures
         rewards = zip(setting("reward_funcs") or [], setting("reward_weights") or [], strict=False)
         start = "the stage-2 model" if sft else f"`{Path(str(setting('model_name_or_path'))).name}`, without stage 2"
-        yield (
-            f"**Stage 3**, GRPO from {start}. Rewards and weights: {', '.join(f'`{n}` {w:g}' for n, w in rewards)}. "
+        behind = (
             f"The collaborative-filtering model behind them: `{setting('cf_model')}`, confidence "
             f"`{setting('confidence')}`, lambda {setting('reward_lambda'):g}, tau {figures.get('tau', '?')}. "
+        )
+        yield (
+            f"**Stage 3**, GRPO from {start}. Rewards and weights: {', '.join(f'`{n}` {w:g}' for n, w in rewards)}. "
+            f"{behind if _asks_cf(facts) else 'No collaborative-filtering model has a part in them. '}"
             f"{setting('num_generations')} completions per prompt, KL weight {setting('beta')}, loss "
             f"`{setting('loss_type')}`. {_trained(facts.training.config)}, {figures.get('steps', '?')} steps."
+        )
+    if _trainer(facts) == "dpo":
+        setting, figures = facts.setting, facts.training.figures
+        start = "the stage-2 model" if sft else f"`{Path(str(setting('model_name_or_path'))).name}`"
+        yield (
+            f"**S-DPO** from {start}, asked for the item alone: the target's answer above those of "
+            f"{setting('num_negatives')} other candidates at once, {setting('preference_rows') or 'all'} users, beta "
+            f"{setting('beta')}. {_trained(facts.training.config)}, {figures.get('steps', '?')} steps."
         )
     about = facts.training.about
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())

@@ -67,11 +67,12 @@ def facts_of(recipe: ShareRecipe) -> Facts:
     before = Manifest.load(run_dir / sft) if sft else None
     first = before or training
     base = _base_of(first, recipe.base_model_id)
+    rationales = next((name.partition("/")[0] for name in first.inputs if name.endswith("/accepted.jsonl")), None)
     return Facts(
         training=training,
         folder=folder,
         data=Manifest.load(run_dir / "data"),
-        rationales=Manifest.load(run_dir / "rationales") if "rationales/accepted.jsonl" in first.inputs else None,
+        rationales=Manifest.load(run_dir / rationales) if rationales else None,
         sft=before,
         base=base,
         license=License(recipe.license, None, None, "the recipe") if recipe.license else license_of(base),

@@ -15,6 +15,7 @@ from typing import Any
 
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recipe import SASRecRecipe
+from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.errors import InputError
 from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.files import MANIFEST
@@ -233,7 +234,7 @@ def _makes(stage: str, recipe: Recipe) -> list[Path]:
 
 def rankings_of(recipe: EvaluateRecipe) -> dict[str, str | None]:
     """Return the name of each result of an evaluation -> how it is ranked; None for a score file."""
-    files = [v for v in recipe.variants if v == "oracle" or v in recipe.precomputed_scores]
+    files = [v for v in recipe.variants if v in KNOWN_SCORES or v in recipe.precomputed_scores]
     models = [v for v in recipe.variants if v not in files]
     asked: dict[str, str | None] = {recipe.result_name(v, r): r for v in models for r in recipe.rankings}
     return asked | dict.fromkeys(files)
