@@ -188,7 +188,7 @@ def order_in_sets(lists: Sequence[Sequence[str]], seed: int) -> list[list[str]]:
     """Return the order in which a set of each list's strings is read, in a Python of its own with this hash seed."""
     script = "import json, sys; print(json.dumps([list(set(one)) for one in json.load(sys.stdin)]))"
     done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps([list(one) for one in lists]), text=True,
+        [sys.executable, "-S", "-c", script], input=json.dumps([list(one) for one in lists]), text=True,
         env={**os.environ, "PYTHONHASHSEED": str(seed)}, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     ordered: list[list[str]] = json.loads(done.stdout)

@@ -55,12 +55,13 @@ def findings_of_sasrec(source: ReleaseSource, run_dir: Path, seed: int = 0) -> l
     scorer = SASRecScorer.load(run_dir / SASREC / "model.safetensors", data.catalog)
     test, train = data.questions("test", [LIST]), data.questions("train", [LIST])
     z, z_train = (scorer.logits(asked.histories, asked.candidates[LIST]) for asked in (test, train))  # [B, C] each
+    share = scorer.popularity_share(test.histories)
     _, trained = data.training_histories().flat()
     counts = np.bincount(trained, minlength=len(data.catalog) + 1)  # [N + 1]
     return [
-        _hit_rate("training", "HR@1 of this SASRec, target and 29 uniform negatives", z, test, seed),
-        _hit_rate("training", "HR@1 of popularity, the same lists", counts[test.candidates[LIST]], test, seed),
-        Finding("popularity", "share of its scores' variance that the item alone explains", _share(scorer, test)),
+        _hit_rate("training", f"its HR@1 in lists of {z.shape[1]}, uniform negatives", z, test, seed),
+        _hit_rate("training", "HR@1 of popularity in these lists", counts[test.candidates[LIST]], test, seed),
+        Finding("popularity", "share of its scores' variance that the item alone explains", share),
         *_of_tau(z, test),
         _hit_rate("memory", "SASRec's HR@1 in lists with the targets of its training", z_train, train, seed),
         _hit_rate("memory", "the same in test lists", z, test, seed),
@@ -68,10 +69,6 @@ def findings_of_sasrec(source: ReleaseSource, run_dir: Path, seed: int = 0) -> l
         *_of_outside(scorer, test),
         *_of_lambda(z_train, train, seed),
     ]
-
-
-def _share(scorer: SASRecScorer, asked: Questions) -> float:
-    return scorer.popularity_share(asked.histories)
 
 
 def _hit_rate(defect: str, counted: str, scores: Floats, asked: Questions, seed: int) -> Finding:
@@ -109,16 +106,13 @@ def _of_outside(scorer: SASRecScorer, asked: Questions) -> list[Finding]:
     """Count what an answer earns that always names the one item of the highest mean score."""
     item = 1 + int(scorer.item_means(asked.histories)[1:].argmax())
     confidences = sigmoid(scorer.logits(asked.histories, np.full((len(asked.histories), 1), item)))  # [B, 1]
+    shown = asked.candidates[LIST] == item  # [B, C]
     says = "always the same title: share of users"
     return [
-        Finding("outside", f"{says} who have it as a candidate", _mean(asked.candidates[LIST] == item)),
+        Finding("outside", f"{says} who have it as a candidate", float(shown.any(axis=1).mean())),
         Finding("outside", f"{says} for whom it earns its confidence", float((confidences >= _TAU).mean())),
         Finding("outside", "always the same title: its confidence, mean", float(confidences.mean())),
     ]
-
-
-def _mean(is_there: NDArray[np.bool_]) -> float:
-    return float(is_there.any(axis=1).mean())
 
 
 def _of_lambda(z: Floats, asked: Questions, seed: int) -> list[Finding]:
