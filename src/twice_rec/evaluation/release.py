@@ -102,6 +102,7 @@ def findings_in_files(source: ReleaseSource) -> list[Finding]:
     train, test = source.sequences("train"), source.sequences("test")
     trained, asked = source.prompts(_TRAIN), source.prompts(_TEST)
     counts = Counter(item for sequence in train for item in sequence)
+    answers = _of_answers(source, trained)  # raises for texts that cannot be counted, before what takes time
     steps = _EPOCHS * -(-len(train) // _BATCH)
     return [
         Finding("training", f"steps: {_EPOCHS} epochs of batches of {_BATCH:,} users", steps),
@@ -112,7 +113,7 @@ def findings_in_files(source: ReleaseSource) -> list[Finding]:
         *_of_sets(asked),
         *_of_titles(source, test),
         *_of_padding(source, test),
-        *_of_answers(source, trained),
+        *answers,
         *_of_curation(trained, train),
         *_of_filter(test),
     ]
