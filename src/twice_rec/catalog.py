@@ -45,7 +45,7 @@ class ItemCatalog:
             self._index[item.item_id] = index
         if not self._items:
             raise InputError("the catalogue has no items")
-        self._titles = Counter(_normalised(item.title) for item in self._items)
+        self._titles = Counter(normalised(item.title) for item in self._items)
 
     @classmethod
     def load(cls, path: Path | str) -> ItemCatalog:
@@ -112,11 +112,12 @@ class ItemCatalog:
             return Outcome.MALFORMED
         if item_id not in candidates:
             return Outcome.OUTSIDE
-        title = _normalised(answer.title or "")
-        if title != _normalised(self[item_id].title) and title in self._titles:
+        title = normalised(answer.title or "")
+        if title != normalised(self[item_id].title) and title in self._titles:
             return Outcome.MALFORMED
         return Outcome.HIT if item_id == target else Outcome.MISS
 
 
-def _normalised(title: str) -> str:
+def normalised(title: str) -> str:
+    """Return a title without differences in case and spacing."""
     return " ".join(title.casefold().split())

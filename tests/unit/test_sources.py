@@ -13,7 +13,7 @@ from twice_rec.data.sources.amazon import Amazon2014, Amazon2023
 from twice_rec.data.sources.amazon_5core import Amazon5Core
 from twice_rec.data.sources.base import REGISTERED, Source
 from twice_rec.data.sources.recbole import RecBoleSource
-from twice_rec.data.sources.release import ReleaseSource
+from twice_rec.data.sources.release import ReleasedPrompt, ReleaseSource
 from twice_rec.errors import InputError
 
 KEEP_ALL = SequenceConfig(untitled_items="keep", k_core=1, min_history=3, max_history=None)
@@ -310,21 +310,22 @@ class TestRelease:
         with pytest.raises(InputError, match=message):
             ReleaseSource(tmp_path, "D").interactions()
 
-    def test_released_lists_and_counts(self, tmp_path):
-        train = [row("u", "1", "2"), row("v", "1,3", "1")]
+    def test_released_prompts_and_sequences(self, tmp_path):
+        train = [row("u", "1", "2"), row("v", "1,x", "1")]
         self.write(tmp_path, train=train, test=[row("u"), row("v", "1,3,1", "4")])
         shown = "title:a\n- item_id:B4\n- details:- item_id:B2\n\ntitle:b\n- item_id:B1\n"
-        prompt = {"input": f"[Purchase History] : - item_id:B3\n[Candidate List]: {shown}", **row("u")}
+        prompt = {"input": f"[Purchase History] : - item_id:B3\n[Candidate List]: {shown}", **row("u"), "output": "x"}
         (tmp_path / "amazon_D_llm_test_1.json").write_text(json.dumps([prompt]))
         source = ReleaseSource(tmp_path, "D")
-        assert source.test_lists() == [(["B4", "B1"], "B4")]
-        assert source.training_counts() == {"B1": 3, "B2": 1, "B3": 1}
+        assert source.prompts("llm_test") == [ReleasedPrompt(("B1", "B2", "B3"), ("B4", "B1"), "B4", "x")]
+        assert source.sequences("train") == [("B1", "B2"), ()]
+        assert source.sequences("test") == [("B1", "B2", "B3", "B4"), ("B1", "B3", "B1", "B4")]
         (tmp_path / "amazon_D_llm_test_1.json").write_text(json.dumps([{**prompt, "positive_item_id": "2"}]))
         with pytest.raises(InputError, match="2 candidates in `input`, and the target is none of them"):
-            ReleaseSource(tmp_path, "D").test_lists()
+            ReleaseSource(tmp_path, "D").prompts("llm_test")
         (tmp_path / "amazon_D_llm_test_1.json").unlink()
         with pytest.raises(InputError, match=r"no file amazon_D_llm_test\*\.json"):
-            ReleaseSource(tmp_path, "D").test_lists()
+            ReleaseSource(tmp_path, "D").prompts("llm_test")
 
     def test_a_folder_is_no_file(self, tmp_path):
         self.write(tmp_path)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twice_rec.data.sources.release import ReleaseSource
 from twice_rec.metrics import bootstrap_intervals, per_user, ranks_from_scores
 
 SHARED = 0.5  # an item is in the shared pool if more than this share of the lists have it
@@ -62,8 +61,3 @@ def diagnose(lists: Sequence[tuple[Sequence[str], str]], counts: Counter[str], s
         catalog_count=float(np.mean(list(counts.values()))),
         hit_rates={name: (float(values.mean()), *map(float, intervals[name])) for name, values in hits.items()},
     )
-
-
-def diagnose_source(source: ReleaseSource) -> Diagnosis:
-    """Diagnose the test lists of the authors' released files."""
-    return diagnose(source.test_lists(), source.training_counts())

@@ -15,9 +15,9 @@ from typing import Any
 from twice_rec.errors import InputError
 from twice_rec.evaluation.domain_tables import sheet_over_domains
 from twice_rec.evaluation.names import metric_name, variant_name
-from twice_rec.evaluation.sheets import claim_rows, comparison_rows, sheet_to_markdown
+from twice_rec.evaluation.sheets import claim_rows, comparison_rows, defect_rows, sheet_to_markdown
 from twice_rec.files import MANIFEST, read_json
-from twice_rec.manifest import Manifest, redo_command
+from twice_rec.manifest import Manifest, environment, redo_command
 from twice_rec.markdown import markdown_table
 
 _PARTS = ("variants", "common_users", "comparisons", "claims", "groups", "recommended", "position", "domains")
@@ -27,7 +27,17 @@ _LIST_IN_HEADER = {"uniform": "", "popularity": "popularity ", "hard": "hard ", 
 
 def quotation(results: Mapping[str, Any], run_dirs: Sequence[Path], domain: str) -> dict[str, Any]:
     """Return what a document may quote: the parts of results.json with seven digits, and what they were made by."""
-    manifests = list(_manifests(run_dirs))
+    about = provenance(list(_manifests(run_dirs)), domain)
+    return {"about": about, **{name: short(results[name]) for name in _PARTS if name in results}}
+
+
+def provenance(manifests: Sequence[tuple[Path, Manifest]], domain: str, command: str | None = None) -> dict[str, Any]:
+    """Return what figures were made by: the commands, commits and seeds of some results, this machine, the day.
+
+    Args:
+        manifests: folders of results and their manifests, the earliest first.
+        command: what was run here and now beside them.
+    """
     commands = dict.fromkeys(redo_command(*one).removesuffix(" --overwrite true") for one in manifests)
     commits = dict.fromkeys(
         f"{manifest.about.get('commit')}{' and changes' if manifest.about.get('uncommitted_changes') else ''}"
@@ -36,7 +46,11 @@ def quotation(results: Mapping[str, Any], run_dirs: Sequence[Path], domain: str)
     machines = [manifest.about["machine"] for _, manifest in manifests if manifest.about.get("machine")]
     machines = [machine for i, machine in enumerate(machines) if machine not in machines[:i]]
     seeds = {manifest.about.get("recipe", {}).get("seed") for _, manifest in manifests}
-    about = {
+    if command is not None:
+        here = environment()
+        commands[command] = commits[str(here["commit"])] = None
+        machines += [here["machine"]] if here["machine"] not in machines else []
+    return {
         "domain": domain,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commands": list(commands),
@@ -44,7 +58,6 @@ def quotation(results: Mapping[str, Any], run_dirs: Sequence[Path], domain: str)
         "machine": machines[0] if len(machines) == 1 else machines,
         "seeds": sorted(seed for seed in seeds if seed is not None),
     }
-    return {"about": about, **{name: _short(results[name]) for name in _PARTS if name in results}}
 
 
 def _manifests(run_dirs: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
@@ -60,12 +73,13 @@ def _manifests(run_dirs: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
             yield folder, manifest
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
+    """Return a value of JSON with seven digits per number."""
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, Mapping):
-        return {name: _short(of) for name, of in value.items()}
-    return [_short(of) for of in value] if isinstance(value, (list, tuple)) else value
+        return {name: short(of) for name, of in value.items()}
+    return [short(of) for of in value] if isinstance(value, (list, tuple)) else value
 
 
 def fill(document: Path) -> str:
@@ -130,4 +144,5 @@ _TABLES: Mapping[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {
     "comparisons": _comparisons,
     "claims": _claims,
     "domains": lambda quoted, words: sheet_to_markdown(sheet_over_domains(quoted["domains"])),
+    "defects": lambda quoted, words: markdown_table(*defect_rows(quoted["defects"]), texts=2),
 }

@@ -147,6 +147,21 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
     return ["The paper", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
 
 
+def defect_rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what was counted of the release's defects; a defect is named in its first row."""
+    rows, before = [], None
+    for finding in findings:
+        value, figure = finding.get("value"), "-"
+        if isinstance(value, int):
+            figure = f"{value:,}" + (f" of {finding['of']:,}" if "of" in finding else "")
+        elif value is not None:
+            figure = f"{value:,.4f}" if abs(value) < 10 else f"{value:,.1f}"
+        interval = " [{:.4f}, {:.4f}]".format(*finding["ci95"]) if "ci95" in finding else ""
+        rows.append(["" if finding["defect"] == before else finding["release"], finding["counted"], figure + interval])
+        before = finding["defect"]
+    return ["The release", "Counted", "Figure"], rows
+
+
 def sheet_to_markdown(sheet: Sheet) -> str:
     """Return a table as Markdown: the best bold, the second underlined as HTML, which Markdown takes."""
 

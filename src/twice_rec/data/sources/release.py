@@ -7,10 +7,10 @@ in index order. Reviews and ratings are only in the prompts of `*_llm_{train_cas
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from twice_rec import answer_format
 from twice_rec.data.sources.base import Problems, Row, Source
@@ -30,6 +30,16 @@ _CANDIDATE = re.compile(r"^- item_id:(\S+)", re.MULTILINE)
 _INTERACTION = re.compile(
     r"title:[^\n]*\n- item_id:(\S+)\n- description:(?:(?!\n- item_id:).)*?\n- review:(.*?)\n- rating:(\w+)", re.DOTALL
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedPrompt:
+    """One released prompt as ids of items, and the answer it is trained or tested with."""
+
+    history: tuple[str, ...]
+    candidates: tuple[str, ...]
+    target: str
+    answer: str
 
 
 class ReleaseSource(Source, name="release"):
@@ -174,24 +184,28 @@ class ReleaseSource(Source, name="release"):
             raise InputError("the source has no file *_llm_train_case_1*.json, which holds the released rationales")
         return found
 
-    def test_lists(self) -> list[tuple[list[str], str]]:
-        """Return the candidates' ids and the target's of each released test prompt; InputError if one has no list."""
+    def prompts(self, kind: str) -> list[ReleasedPrompt]:
+        """Return the released prompts of a kind, such as `llm_test`, in the order of the files.
+
+        Raises:
+            InputError: if there is none, or one has no list of candidates with its target.
+        """
         found = []
-        for where, row in self._rows(*(path for path in self._prompts if "_llm_test" in path.name)):
+        for where, row in self._rows(*(path for path in self._prompts if f"_{kind}" in path.name)):
             shown = _CANDIDATES.search(str(row.get("input", "")))
             candidates = _CANDIDATE.findall(shown.group(1)) if shown else []
-            target = self._items[self._indices(row, where)[-1] - 1].item_id
+            *history, target = (self._items[index - 1].item_id for index in self._indices(row, where))
             if target not in candidates:
                 raise InputError(f"{where}: {len(candidates)} candidates in `input`, and the target is none of them")
-            found.append((candidates, target))
+            found.append(ReleasedPrompt(tuple(history), tuple(candidates), target, str(row.get("output", ""))))
         if not found:
-            raise InputError(f"{self.folder}: no file amazon_{self.domain}_llm_test*.json with test prompts")
+            raise InputError(f"{self.folder}: no file amazon_{self.domain}_{kind}*.json with prompts")
         return found
 
-    def training_counts(self) -> Counter[str]:
-        """Return how often each item occurs in the training sequences, their targets included."""
-        of_rows = (indices for _, indices in self._sequences(self._train))
-        return Counter(self._items[index - 1].item_id for indices in of_rows for index in indices)
+    def sequences(self, split: Literal["train", "test"]) -> list[tuple[str, ...]]:
+        """Return item ids, the target last, of each row of the training or the test sequences; none of an odd row."""
+        rows = self._sequences(self._train if split == "train" else self._test)
+        return [tuple(self._items[index - 1].item_id for index in indices) for _, indices in rows]
 
     def described(self, wanted: set[str], problems: Problems) -> Iterator[Item]:
         """Yield the wanted items (Grocery's item 2276 has no title)."""
