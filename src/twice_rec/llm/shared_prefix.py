@@ -95,6 +95,14 @@ class SharedRows:
         tensors = (torch.tensor(values, dtype=torch.long, device=device) for values in layout)
         return cls(*tensors, Segments.of(parts, device))
 
+    def real(self) -> Tensor | None:
+        """Return where no padding is, bool [G, L]; None if there is none. A row begins in its first column."""
+        if self.segments is not None:
+            return None
+        real = self.position_ids > 0  # [G, L]
+        real[:, 0] = True
+        return real
+
     def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return what a model's forward takes."""
         if self.segments is None:
@@ -178,7 +186,9 @@ def _predictions(
     return rows, model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0].float()
 
 
-def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
+def token_scores(
+    model: torch.nn.Module, groups: Sequence[Group], laid_out: Callable[[SharedRows], None] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return logprob and entropy of every token of the continuations, with gradients.
 
     TRL's fused head computes them in tiles from the hidden states, so [N, V] logits never exist as a whole. A hook
@@ -188,12 +198,15 @@ def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tenso
     Args:
         model: with TRL's head (`trl.trainer.utils.add_fused_lm_head`, which holds the temperature), bare or wrapped.
         groups: prompts with their continuations, see `SharedRows.of`.
+        laid_out: is called with the rows that go through the model.
 
     Returns:
         float32 [N] each, the tokens of one continuation after another; the entropies are None if the head computes
         none.
     """
     rows, scores = _forward(model, groups, lambda rows: {"shift_labels": rows.targets[None], "fused_lm_head": True})
+    if laid_out is not None:
+        laid_out(rows)
     entropies = None if scores.entropy is None else scores.entropy[0, rows.places]  # [N]
     return scores.log_probs[0, rows.places], entropies  # [N] each, of [1, M]
 
