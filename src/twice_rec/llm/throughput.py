@@ -1,4 +1,4 @@
-"""How fast a trainer trains, in its log: tokens per second, and the share of the GPU's peak that the arithmetic reaches.
+"""How fast a trainer trains, in its log: tokens per second, and the share of the GPU's peak that its arithmetic has.
 
 The operations are those of `flops`, as in the estimates: what gradient checkpointing computes again does not count.
 """
