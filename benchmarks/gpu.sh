@@ -55,7 +55,7 @@ part() { # seconds, name, command; a failure does not end the others
 sft=("$python" benchmarks/sft.py "${stage2[@]}") grpo=("$python" benchmarks/shared_prefix.py)
 part 110 sft "${sft[@]}" "${gemma[@]}" --peers padded --profile "$out/profile_sft.txt"
 part 110 grpo "${grpo[@]}" "${gemma[@]}" "${stage3[@]}" --profile "$out/profile_grpo.txt"
-part 60 tests "$python" -m pytest -q -m gpu -p no:cacheprovider -k "not compiled and not flex" tests/unit/test_shared_prefix.py tests/unit/test_fused.py
+part 60 tests "$python" -m pytest -q -m gpu -p no:cacheprovider -k "not compiled" tests/unit/test_shared_prefix.py tests/unit/test_fused.py
 part 100 packed "${sft[@]}" "${gemma[@]}" --peers packed
 part 60 sft_memory "${sft[@]}" "${gemma[@]}" --peers --checkpointing
 part 60 grpo_memory "${grpo[@]}" "${gemma[@]}" "${stage3[@]}" --alone --checkpointing

@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small-deep")
     parser.add_argument(
         "--attention",
-        choices=["sdpa", "chunked_sdpa", "eager", "flex_attention", "varlen"],
+        choices=["sdpa", "chunked_sdpa", "eager", "varlen"],
         default="varlen" if gpu else "chunked_sdpa",
         help="ours",
     )

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from twice_rec.llm.attention import layer_windows
@@ -28,8 +27,6 @@ from twice_rec.llm.recipe import TAKES_MASKS, VARLEN
 from twice_rec.llm.varlen import Segments
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its continuations
-Mask = Tensor | BlockMask
-MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,27 +248,31 @@ def segment_inputs(model: PreTrainedModel, segments: Segments, length: int) -> d
     return {**segments.keywords(), "attention_mask": unread if "" in kinds else _Masks.fromkeys(kinds, unread)}
 
 
-def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
-    """Return one mask, [G, 1, L, L] or a block mask; or one per kind of layer if the model's configuration has kinds.
+def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return one mask, [G, 1, L, L], or one per kind of layer if the model's configuration has kinds.
 
     A token sees those before it whose branches have not ended, and whose positions are in the layer's sliding window.
 
     Args:
         ends, positions: int64 [G, L], see `SharedRows`.
+
+    Raises:
+        ValueError: if the model's attention takes no masks.
     """
+    if (found := model.config._attn_implementation) not in TAKES_MASKS:
+        raise ValueError(f"attention {found!r} takes no mask of its own; use {', '.join(TAKES_MASKS)}")
     windows = layer_windows(model.config.get_text_config())
-    masks = {kind: _mask(model, _mask_mod(ends, positions, window), ends) for kind, window in windows.items()}
+    masks = {
+        kind: as_attention_mask(model, _seen(ends, positions, window)[:, None]) for kind, window in windows.items()
+    }
     return masks[""] if "" in masks else _Masks(masks)
 
 
-def _mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
-    """Return a mask's rule in the form of FlexAttention: (row, head, query, key) -> whether the query sees the key."""
-
-    def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        seen = (key <= query) & (query < ends[row, key])
-        return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
-
-    return sees
+def _seen(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Return whether a query sees a key, bool [G, queries, keys], in layers with this window."""
+    order = torch.arange(ends.shape[1], device=ends.device)  # [L]
+    seen = (order <= order[:, None]) & (order[:, None] < ends[:, None])  # [G, L, L]
+    return seen if window is None else seen & (positions[:, :, None] - positions[:, None] < window)
 
 
 class _Masks(dict):
@@ -279,19 +280,6 @@ class _Masks(dict):
 
     def sum(self) -> Tensor:  # TRL's log takes the number of tokens from the sum of a plain attention mask
         return torch.tensor(next(iter(self.values())).shape[-1])
-
-
-def _mask(model: PreTrainedModel, sees: MaskMod, like: Tensor) -> Mask:
-    implementation, (rows, length), device = model.config._attn_implementation, like.shape, like.device
-    if implementation == "flex_attention":
-        return create_block_mask(sees, rows, None, length, length, device, _compile=device.type == "cuda")
-    if implementation not in TAKES_MASKS:
-        raise ValueError(
-            f"attention {implementation!r} takes no mask of its own; use {', '.join(TAKES_MASKS)} or flex_attention"
-        )
-    row, order = torch.arange(rows, device=device), torch.arange(length, device=device)  # [G], [L]
-    mask = sees(row[:, None, None], None, order[:, None], order)  # [G, L, L]
-    return as_attention_mask(model, mask[:, None])
 
 
 def as_attention_mask(model: PreTrainedModel, sees: Tensor) -> Tensor:
