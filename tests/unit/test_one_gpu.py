@@ -53,7 +53,7 @@ def test_the_recipe_for_one_gpu_fits(trainer):
             80,
             r"--gradient_checkpointing true --rollout_gpu_memory_utilization 0\.\d\d?",
         ),
-        (["--per_device_train_batch_size", "128", "--gradient_accumulation_steps", "1"], 48, r"--per_device_.*"),
+        (["--per_device_train_batch_size", "128", "--gradient_accumulation_steps", "1"], 24, r"--per_device_.*"),
     ],
 )
 def test_the_advice_is_a_setting_that_works(flags, gib, advice, trainer):
@@ -72,9 +72,7 @@ def test_the_advice_is_a_setting_that_works(flags, gib, advice, trainer):
 
 
 def test_a_small_card_takes_another_one(trainer):
-    assert (
-        remedy(one_gpu_recipe(), trainer, Card(8.0, "")) == "a GPU of its own for vLLM, as in recipes/grocery/grpo.yaml"
-    )
+    assert remedy(one_gpu_recipe(), trainer, Card(8.0, "")).startswith("a GPU of its own for vLLM")
 
 
 def test_a_vllm_that_sleeps_has_its_share_only_while_it_samples(trainer):
@@ -115,9 +113,8 @@ def test_a_server_on_the_trainers_gpu_is_seen(monkeypatch, caplog):
 
 def test_what_does_not_fit_is_told_in_one_line(monkeypatch):
     Gpu(monkeypatch, taken=72.0)
-    with pytest.raises(
-        InputError, match=r"vLLM 72.0 .*: they do not fit; use --rollout_gpu_memory_utilization 0.*for grpo_step1"
-    ) as caught:
+    line = r"vLLM 72.0 .*: they do not fit; use --rollout_gpu_memory_utilization 0.*, for grpo_step1.sh too$"
+    with pytest.raises(InputError, match=line) as caught:
         check("--rollout_gpu_memory_utilization", "0.9")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"they do not fit; use --rollout_gpu_memory_utilization 0\.\d+$"):
