@@ -121,6 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "mfu": arithmetic.training(work) / seconds / (options.peak_tflops * 1e12),
         "mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0,
         "steps": steps,
+        **clock.kinds,
     }
 
 
