@@ -64,18 +64,17 @@ def free_gib(recipe: GRPORecipe, trainer: Trainer, card: Card) -> float:
 
 def remedy(recipe: GRPORecipe, trainer: Trainer, card: Card) -> str:
     """Return the settings with which both fit, the fewest changes first, as a user types them."""
+    present = getattr(recipe, SHARE)
     for changes in _changes(recipe):
         changed = recipe.model_copy(deep=True)
         changed.trainer_keys.update(changes)
-        left, share = free_gib(changed, trainer, card), getattr(recipe, SHARE)
-        lower = floor(100 * (share + left / card.gib)) / 100
         least = (trainer.parts(changed)["weights"] + _LEAST_BESIDE_WEIGHTS) / card.gib
-        words = [f"--{name} {str(value).lower()}" for name, value in changes.items()]
-        if left < 0 and lower >= least:
-            words.append(f"--{SHARE} {lower:g}")
-        elif left < 0:
-            continue
-        return " ".join(words)
+        most = floor(100 * (present + free_gib(changed, trainer, card) / card.gib)) / 100
+        for share in (present, most):
+            tried = changed.model_copy(deep=True, update={SHARE: share})
+            if share >= least and free_gib(tried, trainer, card) >= 0:
+                words = changes if share == present else {**changes, SHARE: share}
+                return " ".join(f"--{name} {str(value).lower()}" for name, value in words.items())
     return "a GPU of its own for vLLM, as in recipes/grocery/grpo.yaml"
 
 
