@@ -106,10 +106,17 @@ def check_one_gpu(
     card = _shared_card(recipe)
     if card is None:
         return
+    try:
+        shape = Shape.of(config)
+    except (ValueError, AttributeError) as error:
+        logger.info(
+            "whether trainer and vLLM fit on %s is not known, since this model is not counted: %s", card.name, error
+        )
+        return
     longest = max(len(encode_chat(tokenizer, row["prompt"])) for row in rows)
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if zero else 0
-    trainer = Trainer(Shape.of(config), longest, int(os.environ.get("WORLD_SIZE", 1)), stage)
+    trainer = Trainer(shape, longest, int(os.environ.get("WORLD_SIZE", 1)), stage)
     parts, share = trainer.parts(recipe), card.gib * getattr(recipe, SHARE)
     listed = ", ".join(f"{part} {size:.1f}" for part, size in parts.items())
     says = (
