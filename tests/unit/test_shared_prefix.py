@@ -89,7 +89,7 @@ def test_empty_prompts_and_continuations_are_refused():
 def test_attention_without_a_mask_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="use sdpa, chunked_sdpa, eager or"):
+    with pytest.raises(ValueError, match="use sdpa or chunked_sdpa or eager$"):
         continuation_logprobs(model, [1], [[2]])
 
 

@@ -260,7 +260,7 @@ def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> 
         ValueError: if the model's attention takes no masks.
     """
     if (found := model.config._attn_implementation) not in TAKES_MASKS:
-        raise ValueError(f"attention {found!r} takes no mask of its own; use {', '.join(TAKES_MASKS)}")
+        raise ValueError(f"attention {found!r} takes no mask of its own; use {' or '.join(TAKES_MASKS)}")
     windows = layer_windows(model.config.get_text_config())
     masks = {
         kind: as_attention_mask(model, _seen(ends, positions, window)[:, None]) for kind, window in windows.items()
