@@ -1,4 +1,4 @@
-"""Attention alone, forward and backward, over a prompt and its completions: varlen, sdpa and flex with masks.
+"""Attention alone, forward and backward, over a prompt and its completions: varlen, and sdpa with masks.
 
     python benchmarks/attention.py --shape gemma-3-1b --prompt 7000 --samples 16 --completion 300
 
@@ -16,7 +16,6 @@ import time
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from reporting import gpu_facts
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=500)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--completion", type=int, default=20)
-    parser.add_argument("--kernels", nargs="+", choices=["varlen", "sdpa", "flex"], default=["varlen", "sdpa", "flex"])
+    parser.add_argument("--kernels", nargs="+", choices=["varlen", "sdpa"], default=["varlen", "sdpa"])
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     gpu, shape = torch.cuda.is_available(), SHAPES[options.shape]
@@ -59,14 +58,11 @@ def main() -> None:
     segments, order = Segments.of(parts, device), torch.arange(length, device=device)
     branch = torch.where(order < prompt, -1, (order - prompt) // options.completion)  # [L]
     position = torch.where(order < prompt, order, prompt + (order - prompt) % options.completion)  # [L]
-    compiled_flex = torch.compile(flex_attention, dynamic=False) if gpu else None
     for kind, window in (("full", None), ("sliding", WINDOW)):
-
-        def sees(row, head, query, key, window=window):
-            seen = (key <= query) & ((branch[key] < 0) | (branch[key] == branch[query]))
-            return seen if window is None else seen & (position[query] - position[key] < window)
-
-        mask = sees(None, None, order[:, None], order)[None, None]  # [1, 1, L, L]
+        mask = (order <= order[:, None]) & ((branch < 0) | (branch == branch[:, None]))  # [L, L]
+        if window is not None:
+            mask &= position[:, None] - position < window
+        mask = mask[None, None]  # [1, 1, L, L]
 
         def varlen(query, key, value, window=window):
             return varlen_attention(None, query, key, value, None, sliding_window=window, **segments.keywords())[0]
@@ -75,9 +71,6 @@ def main() -> None:
             return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
         kernels = {"varlen": varlen, "sdpa": sdpa}
-        if gpu and "flex" in options.kernels:
-            blocks = create_block_mask(sees, None, None, length, length, device, _compile=True)
-            kernels["flex"] = lambda q, k, v, blocks=blocks: compiled_flex(q, k, v, block_mask=blocks, enable_gqa=True)
         with torch.no_grad():
             expected = sdpa(*inputs).transpose(1, 2)
             error = (varlen(*inputs) - expected).float().norm() / expected.float().norm()

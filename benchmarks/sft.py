@@ -73,6 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     from clock import StepClock
     from tiny_base.model import train_tokenizer
+    from twice_rec.sft.trainer import SFTTrainer as Metered
 
     gpu, ours = torch.cuda.is_available(), options.who == "ours"
     rows, encoded = rows_of(options.users if ours else options.peer_users or options.users, options.scale)
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             arguments.remove_unused_columns, more = False, {"data_collator": PackedCollator(model)}
             if options.compile:
                 models.compile_layers(model)
-        trainer = SFTTrainer(
+        trainer = (Metered if ours else SFTTrainer)(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(dataset),
@@ -121,6 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "mfu": arithmetic.training(work) / seconds / (options.peak_tflops * 1e12),
         "mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0,
         "steps": steps,
+        **clock.kinds,
     }
 
 

@@ -2,6 +2,8 @@ r"""A GRPO step with the prompt computed once a group, beside TRL's own: seconds
 
     python benchmarks/shared_prefix.py [--curve 500 1000 4000]
     python benchmarks/shared_prefix.py --shape gemma-3-1b --prompt 7000 --completion 300
+    python benchmarks/shared_prefix.py --shape gemma-3-1b --prompt 7000 --completion 300 --alone --checkpointing \
+        --loss bnpo --accumulation 8
 
 Both run real training steps of their trainer class on given completions, so sampling is left out for both: the
 reference's log-probabilities (KL), the loss, its gradients, clipping and the optimizer's step on a LoRA adapter. Each
@@ -10,6 +12,9 @@ training, model included, above what it held before the model was built. `limit`
 (`llm/flops.py`); `cpu_s` is the processor's time in a step, for machines that do other work at the same time. On a GPU
 the weights are bfloat16, TRL uses gradient checkpointing, as the release does, and `mfu` is the share of
 --peak_tflops at which the step's arithmetic is done: two forwards, of reference and policy, and a backward.
+
+With `--accumulation` a step has so many prompts and micro-batches. Under `--loss bnpo`, the paper's, TRL's shuffle puts
+completions of several prompts into one micro-batch (see `grpo.trainer`), which decides the memory.
 """
 
 from __future__ import annotations
@@ -25,9 +30,12 @@ import torch
 
 from reporting import add_measure, gpu_facts, in_a_process, paired, report
 from shapes import SHAPES, bare_model
+from twice_rec.grpo.estimate import shuffled_prompts
 from twice_rec.llm import models
 from twice_rec.llm.flops import ModelArithmetic, Work
 from twice_rec.llm.fused import fuse_on_gpu
+
+_HOW = ("shape", "prompt", "samples", "completion", "loss", "accumulation", "compile", "fuse", "checkpointing")
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -46,9 +54,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return [draw.randrange(10, 400) for _ in range(count)]
 
     def rollouts(prompts, trainer):
-        prompt = some_tokens(options.prompt)
+        groups = [some_tokens(options.prompt) for _ in range(len(prompts) // options.samples)]
         completions = [some_tokens(options.completion) for _ in prompts]
-        return {"prompt_ids": [prompt for _ in prompts], "completion_ids": completions, "logprobs": None}
+        ids = [groups[position // options.samples] for position in range(len(prompts))]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
     warm_up = options.warm_up if gpu else 0
     steps = warm_up + options.steps + bool(ours and options.profile)
@@ -64,15 +73,15 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         arguments = GRPOConfig(
             output_dir=folder, report_to="none", use_cpu=not gpu, bf16=gpu, save_strategy="no",
             num_generations=options.samples, per_device_train_batch_size=options.samples,
-            max_steps=steps,
-            max_completion_length=options.completion, temperature=0.9, beta=0.04, loss_type="grpo", disable_tqdm=True,
-            gradient_checkpointing=options.checkpointing if ours else gpu, logging_strategy="no",
+            gradient_accumulation_steps=options.accumulation, max_steps=steps,
+            max_completion_length=options.completion, temperature=0.9, beta=0.04, loss_type=options.loss,
+            gradient_checkpointing=options.checkpointing if ours else gpu, logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer = (SharedPrefixGRPOTrainer if ours else GRPOTrainer)(
             model=model,
             args=arguments,
             reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
-            train_dataset=Dataset.from_list([{"prompt": "tea"}] * steps),
+            train_dataset=Dataset.from_list([{"prompt": "tea"}] * (steps * options.accumulation)),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             rollout_func=rollouts,
@@ -87,14 +96,21 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "cpu_s": statistics.median(clock.cpu_seconds[warm_up:]),
         "mib": (peak(gpu) - before) / 2**20,
         "flops": arithmetic.forward(work) + arithmetic.training(work),
+        **clock.kinds,
     }
 
 
 def step_work(options: argparse.Namespace, shared: bool, arithmetic: ModelArithmetic) -> Work:
-    """The tokens that go through the model in a pass, with the prompt once or with each completion."""
-    prompts = [(0, options.prompt)] * (1 if shared else options.samples)
-    completions = [(options.prompt, options.completion)] * options.samples
-    return Work.of([*prompts, *completions], options.samples * options.completion, arithmetic.windows)
+    """The tokens that go through the model in a step's pass, with a prompt once or with each completion.
+
+    Those of the reference under bnpo are less, since its pass comes before the shuffle; that is left out.
+    """
+    together, of_step = 1.0, options.samples * options.accumulation
+    if options.loss == "bnpo":
+        together = shuffled_prompts(options.samples, options.samples, of_step)
+    prompts = [(0, options.prompt)] * round(options.accumulation * together if shared else of_step)
+    completions = [(options.prompt, options.completion)] * of_step
+    return Work.of([*prompts, *completions], of_step * options.completion, arithmetic.windows)
 
 
 def reset_peak(gpu: bool) -> int:
@@ -117,7 +133,7 @@ def peak(gpu: bool) -> int:
 def run(options: argparse.Namespace, who: str) -> dict[str, float]:
     """What one process of ours or theirs finds, printed too."""
     found = in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who}))
-    how = {name: getattr(options, name) for name in ("shape", "prompt", "compile", "fuse", "checkpointing")}
+    how = {name: getattr(options, name) for name in _HOW}
     print(json.dumps({"name": "shared_prefix_run", "who": who, **how, **found, **gpu_facts()}), flush=True)
     return found
 
@@ -151,13 +167,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small-deep")
     parser.add_argument(
         "--attention",
-        choices=["sdpa", "chunked_sdpa", "eager", "flex_attention", "varlen"],
+        choices=["sdpa", "chunked_sdpa", "eager", "varlen"],
         default="varlen" if gpu else "chunked_sdpa",
         help="ours",
     )
     parser.add_argument("--peer_attention", default="sdpa", help="theirs")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for ours too")
     parser.add_argument("--no_fuse", dest="fuse", action="store_false", help="ours without fused layers, on a GPU")
+    parser.add_argument("--loss", choices=["grpo", "bnpo"], default="grpo", help="TRL's loss_type; the paper's is bnpo")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches and prompts of a step")
     parser.add_argument("--alone", action="store_true", help="ours only")
     parser.add_argument("--compile", action="store_true", help="compiled layers for ours")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU, bfloat16 (H100 and H200: 989)")

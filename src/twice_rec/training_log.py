@@ -17,8 +17,8 @@ from twice_rec.progress import progress
 logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
-_IN_LINES = ("loss", "reward")
-_SHOWN = {"loss": "loss", "reward": "reward", "learning_rate": "learning rate"}  # key of the trainer -> word
+_IN_LINES = {"loss": "loss", "reward": "reward", "tokens_per_second": "tokens/s", "mfu": "MFU"}  # key -> word
+_SHOWN = {**_IN_LINES, "learning_rate": "learning rate"}  # as above, in the file of the log
 _BEGIN, _END = 200, 600  # characters of a prompt that tables show
 
 
@@ -44,7 +44,7 @@ class TrainingLog(TrainerCallback):
         for row in logged_steps(state.log_history[-1:]):
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-            values = ", ".join(f"{word} {row[key]:.4g}" for key, word in _SHOWN.items() if row.get(key) is not None)
+            values = ", ".join(f"{word} {_short(row[key])}" for key, word in _SHOWN.items() if row.get(key) is not None)
             logger.debug("step %d of %d: %s", row["step"], state.max_steps, values)
 
 
@@ -78,6 +78,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 class TrainingLines(TrainerCallback):
     """Writes the progress of a trainer to a log: a line per ten seconds in place of bar and metrics."""
 
@@ -98,7 +102,7 @@ class TrainingLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         """Keep what the next line shows."""
         if self._bar is not None:
-            shown = {name: f"{float(logs[name]):.3g}" for name in _IN_LINES if name in (logs or {})}
+            shown = {word: _short(float(logs[name])) for name, word in _IN_LINES.items() if name in (logs or {})}
             self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.clock import by_kind
+
 ROOT = Path(__file__).parents[2]
-PARTS = ["sft", "grpo", "tests", "packed", "sft_memory", "grpo_memory", "qwen3", "attention", "compile"]
+PARTS = [
+    "sft", "grpo", "tests", "paper", "sft_memory", "qwen3", "curve", "grpo_memory",
+    "qwen3_packed", "attention", "compile",
+]  # fmt: skip
 
 
 def run(out, *flags, python=sys.executable, **environment):
@@ -54,9 +59,9 @@ def test_every_part_runs_a_script_with_options_that_it_has(tmp_path, flags):
 
 
 def test_a_part_that_fails_is_named_and_does_not_end_the_others(tmp_path):
-    done = run(tmp_path, python=stub(tmp_path, '[ "$1" != -m ]'), PARTS="sft tests packed")
+    done = run(tmp_path, python=stub(tmp_path, '[ "$1" != -m ]'), PARTS="sft tests paper")
     assert done.returncode == 1
-    assert "== packed took" in done.stdout
+    assert "== paper took" in done.stdout
     assert "stopped by the clock: none; failed: tests" in done.stdout
 
 
@@ -89,6 +94,23 @@ def test_a_training_part_runs_at_toy_size(tmp_path):
     (row,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert (row["name"], row["who"], row["checkpointing"]) == ("shared_prefix_run", "ours", True)
     assert row["seconds"] > 0
+
+
+def test_kernels_by_what_they_do():
+    names = ["void flash::flash_bwd_kernel<cutlass::bfloat16_t>", "sm90_xmma_gemm_bf16", "nvjet_tst_128x", "mul", "add"]
+    found = by_kind(zip(names, [1, 2, 4, 8, 16], strict=True))
+    assert found == {"attention_ms": 1, "matrix_ms": 6, "other_ms": 24}
+
+
+@pytest.mark.slow
+def test_the_papers_loss_runs_at_toy_size(tmp_path):
+    """With two prompts of 4 completions, micro-batches of 4 hold 2 (1 - C(4, 4) / C(8, 4)) = 1.97 prompts."""
+    done = run(tmp_path, "--quick", PARTS="paper")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert (row["loss"], row["accumulation"], row["checkpointing"]) == ("bnpo", 2, True)
+    assert row["seconds"] > 0
+    assert row["flops"] > 0
 
 
 def test_recorded_results_say_where_they_are_from():

@@ -354,14 +354,14 @@ class TestTrainerKeys:
             ("reward_funcs: [rank]\nreward_weights: [1]\nitem_first: true\n", "would earn the same"),
             (
                 "reward_funcs: [rank]\nreward_weights: [1]\nattn_implementation: flash_attention_2\n",
-                "reward rank needs attn_implementation sdpa, chunked_sdpa, eager, varlen or flex_attention",
+                "reward rank needs attn_implementation sdpa, chunked_sdpa, eager or varlen",
             ),
             ("reward_rank: hr\n", "reward_rank must be one of reciprocal_rank, ndcg"),
             ("sample_every: 0\n", "sample_every is 0; it must be at least 1"),
             ("log_completions: true\n", "all completions go to completions/ by themselves"),
             (
                 "share_prefixes: true\nattn_implementation: flash_attention_2\n",
-                "share_prefixes needs attn_implementation sdpa or chunked_sdpa or eager or varlen or flex_attention, ",
+                "share_prefixes needs attn_implementation sdpa or chunked_sdpa or eager or varlen, ",
             ),
         ],
     )

@@ -46,7 +46,7 @@ def test_greedy_tokens_are_those_of_generate(model, prompts):
         assert answer.token_ids == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("attention", ["chunked_sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["chunked_sdpa", "eager", "varlen"])
 def test_other_attention_agrees(monkeypatch, attention):
     monkeypatch.setattr("twice_rec.llm.attention._CHUNK", 4)
     prompt = [list(range(3, 20)), list(range(40, 45))]

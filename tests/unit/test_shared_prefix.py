@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention.flex_attention import create_mask
 
 from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.grpo.trainer import padded_scores
@@ -90,7 +89,7 @@ def test_empty_prompts_and_continuations_are_refused():
 def test_attention_without_a_mask_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="use sdpa, chunked_sdpa, eager or"):
+    with pytest.raises(ValueError, match="use sdpa or chunked_sdpa or eager$"):
         continuation_logprobs(model, [1], [[2]])
 
 
@@ -192,17 +191,6 @@ def test_bfloat16_is_as_close_as_the_plain_computation(make):
         assert 0 < ours < 1.5 * theirs
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.sampled_from([gemma3, qwen3]), GROUPS)
-def test_block_masks_are_those_of_sdpa(make, groups):
-    models = [make(attention) for attention in ("sdpa", "flex_attention")]
-    dense, blocks = (SharedRows.of(groups, model).inputs(model)["attention_mask"] for model in models)
-    assert dense.keys() == blocks.keys()
-    for kind, mask in dense.items():
-        count, _, length, _ = mask.shape
-        assert create_mask(blocks[kind].mask_mod, count, None, length, length, "cpu").equal(mask)
-
-
 def test_what_continuations_begin_with_stands_once():
     rows = SharedRows.of([([5, 6], [[7, 8, 9], [7, 8], [], [4], [7, 8, 4, 4], [7, 8, 9]]), ([5], [[6]])], llama())
     assert rows.input_ids.tolist() == [[5, 6, 4, 7, 8, 4, 4, 9], [5, 6, 0, 0, 0, 0, 0, 0]]
@@ -223,15 +211,6 @@ def long_batch():
     ]
     ids, mask, length = padded(groups, draw)
     return ids.cuda(), mask.cuda(), length
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("make", [gemma3, qwen3])
-def test_flex_attention_equals_the_plain_computation(make):
-    make = functools.partial(make, head_dim=16, max_position_embeddings=4096)  # its smallest head
-    found = scores_and_gradients(padded_scores, with_head(make, "flex_attention", device="cuda"), long_batch())
-    compare(found, scores_and_gradients(plain_scores, with_head(make, device="cuda"), long_batch()))
 
 
 @pytest.mark.gpu

@@ -14,8 +14,7 @@ def prompts_per_batch(recipe: GRPORecipe) -> float:
     """Return how many prompts go through the model with a micro-batch of completions in training.
 
     With `share_prefixes` and an additive loss the completions of a prompt are together. With bnpo they stay where TRL's
-    shuffle of a process's completions has put them: of its g groups of K, a micro-batch of m holds on average
-    g (1 - C(gK - K, m) / C(gK, m)).
+    shuffle of a process's completions has put them.
     """
     m, k = recipe.trainer_value("per_device_train_batch_size"), recipe.trainer_value("num_generations")
     all_own = m * recipe.trainer_value("gradient_accumulation_steps")
@@ -23,7 +22,16 @@ def prompts_per_batch(recipe: GRPORecipe) -> float:
         return float(m)
     if recipe.trainer_value("loss_type") in ADDITIVE_LOSSES:
         return max(1.0, m / k)
-    return max(1.0, all_own / k * (1 - comb(max(all_own - k, 0), m) / comb(all_own, m)))
+    return max(1.0, shuffled_prompts(m, k, all_own))
+
+
+def shuffled_prompts(size: int, group: int, completions: int) -> float:
+    """Return how many prompts `size` completions have on average, drawn from g groups of K, which are `completions`.
+
+    That is g (1 - C(gK - K, size) / C(gK, size)).
+    """
+    missed = comb(max(completions - group, 0), size) / comb(completions, size)
+    return completions / group * (1 - missed)
 
 
 def estimate(

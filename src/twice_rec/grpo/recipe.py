@@ -134,7 +134,6 @@ class GRPORecipe(
         **dict.fromkeys(("beta", "epsilon", "top_k"), 0),
     }
     ABOVE_ZERO: ClassVar = (*TrainerRecipe.ABOVE_ZERO, "temperature", "top_p")
-    PREFIX_ATTENTION: ClassVar = SHARES_PREFIXES
     RENAMED: ClassVar = {"cf_variant": "cf_model"}
     OWNED: ClassVar = {
         **TrainerRecipe.OWNED,

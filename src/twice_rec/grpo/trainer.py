@@ -5,6 +5,7 @@ This module imports TRL; import it late.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,16 @@ from torch import Tensor
 
 from twice_rec.errors import InputError
 from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model
-from twice_rec.llm.shared_prefix import token_scores
+from twice_rec.llm.shared_prefix import SharedRows, token_scores
+from twice_rec.llm.throughput import Metered
 
 
 def padded_scores(
-    model: torch.nn.Module, input_ids: Tensor, mask: Tensor, completion_length: int
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    mask: Tensor,
+    completion_length: int,
+    laid_out: Callable[[SharedRows], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return logprobs and entropies of completions as TRL holds them, computed in rows with shared prompts.
 
@@ -26,6 +32,7 @@ def padded_scores(
         input_ids: int64 [B, P + T], prompts padded on the left and completions on the right.
         mask: bool [B, P + T], False at padding; a completion may be masked altogether.
         completion_length: T.
+        laid_out: see `token_scores`.
 
     Returns:
         float32 [B, T] each, 0 where the mask is False; the entropies are None if the model's head has none.
@@ -38,7 +45,7 @@ def padded_scores(
         rows.setdefault(prompt, []).append(row)
         completions.append(ids[prompt_length:][kept[prompt_length:]].tolist())
     groups = [(prompt, [completions[row] for row in of_prompt]) for prompt, of_prompt in rows.items()]
-    logprobs, entropies = token_scores(model, groups)  # [N] each, group by group
+    logprobs, entropies = token_scores(model, groups, laid_out)  # [N] each, group by group
 
     # Put the values into the kept places of rows in group order, then bring the rows back into their order.
     order = torch.tensor([row for of_prompt in rows.values() for row in of_prompt], device=input_ids.device)  # [B]
@@ -76,8 +83,8 @@ def groups_together(batches: list[Batch]) -> list[Batch]:
     return [{name: values[i] for name, values in columns.items()} for i in range(len(batches))]
 
 
-class GRPOTrainer(PromptHook, trl.GRPOTrainer):
-    """TRL's trainer; it encodes prompts as the rest of this package does."""
+class GRPOTrainer(Metered, PromptHook, trl.GRPOTrainer):
+    """TRL's trainer; it encodes prompts as the rest of this package does, and its log says how fast it trains."""
 
 
 class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
@@ -97,7 +104,6 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
         InputError: if the model takes images or has experts.
     """
 
-    completion_scores = staticmethod(padded_scores)
     regrouped = staticmethod(groups_together)
 
     def __init__(self, *arguments: Any, **keywords: Any):
@@ -106,3 +112,13 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
             raise InputError(
                 f"share_prefixes is for dense models of text, found {type(self.model).__name__}; set it to false"
             )
+
+    def completion_scores(
+        self, model: torch.nn.Module, input_ids: Tensor, mask: Tensor, completion_length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `padded_scores`, and count the rows that it takes."""
+
+        def count(rows: SharedRows) -> None:
+            self.meter.count(rows.position_ids, len(rows.targets), rows.real(), mask.sum(), torch.is_grad_enabled())
+
+        return padded_scores(model, input_ids, mask, completion_length, count)

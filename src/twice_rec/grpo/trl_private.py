@@ -102,12 +102,22 @@ def is_dense_text_model(trainer: Any) -> bool:
 class PromptHook:
     """Prompts encoded as everywhere here, so that text of a user never becomes a control token, with every rollout.
 
-    Inherit this first, then TRL's GRPOTrainer. Relies on the overridden method, which TRL calls without `rollout_func`.
+    Inherit this first, then TRL's GRPOTrainer. Relies on the overridden methods; TRL calls the first without
+    `rollout_func`.
     """
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, Any]]:
         """As the parent's: token ids of each prompt; no images, no other fields."""
         return [encode_chat(self.processing_class, prompt) for prompt in prompts], None, {}
+
+    def _get_per_token_logps_and_entropies(
+        self, model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *a: Any, **k: Any
+    ) -> Any:
+        """As the parent's; what goes through the model is counted."""
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, P + T]
+        predicted = attention_mask[:, -logits_to_keep:].sum()
+        self.meter.count(positions, predicted, attention_mask.bool(), training=torch.is_grad_enabled())
+        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *a, **k)
 
 
 class TrainerHooks:

@@ -18,6 +18,7 @@ from twice_rec.llm.flops import ModelArithmetic
 from twice_rec.llm.recipe import AdapterConfig, EstimateConfig
 
 GIB = 2**30
+USABLE = 0.95  # share of a card's memory that a process can count on
 ACTIVATION_BYTES = 3.2  # kept for the backward, per input and output of each matrix and token; measured unfused
 TILE_TOKENS = 1024  # whose logits exist at a time, in float32 with their gradients
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}

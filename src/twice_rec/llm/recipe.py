@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 from twice_rec.recipe import Settings, key, rule
 
@@ -12,7 +12,7 @@ TAKES_MASKS = ("sdpa", CHUNKED_SDPA, "eager")  # kinds of attention that take a 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output
 estimate_key = partial(key, changes_result=False)
 VARLEN = "varlen"  # ours, for GPUs; see `varlen`
-SHARES_PREFIXES = (*TAKES_MASKS, VARLEN, "flex_attention")  # kinds that can compute a common beginning once
+SHARES_PREFIXES = (*TAKES_MASKS, VARLEN)  # kinds that can compute a common beginning once
 
 
 class ModelConfig(Settings):
@@ -53,8 +53,6 @@ class PromptConfig(Settings):
 class ComputeConfig(Settings):
     """How rows are computed in training."""
 
-    PREFIX_ATTENTION: ClassVar[tuple[str, ...]] = SHARES_PREFIXES  # kinds of attention that can; recipes may narrow it
-
     share_prefixes: bool = key(
         False,
         "compute the beginning that several rows share once instead of once per row, with the same loss; in stage 2 "
@@ -66,9 +64,9 @@ class ComputeConfig(Settings):
 
     @rule
     def attention_takes_masks(self) -> str | None:
-        if self.share_prefixes and self.attn_implementation not in self.PREFIX_ATTENTION:
+        if self.share_prefixes and self.attn_implementation not in SHARES_PREFIXES:
             return (
-                f"share_prefixes needs attn_implementation {' or '.join(self.PREFIX_ATTENTION)}, found "
+                f"share_prefixes needs attn_implementation {' or '.join(SHARES_PREFIXES)}, found "
                 f"{self.attn_implementation}; change it, or set share_prefixes to false"
             )
         return None

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from twice_rec.llm.attention import layer_windows
@@ -28,8 +27,6 @@ from twice_rec.llm.recipe import TAKES_MASKS, VARLEN
 from twice_rec.llm.varlen import Segments
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its continuations
-Mask = Tensor | BlockMask
-MaskMod = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,14 @@ class SharedRows:
         layout = ([ids], [positions], [ends], [0] * len(columns), columns, targets, places)
         tensors = (torch.tensor(values, dtype=torch.long, device=device) for values in layout)
         return cls(*tensors, Segments.of(parts, device))
+
+    def real(self) -> Tensor | None:
+        """Return where no padding is, bool [G, L]; None if there is none. A row begins in its first column."""
+        if self.segments is not None:
+            return None
+        real = self.position_ids > 0  # [G, L]
+        real[:, 0] = True
+        return real
 
     def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return what a model's forward takes."""
@@ -178,7 +183,9 @@ def _predictions(
     return rows, model(**rows.inputs(model), logits_to_keep=rows.column, use_cache=False).logits[0].float()
 
 
-def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
+def token_scores(
+    model: torch.nn.Module, groups: Sequence[Group], laid_out: Callable[[SharedRows], None] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return logprob and entropy of every token of the continuations, with gradients.
 
     TRL's fused head computes them in tiles from the hidden states, so [N, V] logits never exist as a whole. A hook
@@ -188,12 +195,15 @@ def token_scores(model: torch.nn.Module, groups: Sequence[Group]) -> tuple[Tenso
     Args:
         model: with TRL's head (`trl.trainer.utils.add_fused_lm_head`, which holds the temperature), bare or wrapped.
         groups: prompts with their continuations, see `SharedRows.of`.
+        laid_out: is called with the rows that go through the model.
 
     Returns:
         float32 [N] each, the tokens of one continuation after another; the entropies are None if the head computes
         none.
     """
     rows, scores = _forward(model, groups, lambda rows: {"shift_labels": rows.targets[None], "fused_lm_head": True})
+    if laid_out is not None:
+        laid_out(rows)
     entropies = None if scores.entropy is None else scores.entropy[0, rows.places]  # [N]
     return scores.log_probs[0, rows.places], entropies  # [N] each, of [1, M]
 
@@ -238,27 +248,31 @@ def segment_inputs(model: PreTrainedModel, segments: Segments, length: int) -> d
     return {**segments.keywords(), "attention_mask": unread if "" in kinds else _Masks.fromkeys(kinds, unread)}
 
 
-def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
-    """Return one mask, [G, 1, L, L] or a block mask; or one per kind of layer if the model's configuration has kinds.
+def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return one mask, [G, 1, L, L], or one per kind of layer if the model's configuration has kinds.
 
     A token sees those before it whose branches have not ended, and whose positions are in the layer's sliding window.
 
     Args:
         ends, positions: int64 [G, L], see `SharedRows`.
+
+    Raises:
+        ValueError: if the model's attention takes no masks.
     """
+    if (found := model.config._attn_implementation) not in TAKES_MASKS:
+        raise ValueError(f"attention {found!r} takes no mask of its own; use {' or '.join(TAKES_MASKS)}")
     windows = layer_windows(model.config.get_text_config())
-    masks = {kind: _mask(model, _mask_mod(ends, positions, window), ends) for kind, window in windows.items()}
+    masks = {
+        kind: as_attention_mask(model, _seen(ends, positions, window)[:, None]) for kind, window in windows.items()
+    }
     return masks[""] if "" in masks else _Masks(masks)
 
 
-def _mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
-    """Return a mask's rule in the form of FlexAttention: (row, head, query, key) -> whether the query sees the key."""
-
-    def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        seen = (key <= query) & (query < ends[row, key])
-        return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
-
-    return sees
+def _seen(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Return whether a query sees a key, bool [G, queries, keys], in layers with this window."""
+    order = torch.arange(ends.shape[1], device=ends.device)  # [L]
+    seen = (order <= order[:, None]) & (order[:, None] < ends[:, None])  # [G, L, L]
+    return seen if window is None else seen & (positions[:, :, None] - positions[:, None] < window)
 
 
 class _Masks(dict):
@@ -266,19 +280,6 @@ class _Masks(dict):
 
     def sum(self) -> Tensor:  # TRL's log takes the number of tokens from the sum of a plain attention mask
         return torch.tensor(next(iter(self.values())).shape[-1])
-
-
-def _mask(model: PreTrainedModel, sees: MaskMod, like: Tensor) -> Mask:
-    implementation, (rows, length), device = model.config._attn_implementation, like.shape, like.device
-    if implementation == "flex_attention":
-        return create_block_mask(sees, rows, None, length, length, device, _compile=device.type == "cuda")
-    if implementation not in TAKES_MASKS:
-        raise ValueError(
-            f"attention {implementation!r} takes no mask of its own; use {', '.join(TAKES_MASKS)} or flex_attention"
-        )
-    row, order = torch.arange(rows, device=device), torch.arange(length, device=device)  # [G], [L]
-    mask = sees(row[:, None, None], None, order[:, None], order)  # [G, L, L]
-    return as_attention_mask(model, mask[:, None])
 
 
 def as_attention_mask(model: PreTrainedModel, sees: Tensor) -> Tensor:

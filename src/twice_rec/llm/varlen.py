@@ -183,12 +183,16 @@ def check_varlen(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     """
     config, device = config.get_text_config(), torch.device(device)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    of_card = f"needs a GPU of compute capability 8.0 (A100) or later, found {'.'.join(map(str, capability))}"
     found = [
         (device.type != "cuda", "needs a GPU that torch can use", "chunked_sdpa"),
+        (torch.version.hip is None and capability < (8, 0), of_card, "sdpa"),
         (dtype not in (torch.bfloat16, torch.float16), f"takes bfloat16 and float16, found dtype {dtype}", "sdpa"),
         (head > 256 or head % 8 != 0, f"takes heads of 8, 16, ... 256 numbers, the model's have {head}", "sdpa"),
         (bool(getattr(config, "attention_dropout", 0)), "has no dropout, the model's attention has", "sdpa"),
         (bool(getattr(config, "attn_logit_softcapping", None)), "has no soft cap, the model's attention has", "eager"),
+        (config.model_type == "gpt_oss", "has no sinks, the model's attention has", "eager"),
     ]
     for wrong, what, instead in found:
         if wrong:

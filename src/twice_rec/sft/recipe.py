@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Literal
 
 from twice_rec.llm.recipe import (
     SHARES_PREFIXES,
-    TAKES_MASKS,
-    VARLEN,
     AdapterConfig,
     ComputeConfig,
     EstimateConfig,
@@ -36,7 +34,6 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
 
     TRAINER_CONFIG: ClassVar = "SFTConfig"
     LOWEST: ClassVar = {**TrainerRecipe.LOWEST, "max_length": 1}
-    PREFIX_ATTENTION: ClassVar = (*TAKES_MASKS, VARLEN)
     OWNED: ClassVar = {
         **TrainerRecipe.OWNED,
         **dict.fromkeys(
@@ -106,8 +103,8 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
 
     @rule
     def packs_need_attention_that_keeps_rows_apart(self) -> str | None:
-        if self.pack_tokens is not None and self.attn_implementation not in self.PREFIX_ATTENTION:
-            kinds = " or ".join(self.PREFIX_ATTENTION)
+        if self.pack_tokens is not None and self.attn_implementation not in SHARES_PREFIXES:
+            kinds = " or ".join(SHARES_PREFIXES)
             return f"pack_tokens needs attn_implementation {kinds}, found {self.attn_implementation}"
         return None
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import trl
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from twice_rec.llm import models
 from twice_rec.llm.fused import fuse_on_gpu
+from twice_rec.llm.throughput import Metered
 from twice_rec.markdown import markdown_table
 from twice_rec.sft import encoding
 from twice_rec.sft.collator import PackedCollator
@@ -21,6 +22,17 @@ from twice_rec.sft.recipe import SFTRecipe
 from twice_rec.sft.samples import SampleCompletions
 
 logger = logging.getLogger(__name__)
+
+
+class SFTTrainer(Metered, trl.SFTTrainer):
+    """TRL's trainer; its log says how fast it trains."""
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        """Load the batches of a step and count what they hold; see `Trainer`."""
+        batches, items = super().get_batch_samples(*arguments, **keywords)
+        for batch in batches:
+            self.meter.count_batch(batch)
+        return batches, items
 
 
 def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, folder: Path) -> SFTTrainer:

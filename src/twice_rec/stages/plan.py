@@ -19,9 +19,10 @@ from twice_rec.data.dataset import CATALOG, PreparedData, training_files
 from twice_rec.errors import InputError
 from twice_rec.evaluation.tables import show
 from twice_rec.grpo import estimate as of_grpo
+from twice_rec.grpo.one_gpu import Card, Trainer, free_gib, remedy
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.vllm_command import server_command
-from twice_rec.llm.footprint import card_gib, gpu_hours, read_shape
+from twice_rec.llm.footprint import USABLE, card_gib, gpu_hours, read_shape
 from twice_rec.masking import masked_words
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Population
@@ -54,7 +55,11 @@ def plan_training(recipe: Training) -> None:
         lines["prompts"] = f"{quantiles} tokens at 10 / 50 / 90 / 100 %, counted by {how}"
     else:
         lines["steps, tokens, time"] = f"not known before {folder} is there (prepare.sh)"
-    _print(lines | _memory(recipe, found), [command])
+    lines |= _memory(recipe, found)
+    if isinstance(recipe, GRPORecipe) and recipe.rollout != "transformers":
+        longest = int(lengths["rationale"][:, 0].max())
+        lines["vLLM's share"] = _beside_vllm(recipe, Trainer(shape, longest, processes, zero))
+    _print(lines, [command])
 
 
 def plan_serve(recipe: GRPORecipe) -> None:
@@ -151,16 +156,20 @@ def _memory(recipe: Training, found: Estimate) -> dict[str, str]:
     needed = sum(found.memory.values())
     parts = ", ".join(f"{part} {size:.2f}" for part, size in found.memory.items())
     lines = {"memory per GPU": f"{needed:.1f} GiB for {found.at_once:,} tokens at once: {parts}"}
-    if needed <= 0.95 * card:
+    if needed <= USABLE * card:
         lines["fits"] = f"it fits {card:.0f} GiB ({whence})"
     else:
         remedy = "set gradient_checkpointing to true, or lower pack_tokens or per_device_train_batch_size"
         lines["fits"] = f"IT DOES NOT FIT {card:.0f} GiB ({whence}): {remedy}"
-    if isinstance(recipe, GRPORecipe) and recipe.rollout != "transformers":
-        share = recipe.rollout_gpu_memory_utilization * card
-        beside = "fits too" if needed + share <= 0.95 * card else "DOES NOT FIT"
-        lines["vLLM's share"] = f"{share:.1f} GiB on each of its GPUs; on the GPU of a trainer it {beside}"
     return lines
+
+
+def _beside_vllm(recipe: GRPORecipe, trainer: Trainer) -> str:
+    card = Card(*card_gib(recipe))
+    share = recipe.rollout_gpu_memory_utilization * card.gib
+    fits = free_gib(recipe, trainer, card) >= 0
+    beside = "fits too" if fits else f"DOES NOT FIT; there use {remedy(recipe, trainer, card)}"
+    return f"{share:.1f} GiB on each of its GPUs; on the GPU of a trainer it {beside}"
 
 
 def _print(lines: Mapping[str, str], commands: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ def grpo(recipe: GRPORecipe) -> None:
     from datasets import Dataset
 
     from twice_rec.grpo.completion_log import CompletionLog
+    from twice_rec.grpo.one_gpu import check_one_gpu
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
     from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
     from twice_rec.llm import fused, model_check, models
@@ -55,6 +56,7 @@ def grpo(recipe: GRPORecipe) -> None:
         rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
+        check_one_gpu(recipe, model.config, rows, tokenizer)
         first = targets_first(recipe, data, rewarder)
         shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
         logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
