@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twice_rec import locks
 from twice_rec.errors import InputError, Unfinished
 from twice_rec.files import atomic_path, hash_file, read_json, write_json
 from twice_rec.llm.model_check import check_folder
 from twice_rec.llm.tokens import first_line, load_tokenizer
-from twice_rec.recipe import Settings, key, required
+from twice_rec.recipe import key, required
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ PLACES = ("hub", "package")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "README.md"]  # of a model on the hub
 
 
-class ReadyModel(Settings):
-    """One model: where its files are, and what its folder must have."""
+class ReadyModel(BaseModel):
+    """One model: where its files are, and what its folder must have. No `Settings`, which take hashes for secrets."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     folder: str = required("folder that is made, below the repository")
     licence: str = required("licence of the weights")
@@ -112,13 +114,13 @@ def _is_made(folder: Path) -> bool:
 
 def _from_hub(model: ReadyModel, work: Path, new: Path, must: bool) -> dict[str, Any] | None:
     """Fetch the model from the hub into `new`; None if the hub cannot be reached and need not be."""
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     cache = work / "hub"
     try:
         snapshot_download(model.hub_name, revision=model.hub_revision, local_dir=cache, allow_patterns=_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:  # what the hub's client raises is one of these
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a full disk
         if must:
