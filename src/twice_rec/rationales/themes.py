@@ -11,6 +11,7 @@ all products, before a word is written, so a target that fits no better than oth
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,12 +53,14 @@ class ThemesAnnotator:
         self._places = {theme: place for place, theme in enumerate(self._vocabulary.all_themes)}
         fields = shown.prompt_candidate_fields
         self._themes = [self._themes_of(item, fields) for item in catalog]  # per item: theme -> weight
-        rows = [(row, self._places[theme], w) for row, own in enumerate(self._themes) for theme, w in own.items()]
-        row, column, weight = (np.array(values) for values in zip(*rows, strict=True)) if rows else ([], [], [])
-        counts = np.bincount(row, minlength=len(catalog)) if rows else np.ones(len(catalog))
-        scale = 1 / np.sqrt(np.maximum(counts, 1))  # [N], so that long titles do not fit everything
-        values = sparse.csr_matrix((weight, (row, column)), shape=(len(catalog), max(1, len(self._places))))
-        self._matrix = sparse.diags(scale) @ values  # [N, themes]
+        entries = [
+            (row, self._places[theme], weight / math.sqrt(len(own)))  # so that long titles do not fit everything
+            for row, own in enumerate(self._themes)
+            for theme, weight in own.items()
+        ]
+        rows, columns, weights = zip(*entries, strict=True) if entries else ((), (), ())
+        shape = len(catalog), max(1, len(self._places))
+        self._matrix = sparse.csr_matrix((weights, (rows, columns)), shape, dtype=np.float64)  # [N, themes]
         self._rows = {item.item_id: row for row, item in enumerate(catalog)}
 
     def annotate(self, example: Example) -> Rationale:
@@ -67,8 +70,7 @@ class ThemesAnnotator:
         it shares no theme with the target, if what they share was rated badly, or if no text can be written that
         leaves the target unnamed.
         """
-        history = example.history[-self._shown.prompt_history_items :] if self._shown.prompt_history_items else None
-        shown = example.history if history is None else history
+        shown = example.history[-(self._shown.prompt_history_items or len(example.history)) :]
         first = len(example.history) - len(shown)
         target = self._catalog[example.target]
         where = self._where(shown)
@@ -100,14 +102,11 @@ class ThemesAnnotator:
                 for theme in self._vocabulary.themes(sentence):
                     named[theme] = max(named[theme], worth)
         gains = {
-            item_id: sum(self._vocabulary.weight(theme) * named[theme] for theme in self._title_themes(item_id))
+            item_id: sum(self._vocabulary.weight(theme) * named[theme] for theme in self._themes[self._rows[item_id]])
             for item_id in example.candidates
         }
         best = max((gain for item_id, gain in gains.items() if item_id != example.target), default=0.0)
         return None if gains[example.target] > best else "self-check: another candidate is picked"
-
-    def _title_themes(self, item_id: str) -> Sequence[str]:
-        return [theme for theme, weight in self._themes[self._rows[item_id]].items() if weight > 0 and theme in self._places]
 
     def _themes_of(self, item: Item, fields: Sequence[str]) -> dict[str, float]:
         """Return the themes of the fields of an item that a prompt shows -> their weight."""

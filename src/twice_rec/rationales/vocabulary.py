@@ -1,7 +1,7 @@
 """The words by which the products of a catalogue are alike, learned from its own titles.
 
-A theme is a word or a pair of words that several titles have: `organic`, `gluten free`, `coconut milk`. Plurals count as
-their singular. A product's kind is the theme with which a part of its title ends, since titles name the thing last
+A theme is a word or a pair of words that several titles have: `organic`, `gluten-free`, `coconut milk`. Plurals count
+as their singular. A product's kind is the theme with which a part of its title ends, since titles name the thing last
 (`... medium roast ground coffee, 12-ounce bag`): a theme is a kind if titles' parts often end with it. Measures, brands
 and words of packaging are no themes.
 """
@@ -20,8 +20,8 @@ from twice_rec.records import Item
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?(?:-[^\W_]+)*|[^\w\s]")
 _DETAIL = re.compile(r'"([^"]+)": "([^"]*)"')
 _BRAND_KEYS = ("Brand", "Manufacturer")
-_NO_THEME = frozenset(
-    """a about all also always an and any approved are artificial as assorted assortment at available bag bags base
+_SAYS_LITTLE = """
+    a about all also always an and any approved are artificial as assorted assortment at available bag bags base
     basket be best better both bottle bottles box boxed boxes brand bulk bundle but buy by can canister cans
     carton case cases certified choice classic collection company contain container contains count ct current day
     days deal delicious discontinued each edition every farm farms favorite favorites favourite fed fl flavor
@@ -33,8 +33,8 @@ _NO_THEME = frozenset(
     product products project quality quart ready real resealable sampler sealed serve serving servings set
     shipping shop single size sized small snack-size store style super supplies supply than that the their them
     these this tin tins to total tub tube two up us use value varieties variety various vary verified very was we
-    with without wrapped x you your zero""".split()
-)
+    with without wrapped x you your zero"""  # measures, packaging, praise, and the small words
+_NO_THEME = frozenset(_SAYS_LITTLE.split())
 _FEWEST_TITLES = 4  # a theme is in at least so many titles
 _LARGEST_SHARE = 0.2  # and in at most this share of them, if the catalogue is large
 _ENDS = 0.3  # a theme is a kind if it ends a part in this share of its titles
@@ -100,9 +100,7 @@ class Vocabulary:
         fewest, most = (1, self._size) if few else (_FEWEST_TITLES, _LARGEST_SHARE * self._size)
         names = {word for word in words if starts[word] >= _STARTS * words[word] and ends[word] < _ENDS * words[word]}
         self._titles = {  # theme -> titles that have it
-            word: count
-            for word, count in words.items()
-            if fewest <= count <= most and (few or word not in names)
+            word: count for word, count in words.items() if fewest <= count <= most and (few or word not in names)
         }
         for pair, count in pairs.items():
             first, second = pair.split()

@@ -19,7 +19,7 @@ _DESCRIPTIONS = Path("recipes/models")  # launchers start in the repository
 
 def model(words: Sequence[str]) -> None:
     """Make the model that the words of the command line name."""
-    if not 1 <= len(words) <= 2 or words[0].startswith("-") or words[1:] and words[1] not in PLACES:
+    if not 1 <= len(words) <= 2 or words[0].startswith("-") or (words[1:] and words[1] not in PLACES):
         raise InputError(f"model: expected NAME [{' | '.join(PLACES)}], found {' '.join(words) or 'nothing'}")
     description = read_description(words[0], _DESCRIPTIONS)
     folder = make_model(description, Path(), *words[1:])
