@@ -143,7 +143,7 @@ def test_launchers_are_short_and_strict(path):
         assert len(text.splitlines()) == 3
         assert (ROOT / default[0]).is_file()
     else:
-        assert path.name in ("install.sh", "test.sh", "reproduce.sh", "base.sh", "launch.sh")
+        assert path.name in ("install.sh", "test.sh", "reproduce.sh", "base.sh", "launch.sh", "model.sh")
         assert "set -euo pipefail" in text
 
 

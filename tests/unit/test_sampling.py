@@ -112,3 +112,20 @@ def test_top_p_leaves_the_unlikely_out(model):
     assert (error < 5 * (expected * (1 - expected) / len(answers)).sqrt() + 1e-4).all()
     for answer in answers[:10]:
         assert answer.logprobs[0] == pytest.approx(float(scores[answer.token_ids[0]]), abs=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_follows_a_prompt_that_was_read_is_scored_as_if_all_were_computed(model, prompts, attention):
+    """Twice and after sampling from the same prompts: what was read stays as it is."""
+    model.set_attn_implementation(attention)
+    read = generation.read_prompts(model, prompts)
+    beginning, ends = [7, 8, 9], [[4, 5, 6], [4, 5, 11, 12], [30]]
+    for sampled in (False, True):
+        if sampled:
+            answers = generation.sample_completions(model, prompts, COPIES, {1}, NEW, read=read)
+            assert answers == generation.sample_completions(model, prompts, COPIES, {1}, NEW)
+        for row, prompt in enumerate(prompts):
+            found = generation.logprobs_after(model, read, row, beginning, ends)
+            expected = generation.continuation_logprobs(model, [*prompt, *beginning], ends)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

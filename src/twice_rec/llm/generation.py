@@ -26,7 +26,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from twice_rec.errors import InputError
 from twice_rec.llm.attention import layer_windows
 from twice_rec.llm.recipe import TAKES_MASKS
-from twice_rec.llm.shared_prefix import as_attention_mask, continuation_certainties, continuation_logprobs
+from twice_rec.llm.shared_prefix import (
+    SharedRows,
+    as_attention_mask,
+    continuation_certainties,
+    continuation_logprobs,
+    masks_after,
+)
 from twice_rec.llm.tokens import encode_chat, stop_token_ids
 from twice_rec.prompts import Message
 
@@ -51,6 +57,26 @@ class TextCompletion:
     truncated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class ReadPrompts:
+    """Prompts that a model has read; they can be gone on from several times."""
+
+    lengths: list[int]  # in tokens
+    mask: Tensor  # bool [B, P], False at the padding on the left
+    layers: list[Any]  # of the cache, each with keys and values [B, heads, held, D]; a sliding window holds the last
+    logits: Tensor  # [B, 1, V] after them
+
+    def cache(self, model: PreTrainedModel, room: int) -> DynamicCache:
+        """Return a cache of all prompts with room for so many more tokens."""
+        return _cache_of(model, [_RoomyLayer(layer.keys, layer.values, room) for layer in self.layers])
+
+    def cache_of(self, model: PreTrainedModel, row: int, room: int) -> DynamicCache:
+        """Return a cache of one prompt, without its padding."""
+        one, length = slice(row, row + 1), self.lengths[row]
+        states = [(layer.keys[one, :, -length:], layer.values[one, :, -length:]) for layer in self.layers]
+        return _cache_of(model, [_RoomyLayer(*of_layer, room) for of_layer in states])
+
+
 @torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,
@@ -61,6 +87,7 @@ def sample_completions(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     top_p: float = 1.0,
+    read: ReadPrompts | None = None,
 ) -> list[list[Completion]]:
     """Sample completions of every prompt, and return them per prompt.
 
@@ -72,12 +99,13 @@ def sample_completions(
         temperature: divides the logits.
         generator: draws the tokens, on the model's device; None decodes greedily.
         top_p: draw only from the likeliest tokens that together have at least this probability.
+        read: the prompts, if the model has read them.
     """
     device, group = model.device, max(num_generations)
-    with _mask_taking_attention(model):
-        mask, cache, logits = _read_prompts(model, prompts)  # [B, P], cache of B prompts, [B, 1, V]
-        cache.layers = [_RoomyLayer(layer, group * max_new_tokens) for layer in cache.layers]
-        logits = logits.expand(-1, group, -1)  # [B, G, V]
+    with mask_taking_attention(model):
+        read = read or read_prompts(model, prompts)
+        mask, cache = read.mask, read.cache(model, group * max_new_tokens)  # [B, P]
+        logits = read.logits.expand(-1, group, -1)  # [B, G, V]
         rows = torch.arange(len(prompts), device=device)  # [R], the unfinished prompts
         tokens = rows.new_zeros(len(prompts), group, max_new_tokens)  # [B, G, T]
         logprobs = torch.zeros(tokens.shape, device=device)  # [B, G, T]
@@ -106,15 +134,46 @@ def sample_completions(
     return groups
 
 
-def _read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Return the mask [B, P] of the prompts, padded on the left, their cache, and the logits [B, 1, V] after them."""
+def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+    """Compute prompts, padded on the left to the longest."""
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=model.device)  # [B, P]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
     cache = DynamicCache(config=model.config.get_text_config())
     inputs = {"input_ids": padded, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-    return mask.bool(), cache, model(**inputs, use_cache=True, logits_to_keep=1).logits
+    logits = model(**inputs, use_cache=True, logits_to_keep=1).logits  # [B, 1, V]
+    return ReadPrompts([len(prompt) for prompt in prompts], mask.bool(), cache.layers, logits)
+
+
+def _cache_of(model: PreTrainedModel, layers: list[_RoomyLayer]) -> DynamicCache:
+    cache = DynamicCache(config=model.config.get_text_config())
+    cache.layers = layers
+    return cache
+
+
+def logprobs_after(
+    model: PreTrainedModel,
+    read: ReadPrompts,
+    row: int,
+    beginning: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+) -> list[Tensor]:
+    """Return what `continuation_logprobs` does, for a prompt that the model has read and a beginning after it.
+
+    Args:
+        row: number of the prompt among those that are read.
+        beginning: what all continuations begin with, at least one token; it and they are all that is computed.
+    """
+    rows = SharedRows.of([(beginning, continuations)], model)
+    cache = read.cache_of(model, row, rows.input_ids.shape[1])
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""]
+    held = {kind: cache.layers[index].held for index, kind in enumerate(kinds)}
+    how = {"attention_mask": masks_after(model, rows, held), "position_ids": rows.position_ids + read.lengths[row]}
+    inputs = {"input_ids": rows.input_ids, **how, "past_key_values": cache}
+    logits = model(**inputs, use_cache=True, logits_to_keep=rows.column).logits[0].float()  # [M, V]
+    logprobs = torch.log_softmax(logits, dim=-1).gather(1, rows.targets[:, None]).squeeze(1)  # [M]
+    return list(logprobs[rows.places].split([len(continuation) for continuation in continuations]))
 
 
 def _choose(scores: Tensor, generator: torch.Generator | None, top_p: float) -> Tensor:
@@ -153,7 +212,7 @@ def _next_logits(model: PreTrainedModel, chosen: Tensor, mask: Tensor, step: int
 
 
 @contextmanager
-def _mask_taking_attention(model: PreTrainedModel) -> Iterator[None]:
+def mask_taking_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use sdpa instead of kernels that take no mask of ours (flash, flex)."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     implementation = bare.config._attn_implementation
@@ -170,14 +229,14 @@ def _mask_taking_attention(model: PreTrainedModel) -> Iterator[None]:
 class _RoomyLayer(DynamicLayer):
     """A cache layer with room for more tokens, which are written into it instead of copying all it holds.
 
-    `filled` is the layer after the prompt; a sliding window's holds the window's last tokens only.
+    `keys` and `values` are those after the prompt, and stay as they are; a sliding window's are the last tokens' only.
     """
 
-    def __init__(self, filled: Any, room: int):
+    def __init__(self, keys: Tensor, values: Tensor, room: int):
         super().__init__()
-        self.lazy_initialization(filled.keys, filled.values)
-        self.held = filled.keys.shape[-2]
-        self._keys, self._values = (pad(states, (0, 0, 0, room)) for states in (filled.keys, filled.values))
+        self.lazy_initialization(keys, values)
+        self.held = keys.shape[-2]
+        self._keys, self._values = (pad(states, (0, 0, 0, room)) for states in (keys, values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [R, heads, G, D]; return views on everything."""
@@ -204,6 +263,7 @@ class TransformersGenerator:
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self._stop = stop_token_ids(model, tokenizer)
+        self._read: tuple[ReadPrompts, dict[tuple[int, ...], int]] | None = None  # what was answered greedily last
 
     @torch.inference_mode()
     def generate(
@@ -214,18 +274,23 @@ class TransformersGenerator:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> list[list[TextCompletion]]:
-        """Return completions of every prompt; without a seed, the greedy one."""
+        """Return completions of every prompt; without a seed, the greedy one, and `score` need not read them again."""
         if seed is None and num_generations != 1:
             raise ValueError("greedy decoding gives one completion; pass a seed to sample several")
+        ids = [encode_chat(self.tokenizer, prompt) for prompt in prompts]
+        with mask_taking_attention(self.model):
+            read = read_prompts(self.model, ids)
+        self._read = (read, {tuple(prompt): row for row, prompt in enumerate(ids)}) if seed is None else None
         groups = sample_completions(
             self.model,
-            [encode_chat(self.tokenizer, prompt) for prompt in prompts],
+            ids,
             [num_generations] * len(prompts),
             self._stop,
             self.max_new_tokens,
             temperature,
             None if seed is None else torch.Generator(self.model.device).manual_seed(seed),
             top_p,
+            read,
         )
         return [[self._as_text(completion) for completion in group] for group in groups]
 
@@ -244,7 +309,14 @@ class TransformersGenerator:
         rows = [encode_chat(self.tokenizer, prompt, completion) for completion in completions]
         shortest = min(map(len, rows))
         shared = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest - 1)
-        logprobs = continuation_logprobs(self.model, rows[0][:shared], [row[shared:] for row in rows])
+        prompt_ids, ends = encode_chat(self.tokenizer, prompt), [row[shared:] for row in rows]
+        read, numbers = self._read or (None, {})
+        number = numbers.get(tuple(prompt_ids))
+        if read is None or number is None or shared <= len(prompt_ids):
+            logprobs = continuation_logprobs(self.model, rows[0][:shared], ends)
+        else:
+            with mask_taking_attention(self.model):
+                logprobs = logprobs_after(self.model, read, number, rows[0][len(prompt_ids) : shared], ends)
         return [float(of_row.sum()) for of_row in logprobs]
 
 

@@ -11,7 +11,7 @@ Shapes: G rows, L columns, N tokens of all continuations, M of them different (a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -266,6 +266,23 @@ def attention_masks(model: PreTrainedModel, ends: Tensor, positions: Tensor) -> 
         kind: as_attention_mask(model, _seen(ends, positions, window)[:, None]) for kind, window in windows.items()
     }
     return masks[""] if "" in masks else _Masks(masks)
+
+
+def masks_after(model: PreTrainedModel, rows: SharedRows, held: Mapping[str, int]) -> Any:
+    """Return masks as `attention_masks` does, for one row that follows tokens whose keys are in a cache.
+
+    Args:
+        rows: the row's layout, whose positions count from the first token after those.
+        held: kind of layer -> how many of these, the last ones, its cache holds.
+    """
+    device, masks = rows.ends.device, dict[str, Tensor]()
+    windows = layer_windows(model.config.get_text_config())
+    for kind, window in ((kind, windows[kind]) for kind in held):
+        own = _seen(rows.ends, rows.position_ids, window)  # [1, L, L]
+        age = rows.position_ids[..., None] + torch.arange(held[kind], 0, -1, device=device)  # [1, L, held]
+        past = torch.ones_like(age, dtype=torch.bool) if window is None else age < window
+        masks[kind] = as_attention_mask(model, torch.cat([past, own], dim=-1)[:, None])  # [1, 1, L, held + L]
+    return masks.get("", masks)
 
 
 def _seen(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:

@@ -19,6 +19,7 @@ from twice_rec.rationales.generate import Collected, Questions
 from twice_rec.rationales.offline import OfflineAnnotator
 from twice_rec.rationales.recipe import ClientConfig, RationalesRecipe
 from twice_rec.rationales.released import ReleasedRationales
+from twice_rec.rationales.themes import ThemesAnnotator
 from twice_rec.records import Example
 
 COMPLETIONS = "answers/rationales.jsonl"  # under run_dir, not under rationales/: other settings must not delete it
@@ -42,8 +43,9 @@ def open_annotator(
     Raises:
         Stopped: if completions are missing and cannot be had now; those that came are stored.
     """
-    if recipe.annotator == "offline":
-        by_rule = OfflineAnnotator(catalog, shown.prompt_history_items)
+    if recipe.annotator in ("offline", "themes"):
+        is_real = recipe.annotator == "themes"
+        by_rule = ThemesAnnotator(catalog, shown) if is_real else OfflineAnnotator(catalog, shown.prompt_history_items)
         yield Annotator(recipe.annotator, by_rule.annotate, by_rule.review if recipe.self_check else None)
     elif released is not None:
         yield Annotator(recipe.annotator, released.annotate)

@@ -173,10 +173,11 @@ class ClientConfig(Settings):
 class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
     """Stage 1: rationales for training targets, and their curation."""
 
-    annotator: Literal["offline", "release", "openai", "batch"] = key(
+    annotator: Literal["offline", "themes", "release", "openai", "batch"] = key(
         "offline",
-        "who writes: offline works by rule, without a model; release takes the authors' released texts; openai asks "
-        "any OpenAI-compatible server; batch writes and reads files for OpenAI's Batch API or vLLM's run_batch",
+        "who writes: offline works by rule, for the synthetic domain; themes by rule, for real texts; release takes "
+        "the authors' released texts; openai asks any OpenAI-compatible server; batch writes and reads files for "
+        "OpenAI's Batch API or vLLM's run_batch",
     )
     source_dir: str | None = key(None, "annotator release: folder of the authors' files", changes_result=False)
     max_rationales: int | None = key(None, "number of training users to annotate, drawn by seed; null for all", ge=1)
@@ -188,7 +189,7 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
     self_check: bool | Literal["pick"] = key(
         False,
         "the annotator checks what passes so far: true against a rubric, with the target shown (openai, batch); pick "
-        "by choosing the target from the training candidates, with the rationale and without being told (offline too)",
+        "by choosing the target from the training candidates, with the rationale and without being told (by rule too)",
     )
     compare_with: str | None = key(None, "folder of another rationale set, whose report is shown beside this one's")
     exemplars: str | None = key(None, "openai, batch: file of worked annotations for the prompt", changes_result=False)
@@ -214,7 +215,7 @@ class RationalesRecipe(Recipe, CurationConfig, SamplingConfig, ClientConfig):
 
     @rule
     def a_model_checks_itself(self) -> str | None:
-        by_rule = self.self_check == "pick" and self.annotator == "offline"
+        by_rule = self.self_check == "pick" and self.annotator in ("offline", "themes")
         if not self.self_check or self.asks_a_model or by_rule:
             return None
         found = f"self_check is {str(self.self_check).lower()}, but annotator {self.annotator}"

@@ -187,7 +187,8 @@ def _data(recipe: ShareRecipe, facts: Facts) -> Iterable[str]:
         )
     if facts.rationales is not None:
         config, figures = facts.rationales.config, facts.rationales.figures
-        writer = {"offline": "a rule, no language model", "released": "the authors, from their released files"}.get(
+        by_rule = dict.fromkeys(("offline", "themes"), "a rule, no language model")
+        writer = {**by_rule, "released": "the authors, from their released files"}.get(
             str(config.get("annotator")), f"the language model `{config.get('model')}`"
         )
         yield f"Rationales of stage 1: {figures.get('accepted', 0):,} accepted, written by {writer}."

