@@ -57,7 +57,7 @@ def findings_of_sasrec(source: ReleaseSource, run_dir: Path, seed: int = 0) -> l
     z, z_train = (scorer.logits(asked.histories, asked.candidates[LIST]) for asked in (test, train))  # [B, C] each
     share = scorer.popularity_share(test.histories)
     _, trained = data.training_histories().flat()
-    counts = np.bincount(trained, minlength=len(data.catalog) + 1)  # [N + 1]
+    counts = np.bincount(trained, minlength=len(data.catalog) + 1).astype(np.float64)  # [N + 1]
     return [
         _hit_rate("training", f"its HR@1 in lists of {z.shape[1]}, uniform negatives", z, test, seed),
         _hit_rate("training", "HR@1 of popularity in these lists", counts[test.candidates[LIST]], test, seed),
@@ -139,6 +139,6 @@ def _of_lambda(z: Floats, asked: Questions, seed: int) -> list[Finding]:
 
     says = "advantages with lambda {:g} and {:g}, groups of {} random answers with a hit: correlation"
     return [
-        Finding("lambda", says.format(*pair, _COMPLETIONS), float(np.corrcoef(*map(advantages, pair))[0, 1]))
-        for pair in _LAMBDAS
+        Finding("lambda", says.format(a, b, _COMPLETIONS), float(np.corrcoef(advantages(a), advantages(b))[0, 1]))
+        for a, b in _LAMBDAS
     ]
