@@ -43,6 +43,39 @@ def test_the_verdict_is_where_the_interval_lies(low, high, or_equal, says):
     assert verdict(low, high, or_equal) == says
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "by_seed", "says"),
+    [
+        (0.01, 0.2, [0.1, 0.2, 0.01], "shown"),
+        (0.01, 0.2, [0.3, 0.2, -0.01], "not shown"),
+        (-0.2, -0.01, [-0.3, -0.2, 0.01], "not shown"),
+        (-0.2, -0.01, [-0.3, -0.2, -0.1], "contradicted"),
+    ],
+)
+def test_each_seed_must_lie_on_that_side(low, high, by_seed, says):
+    assert verdict(low, high, by_seed=by_seed) == says
+
+
+def test_seeds_that_disagree_show_nothing(tmp_path):
+    """Over users the mean of the seeds is +1/4 for each, so its interval is a point; but one seed is worse."""
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run_dir, of_stage3 in zip(runs, ([1] * 8, [2] * 8), strict=True):
+        prepared(run_dir)
+        evaluated(run_dir, "stage3", of_stage3, ASKED)
+    evaluated(runs[0], "stage2", [2] * 8, ASKED)  # in the first run only: both seeds are held against it
+    evaluated(runs[0], "sasrec", [1, 2] * 4)
+    evaluated(runs[1], "sasrec", [2, 2] * 4)
+    recipe = ReportRecipe(run_dir=str(runs[0]), domain="D", seed=0, bootstrap_samples=200)
+    variants, _ = read_variants(runs)
+    found = {row["id"]: row for row in claims_of(variants, recipe, Hashes())}
+    assert found["rq3_e_b"]["by_seed"] == [1.0, 0.0]
+    assert (found["rq3_e_b"]["difference"], found["rq3_e_b"]["verdict"]) == (0.5, "not shown")
+    assert found["table1_sasrec"]["by_seed"] == [0.5, 0.0]
+    cells = {row[0]: row[-1] for row in claim_rows(list(found.values()))[1]}
+    assert cells["RQ3: E > B, by likelihood"] == "1 of 2"
+    assert cells["RQ3: E > D"] == "-"
+
+
 def test_claims_are_compared_user_by_user(run_dir):
     good, poor = [1] * 8, [2] * 8
     evaluated(run_dir, "sasrec", good)

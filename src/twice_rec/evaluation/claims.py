@@ -2,7 +2,9 @@
 
 A claim names two variants and which of them is better. The verdict comes from the 95 % interval of their paired
 difference, or of a share: `shown` if the interval lies on the claimed side, `contradicted` if it lies on the other,
-`not shown` if it holds both, and `not run` if a result is missing. Nothing here is typed by hand but the claims.
+`not shown` if it holds both, and `not run` if a result is missing. Such an interval is over users and says nothing of
+other seeds, so with several seeds each one's own difference must lie on that side too. Nothing here is typed by hand
+but the claims.
 """
 
 from __future__ import annotations
@@ -97,11 +99,15 @@ _CTR_CLAIMS = (
 _MADE_BY = {"sasrec": "sasrec", "base": "evaluate", "stage2": "evaluate", "stage3": "evaluate"}
 
 
-def verdict(low: float, high: float, or_equal: bool = False) -> str:
-    """Return what an interval of a claimed difference says: it is above 0, or at least 0 if `or_equal`."""
+def verdict(low: float, high: float, or_equal: bool = False, by_seed: Sequence[float] = ()) -> str:
+    """Return what an interval of a claimed difference says: it is above 0, or at least 0 if `or_equal`.
+
+    Args:
+        by_seed: the difference of each seed, if there are several.
+    """
     if low > 0 or (or_equal and low >= 0):
-        return SHOWN
-    return CONTRADICTED if high < 0 else NOT_SHOWN
+        return SHOWN if all(of > 0 or (or_equal and of >= 0) for of in by_seed) else NOT_SHOWN
+    return CONTRADICTED if high < 0 and all(of < 0 for of in by_seed) else NOT_SHOWN
 
 
 def claims_of(variants: Mapping[str, Variant], recipe: ReportRecipe, hashes: Hashes) -> list[dict[str, Any]]:
@@ -144,10 +150,10 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
     found = compare(variants, a, b, metric, recipe.bootstrap_samples, recipe.seed)
     return {
         **row,
-        **{name: found[name] for name in ("difference", "ci95", "n", "p")},
+        **{name: found[name] for name in ("difference", "ci95", "n", "p", "by_seed")},
         "runs": min(variants[a].runs, variants[b].runs),
         "way": RANKINGS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
-        "verdict": verdict(*found["ci95"], claim.or_equal),
+        "verdict": verdict(*found["ci95"], claim.or_equal, found["by_seed"]),
     }
 
 

@@ -31,6 +31,7 @@ from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.tables import Summary, in_order
 from twice_rec.files import hash_file, read_records
+from twice_rec.locks import run_folder
 from twice_rec.metrics import METRICS, bootstrap_intervals, holm, paired_bootstrap, per_user
 from twice_rec.records import Prediction
 
@@ -46,10 +47,16 @@ class Variant:
     runs: int  # how many trainings these are
     terms: tuple[Terms, ...]  # of each evaluation that is averaged
     first: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)  # list kind -> user -> first items
+    of_runs: Mapping[str, Mapping[Path, NDArray[np.float64]]] = field(default_factory=dict)  # key -> run -> as `values`
 
     def column(self, key: str, users: Sequence[str]) -> NDArray[np.float64]:
         """Return one metric of some users: float64 [len(users)]."""
         return self.values[key][[self.users[user] for user in users]]
+
+    def mean_of(self, run: Path, key: str, users: Sequence[str]) -> float:
+        """Return one metric's mean over some users in one run folder; over all runs if it was not evaluated there."""
+        values = self.of_runs.get(key, {}).get(run, self.values[key])
+        return float(values[[self.users[user] for user in users]].mean())
 
 
 def read_variants(run_dirs: Sequence[Path]) -> tuple[dict[str, Variant], list[str]]:
@@ -110,27 +117,35 @@ def _read(folders: Sequence[Path]) -> Variant:
             raise InputError(f"{terms[0].folder} and {other.folder} have {differs}")
     users: dict[str, int] = {}
     trainings: dict[tuple[Path, int], None] = {}
-    found: dict[str, list[tuple[int, int]]] = {}  # kind of list -> (row of the user, rank)
+    found: dict[str, list[tuple[int, int, int]]] = {}  # kind of list -> (run, row of the user, rank)
     first: dict[str, dict[str, list[str]]] = {}
+    places: dict[Path, int] = {}  # run folder -> its place among them
     for folder in folders:
+        place = places.setdefault(run_folder(folder), len(places))
         for prediction in read_records(folder / PREDICTIONS, Prediction):
             trainings[folder, prediction.seed] = None
             row = users.setdefault(prediction.user_id, len(users))
             for kind, rank in prediction.ranks.items():
-                found.setdefault(kind, []).append((row, rank))
+                found.setdefault(kind, []).append((place, row, rank))
             for kind, item_id in prediction.first.items():
                 first.setdefault(kind, {}).setdefault(prediction.user_id, []).append(item_id)
-    values = {}
-    for kind, pairs in found.items():
-        rows, ranks = np.array(pairs).T
+    values, of_runs = {}, {}
+    for kind, triples in found.items():
+        runs, rows, ranks = np.array(triples).T
         if not (np.bincount(rows, minlength=len(users)) == len(trainings)).all():
             raise InputError(
                 f"{', '.join(map(str, folders))}: some users have no rank for {kind} in some of the "
                 f"{len(trainings)} runs; evaluate all of them on the same users and lists"
             )
         for name in METRICS:
-            values[f"{kind}/{name}"] = np.bincount(rows, weights=per_user(name, ranks)) / len(trainings)
-    return Variant(users, values, len(trainings), terms, first)
+            of_rows = per_user(name, ranks)
+            values[f"{kind}/{name}"] = np.bincount(rows, weights=of_rows) / len(trainings)
+            of_runs[f"{kind}/{name}"] = {
+                run: np.bincount(rows[own], weights=of_rows[own]) / np.bincount(rows[own])
+                for run, place in places.items()
+                if (own := runs == place).any()
+            }
+    return Variant(users, values, len(trainings), terms, first, of_runs)
 
 
 def results_of(variants: Mapping[str, Variant], recipe: ReportRecipe, left_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -212,8 +227,17 @@ def summarise_variants(
 def compare(
     variants: Mapping[str, Variant], a: str, b: str, metric: str, bootstrap_samples: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare two variants, which are not `unequal`, on the users both have, user by user."""
-    users = [user for user in variants[a].users if user in variants[b].users]
-    left, right = (variants[name].column(metric, users) for name in (a, b))
+    """Compare two variants, which are not `unequal`, on the users both have, user by user.
+
+    `by_seed` has the difference in each run folder, if there are several: against the other variant of the same run,
+    or against its mean if it was evaluated in another one only.
+    """
+    one, other = variants[a], variants[b]
+    users = [user for user in one.users if user in other.users]
+    left, right = (variant.column(metric, users) for variant in (one, other))
     found = paired_bootstrap(left, right, bootstrap_samples, seed)
-    return {"a": a, "b": b, "metric": metric, "n": len(users), **asdict(found)}
+    runs = list(dict.fromkeys([*one.of_runs.get(metric, {}), *other.of_runs.get(metric, {})]))
+    by_seed = [one.mean_of(run, metric, users) - other.mean_of(run, metric, users) for run in runs]
+    return {
+        "a": a, "b": b, "metric": metric, "n": len(users), **asdict(found), "by_seed": by_seed if len(runs) > 1 else [],
+    }  # fmt: skip

@@ -37,6 +37,7 @@ INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count a
 RULE = (
     "A claim is shown if the 95 % interval of the paired difference lies on the claimed side of 0, contradicted if it "
     "lies on the other side, and not shown if it holds 0. Intervals are over users; seeds are averaged per user first. "
+    "With several seeds the difference of each must lie on that side too; `2 of 3` seeds: two have the mean's sign. "
     "p is corrected for the number of results by Holm's method."
 )
 
@@ -221,7 +222,8 @@ def answer_of(claims: Sequence[Mapping[str, Any]]) -> str:
     ways = ", some in several ways" if len(claims) - number[NOT_RUN] > ran else ""
     return (
         f"This run tests {ran} of {total} claims of the paper{ways}: {number[SHOWN]} shown, "
-        f"{number[NOT_SHOWN]} not shown, {number[CONTRADICTED]} contradicted."
+        f"{number[NOT_SHOWN]} not shown, {number[CONTRADICTED]} contradicted. Differences between models are in "
+        f"{metric_with_list(next(row['metric'] for row in claims))}."
     )
 
 

@@ -143,8 +143,16 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
         says = ", ".join(filter(None, [f"{c['question']}: {c['short']}", c["way"]]))
         numbers = ["-" if c[name] is None else f"{c[name]:,}" for name in ("n", "runs")]
         numbers[0] += f" {c['counted']}" if c.get("counted", "users") != "users" else ""
+        numbers[1] = seeds_text(c) or numbers[1]
         rows.append([says, c["verdict"], difference, interval, p_text(c["p_holm"]) or "-", *numbers])
     return ["The paper", "Here", "Difference", "95 % interval", "p (Holm)", "Users", "Seeds"], rows
+
+
+def seeds_text(row: Mapping[str, Any]) -> str:
+    """Return how many seeds' own differences have the sign of their mean, as `2 of 3`; nothing if there is one seed."""
+    by_seed = row.get("by_seed") or ()
+    agree = sum(of * row["difference"] > 0 for of in by_seed)
+    return f"{agree} of {len(by_seed)}" if by_seed else ""
 
 
 def defect_rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
