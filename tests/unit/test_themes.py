@@ -98,6 +98,16 @@ class TestTexts:
         assert 'They did not like 2, rated Bad ("Too salty").' in found.text
         assert "jerky (2)" not in found.text
 
+    def test_one_word_of_one_interaction_is_chance(self):
+        assert annotate([Interaction("B6")]).verdict == "weak"  # organic is all they share
+
+    def test_a_word_that_most_texts_have_is_no_theme(self):
+        details = {f"A{number}": f"Alder {word} bar" for number, word in enumerate(["oat", "nut"] * 30)}
+        catalog = ItemCatalog([Item(name, title, details='"Weight": "heavy oat"') for name, title in details.items()])
+        texts = (f"{item.title}. {item.details}" for item in catalog)
+        assert Vocabulary(catalog).weight("nut") == 0.0  # in half of the titles
+        assert Vocabulary(catalog, texts).all_themes == []
+
     def test_nothing_in_common_is_irrelevant(self):
         found = annotate([Interaction("B3")])
         assert found.verdict == "irrelevant"
@@ -123,7 +133,11 @@ class TestTexts:
 
     def test_a_known_maker_is_told_without_its_name(self):
         catalog = ItemCatalog(
-            [Item("A1", "Alder black tea", brand="Alder"), Item("A2", "Alder green tea", brand="Alder")]
+            [
+                Item("A1", "Alder black tea", brand="Alder"),
+                Item("A2", "Alder green tea", brand="Alder"),
+                Item("A3", "rice"),
+            ]
         )
         shown = TITLES.model_copy(update={"prompt_history_fields": ["title", "brand"]})
         example = Example("u", (Interaction("A1"),), ("A2",), "A2")

@@ -30,7 +30,9 @@ _LIKED, _DISLIKED = 4.0, 2.0  # ratings from which up a product speaks for what 
 _BESIDE_TITLE = 0.4  # weight of a theme that only a description, details, category or review has; in a title 1
 _LATEST = 1.5  # weight of the last interaction, of others 1
 _RELEVANT, _WEAK = 0.85, 0.6  # shares of the catalogue that the history speaks for less than for the target
+_FEWEST_SIGNS = 2  # themes, counted once per interaction that has them; one word of one title is chance
 _MOST_THEMES = 3  # that a text names
+_MOST_NUMBERS = 4  # that it names per theme, the latest
 _QUOTE = 60  # longest quotation of a review, in characters
 _NOTHING = "Nothing that comes back in the history leads to a product like this."
 
@@ -49,9 +51,10 @@ class ThemesAnnotator:
 
     def __init__(self, catalog: ItemCatalog, shown: PromptFormat):
         self._catalog, self._shown = catalog, shown
-        self._vocabulary = Vocabulary(catalog)
+        fields = [name for name in shown.prompt_candidate_fields if name != "item_id"]
+        texts = (". ".join(ITEM_FIELDS[name][1](item, shown) for name in fields) for item in catalog)
+        self._vocabulary = Vocabulary(catalog, texts)
         self._places = {theme: place for place, theme in enumerate(self._vocabulary.all_themes)}
-        fields = shown.prompt_candidate_fields
         self._themes = [self._themes_of(item, fields) for item in catalog]  # per item: theme -> weight
         entries = [
             (row, self._places[theme], weight / math.sqrt(len(own)))  # so that long titles do not fit everything
@@ -66,9 +69,9 @@ class ThemesAnnotator:
     def annotate(self, example: Example) -> Rationale:
         """Return what the history shows, what it calls for, and the verdict.
 
-        The verdict is relevant or weak by the share of the catalogue that the history speaks for less; irrelevant if
-        it shares no theme with the target, if what they share was rated badly, or if no text can be written that
-        leaves the target unnamed.
+        The verdict is relevant or weak by the share of the catalogue that the history speaks for less, and weak if all
+        that they share is one word of one interaction; irrelevant if it shares no theme with the target, if what they
+        share was rated badly, or if no text can be written that leaves the target unnamed.
         """
         shown = example.history[-(self._shown.prompt_history_items or len(example.history)) :]
         first = len(example.history) - len(shown)
@@ -77,7 +80,8 @@ class ThemesAnnotator:
         fit = self._fit(where, example)
         reasons = self._reasons(where, target)
         text = self._text(shown, target, reasons) if reasons else None
-        verdict = "irrelevant" if text is None or fit < _WEAK else "relevant" if fit >= _RELEVANT else "weak"
+        enough = fit >= _RELEVANT and sum(len(reason.numbers) for reason in reasons) >= _FEWEST_SIGNS
+        verdict = "irrelevant" if text is None or fit < _WEAK else "relevant" if enough else "weak"
         cited = {number for reason in reasons for number in reason.numbers} if text else set()
         return Rationale(
             user_id=example.user_id,
@@ -175,7 +179,10 @@ class ThemesAnnotator:
 
     def _comes_back(self, reasons: Sequence[_Reason]) -> str:
         """Return `They keep coming back to coffee (3, 6 and 7), and have tried dark roast (5).`"""
-        named = [(f"{self._vocabulary.written(r.theme)} ({_listed(r.numbers)})", len(r.numbers) > 1) for r in reasons]
+        named = [
+            (f"{self._vocabulary.written(r.theme)} ({_listed(r.numbers[-_MOST_NUMBERS:])})", len(r.numbers) > 1)
+            for r in reasons
+        ]
         often, once = ([text for text, returns in named if returns is wanted] for wanted in (True, False))
         parts = [f"keep coming back to {_joined(often)}"] if often else []
         parts += [f"have tried {_joined(once)}"] if once else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from twice_rec.catalog import ItemCatalog
@@ -22,18 +22,19 @@ _DETAIL = re.compile(r'"([^"]+)": "([^"]*)"')
 _BRAND_KEYS = ("Brand", "Manufacturer")
 _SAYS_LITTLE = """
     a about all also always an and any approved are artificial as assorted assortment at available bag bags base
-    basket be best better both bottle bottles box boxed boxes brand bulk bundle but buy by can canister cans
-    carton case cases certified choice classic collection company contain container contains count ct current day
-    days deal delicious discontinued each edition every farm farms favorite favorites favourite fed fl flavor
-    flavors flavour flavours floz fluid food foods for free from full gal gallon gift gm good gr grade gram grams
-    great healthy ideal imported in inc including individual individually ingredients is it item its jar jars kg
-    kit kitchen large lb lbs like lite liter llc look looking low made manufacturer market may mega mini mix mixed
-    ml more most my natural new no non not of off old on one only or original ounce ounces our oz pack packaged
-    packaging packed packet packets packs per perfect piece pieces pk plus pouch pouches pound pounds premium
-    product products project quality quart ready real resealable sampler sealed serve serving servings set
-    shipping shop single size sized small snack-size store style super supplies supply than that the their them
-    these this tin tins to total tub tube two up us use value varieties variety various vary verified very was we
-    with without wrapped x you your zero"""  # measures, packaging, praise, and the small words
+    basket be best better both bottle bottles box boxed boxes brand bulk bundle but buy by can canister cans carton
+    case cases certified choice classic collection company compatible contain container contains count ct current
+    day days deal delicious dimension dimensions discontinued each edition every farm farms favorite favorites
+    favourite fed fl flavor flavors flavour flavours floz fluid food foods for free friendly from full gal gallon
+    gift gm good gr grade gram grams great healthy ideal imported in inc inch inches including individual
+    individually ingredients is it item its jar jars kg kit kitchen large lb lbs like lite liter llc look looking
+    low made made-in manufacturer market may mega mini mix mixed ml more most my natural new no non not of off old
+    on one only or original ounce ounces our oz pack packaged packaging packed packet packets packs per perfect
+    piece pieces pk plus pouch pouches pound pounds premium product products project pure quality quart ready real
+    resealable sampler sealed seen serve serving servings set shipping shop single size sized small snack-size store
+    style super supplies supply tank than that the their them these this tin tins to total tub tube two up upc us
+    use value varieties variety various vary verified very was we with without wrapped x you your zero
+"""  # measures, packaging, praise, and the small words
 _NO_THEME = frozenset(_SAYS_LITTLE.split())
 _FEWEST_TITLES = 4  # a theme is in at least so many titles
 _LARGEST_SHARE = 0.2  # and in at most this share of them, if the catalogue is large
@@ -81,9 +82,13 @@ def brand_of(item: Item) -> str:
 
 
 class Vocabulary:
-    """The themes and kinds of a catalogue."""
+    """The themes and kinds of a catalogue.
 
-    def __init__(self, catalog: ItemCatalog):
+    Args:
+        texts: all that prompts show of each item, by which themes are weighed; its titles if None.
+    """
+
+    def __init__(self, catalog: ItemCatalog, texts: Iterable[str] | None = None):
         words, pairs, ends, starts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         written = Counter[tuple[str, str]]()  # (theme, how it is written) -> titles
         for item in catalog:
@@ -99,25 +104,28 @@ class Vocabulary:
         few = self._size < _SMALL
         fewest, most = (1, self._size) if few else (_FEWEST_TITLES, _LARGEST_SHARE * self._size)
         names = {word for word in words if starts[word] >= _STARTS * words[word] and ends[word] < _ENDS * words[word]}
-        self._titles = {  # theme -> titles that have it
+        self._counts = {  # theme -> titles, or texts, that have it
             word: count for word, count in words.items() if fewest <= count <= most and (few or word not in names)
         }
         for pair, count in pairs.items():
             first, second = pair.split()
             together = count >= _TOGETHER * min(words[first], words[second])
             if fewest <= count <= most and together and not {first, second} & (set() if few else names):
-                self._titles[pair] = count
-        self._kinds = {theme for theme, count in self._titles.items() if ends[theme] >= _ENDS * count}
+                self._counts[pair] = count
+        self._kinds = {theme for theme, count in self._counts.items() if ends[theme] >= _ENDS * count}
         self._written: dict[str, str] = {}
         for theme, form in sorted(written, key=lambda entry: (-written[entry], entry)):
             self._written.setdefault(theme, form)
+        if texts is not None:
+            shown = Counter(theme for text in texts for theme in self.themes(text))
+            self._counts = {theme: count for theme, count in shown.items() if count <= most}
 
     def themes(self, text: str) -> list[str]:
         """Return the themes of a text, pairs before the words that they hold, each once."""
         found: list[str] = []
         for part in title_parts(text):
             stems = _stems(part)
-            found += [theme for theme in (*_pairs(stems), *stems) if theme in self._titles]
+            found += [theme for theme in (*_pairs(stems), *stems) if theme in self._counts]
         return list(dict.fromkeys(found))
 
     def kind(self, item: Item) -> str | None:
@@ -129,8 +137,8 @@ class Vocabulary:
         return None
 
     def weight(self, theme: str) -> float:
-        """Return how much it says that two products share a theme: the log of the catalogue's size over its titles."""
-        return math.log(self._size / self._titles[theme]) if theme in self._titles else 0.0
+        """Return how much it says that two products share a theme: the log of the catalogue's size over its texts."""
+        return math.log(self._size / self._counts[theme]) if theme in self._counts else 0.0
 
     def written(self, theme: str) -> str:
         """Return a theme as most titles write it."""
@@ -139,7 +147,7 @@ class Vocabulary:
     @property
     def all_themes(self) -> list[str]:
         """All themes."""
-        return list(self._titles)
+        return list(self._counts)
 
 
 def _is_telling(word: str) -> bool:
