@@ -211,14 +211,14 @@ def test_sums_by_hand():
     assert (shown["mean"], shown["share_3"]) == (pytest.approx(4 / 3), pytest.approx(1 / 3))
     assert shown["share_3_ci95"][0] <= 1 / 3 <= shown["share_3_ci95"][1]
     assert (other["n"], other["mean"]) == (4, 1.0)
-    # u: 1 - 3, v: 1 - 1, x: 0 - 0; w has no verdict on its own rationale.
-    assert (other["difference"]["n"], other["difference"]["mean"]) == (3, pytest.approx(-2 / 3))
+    # u: 1 - 3, v: 1 - 1; w has no verdict on its own rationale, x needs none.
+    assert (other["difference"]["n"], other["difference"]["mean"]) == (2, -1.0)
     assert (hidden["n"], hidden["without_verdict"], hidden["share"]) == (3, 1, pytest.approx(1 / 3))
     assert hidden["chance"] == pytest.approx((1 / 10 + 1 / 10 + 1 / 5) / 3)
     assert scores["agreement"] == []
     text = table_of("stage2", scores)
     assert "stage2, 4 users:" in text
-    assert "another user's rationale changes the mean score by -0.667" in text
+    assert "another user's rationale changes the mean score by -1.000" in text
 
 
 def test_nothing_to_average_is_null_and_no_zero():

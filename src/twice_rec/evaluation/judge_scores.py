@@ -87,9 +87,13 @@ def _chosen(rows: Sequence[JudgedRow], num_candidates: Mapping[str, int]) -> Sco
 
 
 def _difference(rows: Sequence[JudgedRow]) -> Scores:
-    """Return what the score loses with another user's rationale: counterfactual less item_shown, user by user."""
+    """Return what the score loses with another user's rationale: counterfactual less item_shown, user by user.
+
+    Settled rows have no part in it: they have the same score in both, whatever is judged.
+    """
+    judged = [row for row in rows if row.score is not None and not row.is_settled]
     shown, other = (
-        {row.user_id: row.score for row in rows if row.condition == condition and row.score is not None}
+        {row.user_id: row.score for row in judged if row.condition == condition}
         for condition in SCORED
     )
     both = [user for user in shown if user in other]
