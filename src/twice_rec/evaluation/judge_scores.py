@@ -92,10 +92,7 @@ def _difference(rows: Sequence[JudgedRow]) -> Scores:
     Settled rows have no part in it: they have the same score in both, whatever is judged.
     """
     judged = [row for row in rows if row.score is not None and not row.is_settled]
-    shown, other = (
-        {row.user_id: row.score for row in judged if row.condition == condition}
-        for condition in SCORED
-    )
+    shown, other = ({row.user_id: row.score for row in judged if row.condition == condition} for condition in SCORED)
     both = [user for user in shown if user in other]
     if not both:
         return {"n": 0, "mean": None, "ci95": None, "p": None}
