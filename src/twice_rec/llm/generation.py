@@ -213,7 +213,7 @@ def _next_logits(model: PreTrainedModel, chosen: Tensor, mask: Tensor, step: int
 
 @contextmanager
 def mask_taking_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use sdpa instead of kernels that take no mask of ours (flash, flex)."""
+    """Use sdpa instead of kernels that take no mask of ours (varlen)."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     implementation = bare.config._attn_implementation
     if implementation in TAKES_MASKS:
