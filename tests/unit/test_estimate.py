@@ -24,17 +24,17 @@ from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.dataset import training_rows
 from twice_rec.sft.encoding import encode_rows, pack, share_prefixes
 from twice_rec.sft.estimate import Population
-from twice_rec.sft.recipe import SFTRecipe
-from twice_rec.stages import command_line, stage0_prepare, stage2_sft, stage3b_serve, stage3c_grpo
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
+from twice_rec.stages import command_line, stage0_prepare, stage2_sft, stage2b_sdpo, stage3b_serve, stage3c_grpo
 
 ROOT = Path(__file__).parents[2]
 RESULTS = [json.loads(line) for line in (ROOT / "benchmarks/results/gpu.jsonl").read_text().splitlines()]
 GEMMA = EstimateConfig(model_shape=str(ROOT / "recipes/shapes/gemma-3-1b-it.json"))
 FACTOR = 1.15  # how far an estimate may be from what was measured
-MAINS = {"sft": stage2_sft.main, "grpo": stage3c_grpo.main, "serve": stage3b_serve.main}
+MAINS = {"sft": stage2_sft.main, "sdpo": stage2b_sdpo.main, "grpo": stage3c_grpo.main, "serve": stage3b_serve.main}
 TRAINING = sorted(
     path for folder in ("grocery", "amazon", "tiny") for path in ROOT.glob(f"recipes/{folder}/*.yaml")
-    if path.stem.startswith(("sft", "grpo"))
+    if path.stem.startswith(("sft", "sdpo", "grpo"))
 )  # fmt: skip
 
 
@@ -106,6 +106,24 @@ def test_stage_3_takes_what_was_measured(shape):
     assert found.flops / found.steps == pytest.approx(run["flops"], rel=0.01)
     assert near(gpu_hours(found.flops, recipe) * 3600 / found.steps, run["seconds"])
     assert near(sum(found.memory.values()) * 1024, run["mib"])
+
+
+def test_a_prompt_is_computed_once_for_all_answers_of_s_dpo(shape):
+    flags = ["--num_negatives", "3", "--preference_rows", "100", "--gradient_checkpointing", "false"]
+    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "5", "--num_train_epochs", "2"]
+    recipe = load_recipe(str(ROOT / "recipes/grocery/sdpo.yaml"), SDPORecipe, flags, here=False)
+    lengths = {"direct": np.array([[1000.0, 50.0], [2000.0, 30.0]])}  # answers of 40 tokens on average
+    found = of_sft.estimate_preferences(recipe, shape, lengths, 5000)
+    assert found.rows == {"users": 100}
+    assert (found.batch, found.steps) == (10, 20)
+    assert found.computed == 2 * 100 * (1500 + 4 * 40)
+    assert found.tokens == 2 * 100 * 4 * (1500 + 40)
+    assert found.at_once == 2 * (2000 + 4 * 40)
+    # Of each weight and token: forward, backward to the activations, the reference's forward; attention comes on top.
+    of_weights = 6 * (shape.arithmetic.layers * found.computed + shape.arithmetic.head * 2 * 100 * 4 * 40)
+    assert of_weights < found.flops < 1.1 * of_weights
+    once = load_recipe(str(ROOT / "recipes/grocery/sdpo.yaml"), SDPORecipe, flags[:-2], here=False)  # one epoch
+    assert of_sft.estimate_preferences(once, shape, lengths, 5000).steps == 10
 
 
 def test_the_packs_are_those_that_stage_2_makes(shape, prepared):
@@ -195,7 +213,7 @@ def test_a_dry_run_of_every_recipe_prints_and_writes_nothing(path, tmp_path, cap
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "sdpo", "grpo"])
 def test_a_dry_run_with_data_has_tokens_steps_and_time(stage, prepared, capsys):
     before = sorted(prepared.rglob("*"))
     words = [f"recipes/tiny/{stage}.yaml", "--run_dir", str(prepared), "--model_name_or_path", "assets/tiny_base"]

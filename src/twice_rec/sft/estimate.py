@@ -1,4 +1,4 @@
-"""How many tokens, steps and operations stage 2 takes, before anything is loaded; and how long a domain's rows are."""
+"""How many tokens, steps and operations stages 2 and 2b take, before anything is loaded; and how long a domain's rows are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from twice_rec.rationales.generate import CHARS_PER_TOKEN
 from twice_rec.records import Rationale
 from twice_rec.sft.dataset import TASKS, TaskMixConfig, training_rows
 from twice_rec.sft.encoding import pack
-from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 
 _SAMPLE = 200  # users whose rows are measured
 _RATIONALE = 980  # characters; the mean of the released ones, for users that have none yet
@@ -137,3 +137,25 @@ def estimate(
     parts = memory(shape, recipe, at_once, weights, value("gradient_checkpointing"), zero, processes)
     batch = sum(rows.values()) / per_epoch
     return Estimate(rows, batch, steps, tokens * epochs, computed * epochs, 0.0, flops * epochs, at_once, parts)
+
+
+def estimate_preferences(
+    recipe: SDPORecipe, shape: Shape, lengths: Lengths, users: int, processes: int = 1, zero: int = 0
+) -> Estimate:
+    """Return what stage 2b takes: forward and backward of all answers of a user, and the reference's forward."""
+    users, value = min(users, recipe.preference_rows or users), recipe.trainer_value
+    direct, answers = lengths["direct"], 1 + recipe.num_negatives
+    end = round(float(direct[:, 1].mean()))
+    groups = [[(0, int(prompt)), *[(int(prompt), end)] * answers] for prompt in direct[:, 0]]
+    work = Work.of([s for group in groups for s in group], end * answers * len(groups), shape.arithmetic.windows)
+    forwards = shape.arithmetic.forward(work) * (2 if value("gradient_checkpointing") else 1)
+    flops = users / len(groups) * (shape.arithmetic.training(work, recipe.use_peft) + forwards)
+    size = value("per_device_train_batch_size")
+    per_epoch = ceil(ceil(users / size / processes) / value("gradient_accumulation_steps"))
+    steps = value("max_steps") if value("max_steps") > 0 else ceil(per_epoch * value("num_train_epochs"))
+    epochs = steps / per_epoch
+    tokens = users * answers * (float(direct[:, 0].mean()) + end) * epochs
+    at_once = size * max(sum(own for _, own in group) for group in groups)
+    parts = memory(shape, recipe, at_once, recipe.dtype, value("gradient_checkpointing"), zero, processes)
+    computed = users / len(groups) * work.tokens * epochs
+    return Estimate({"users": users}, users / per_epoch, steps, tokens, computed, 0.0, flops * epochs, at_once, parts)

@@ -133,7 +133,7 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
 _OF_TRL = ("model_init_kwargs", "trust_remote_code")  # keys of TRL's configurations that transformers' has not
 
 
-class SDPORecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig):
+class SDPORecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, EstimateConfig):
     """Stage 2b: S-DPO, preferences with several rejected answers, on the stage-2 model."""
 
     LIBRARY: ClassVar = "transformers"

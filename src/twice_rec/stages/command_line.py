@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "twice-rec model NAME           makes a folder of a ready language model, see recipes/models",
         "twice-rec STAGE --help         lists the keys of the stage's recipe",
         "twice-rec STAGE RECIPE --show  prints the recipe, defaults filled in, and where each value comes from",
-        "twice-rec STAGE RECIPE --dry_run  says what sft, serve, grpo, rationales, judge and study would take",
+        "twice-rec STAGE RECIPE --dry_run  says what sft, sdpo, serve, grpo, rationales, judge and study would take",
         "twice-rec STAGE RECIPE --check looks at the recipe and at what the stage reads, and does nothing else",
         "",
         "A recipe is a YAML file, such as recipes/tiny/sft.yaml. Any key of it can be set by --key value.",

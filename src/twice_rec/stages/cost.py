@@ -26,7 +26,7 @@ from twice_rec.recipe import Recipe, key, required, rule
 from twice_rec.recipe_reader import describe_keys, load_recipe
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Lengths, Population
-from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 from twice_rec.stages.plan import hours_of
 
 ALL = "all"
@@ -148,12 +148,15 @@ def _stages(
     disk = there.users * _USER_GB
     stages = {"rationales": {"tokens": sum(asked), "API cost": calls.cost(*asked), "disk, GB": disk}}
 
-    def trained(of: SFTRecipe | GRPORecipe, found: Estimate) -> dict[str, float]:
+    def trained(of: SFTRecipe | SDPORecipe | GRPORecipe, found: Estimate) -> dict[str, float]:
         merged = 2e-9 * shape.parameters  # the model that the stage leaves, in bfloat16
         hours = hours_of(of, found)[2]
         return {"tokens": found.tokens, "FLOPs": found.flops, "GPU-hours": hours, "disk, GB": merged}
 
     stages["sft"] = trained(sft, of_sft.estimate(sft, shape, lengths, there))
+    if (path := folder / "sdpo.yaml").exists():
+        sdpo = load_recipe(path, SDPORecipe, flags, here=False)
+        stages["sdpo"] = trained(sdpo, of_sft.estimate_preferences(sdpo, shape, lengths, there.users))
     for path in sorted(folder.glob("sasrec*.yaml")):
         cf = load_recipe(path, SASRecRecipe, flags)
         over_all = cf.loss == "softmax" or (cf.loss == "auto" and there.items <= SOFTMAX_ITEMS)

@@ -1,4 +1,4 @@
-"""What `--dry_run` of stages 2, 3b and 3c prints: processes, batch, steps, tokens, memory, time, and the commands.
+"""What `--dry_run` of stages 2, 2b, 3b and 3c prints: processes, batch, steps, tokens, memory, time, and the commands.
 
 Nothing is loaded, written or sent. The recipe is read as for another machine, so a login node without a GPU will do.
 """
@@ -26,15 +26,16 @@ from twice_rec.llm.footprint import USABLE, card_gib, gpu_hours, read_shape
 from twice_rec.masking import masked_words
 from twice_rec.sft import estimate as of_sft
 from twice_rec.sft.estimate import Estimate, Population
-from twice_rec.sft.recipe import SFTRecipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 from twice_rec.stages.command_line import without_dry_run
 
-Training = SFTRecipe | GRPORecipe
+Training = SFTRecipe | SDPORecipe | GRPORecipe
+_STAGES: dict[type, str] = {SFTRecipe: "sft", SDPORecipe: "sdpo", GRPORecipe: "grpo"}
 
 
 def plan_training(recipe: Training) -> None:
-    """Print the plan of stage 2 or 3c; InputError if a file that it reads cannot be read, or no shape is found."""
-    processes, machines, zero, command = _launch("sft" if isinstance(recipe, SFTRecipe) else "grpo")
+    """Print the plan of stage 2, 2b or 3c; InputError if a file that it reads cannot be read, or no shape is found."""
+    processes, machines, zero, command = _launch(_STAGES[type(recipe)])
     model, folder = _model(recipe), recipe.run_path / "data"
     shape, is_prepared = read_shape(model, recipe), (folder / CATALOG).exists()
     lines = {"processes": f"{processes}, a GPU each, on {machines} machines; ZeRO stage {zero}"}
@@ -46,6 +47,8 @@ def plan_training(recipe: Training) -> None:
         lengths, there, how = dict.fromkeys(of_sft.TASKS, np.array([[limit, 300.0]])), Population(100, 100, 100), ""
     if isinstance(recipe, SFTRecipe):
         found = of_sft.estimate(recipe, shape, lengths, there, processes, zero)
+    elif isinstance(recipe, SDPORecipe):
+        found = of_sft.estimate_preferences(recipe, shape, lengths, there.users, processes, zero)
     else:
         found = of_grpo.estimate(recipe, shape, lengths, there.users, processes, zero)
     lines["effective batch"] = _batch(recipe, found, processes, is_prepared)
@@ -131,6 +134,8 @@ def _batch(recipe: Training, found: Estimate, processes: int, is_prepared: bool)
         return (
             f"{says} = {found.batch:,.0f} completions, {groups}; {size} completions at once, of {together:.1f} prompts"
         )
+    if isinstance(recipe, SDPORecipe):
+        return f"{says} users, {1 + recipe.num_negatives} answers each"
     unit = f"packs of {recipe.pack_tokens:,} tokens" if recipe.pack_tokens else "rows (users, if they share a prompt)"
     return f"{says} {unit}" + (f" = {found.batch:.1f} rows on average" if is_prepared else "")
 

@@ -18,6 +18,7 @@ from twice_rec.llm.hub import at_commit, model_input
 from twice_rec.run import StageRun
 from twice_rec.sft.recipe import SDPORecipe, preferred_model
 from twice_rec.stages.command_line import command
+from twice_rec.stages.plan import plan_training
 
 logger = logging.getLogger("sdpo")
 
@@ -46,7 +47,7 @@ def sdpo(recipe: SDPORecipe) -> None:
             run.finish(models.save_merged(start, run.path, recipe), figures)
 
 
-main = command("sdpo", SDPORecipe, sdpo)
+main = command("sdpo", SDPORecipe, sdpo, plan_training)
 
 if __name__ == "__main__":
     sys.exit(main())
