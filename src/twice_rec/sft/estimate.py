@@ -1,4 +1,4 @@
-"""How many tokens, steps and operations stages 2 and 2b take, before anything is loaded; and how long a domain's rows are."""
+"""How many tokens, steps and operations stages 2 and 2b take, before they run; and how long a domain's rows are."""
 
 from __future__ import annotations
 
