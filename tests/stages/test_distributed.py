@@ -41,7 +41,9 @@ def launch(launcher, stage, run_dir, *flags):
         port = free.getsockname()[1]
     command = [sys.executable, *LAUNCHERS[launcher], str(port), "-m", STAGES[stage][0]]
     command += words(stage, run_dir, run_dir / "base", *flags)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    # DeepSpeed compiles. In the user's cache, a process that was killed then leaves a lock, and others wait for ever.
+    compiled = {"TORCH_EXTENSIONS_DIR": str(run_dir / "compiled")}
+    environment = {**os.environ, **compiled, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
 
