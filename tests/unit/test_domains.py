@@ -265,7 +265,7 @@ def test_documents_quote_the_table(tmp_path):
     document.write_text("<!-- numbers quoted.json domains -->\n<!-- end of numbers -->\n")
     text = fill(document)
     assert " Toys, 100 users: HR@1 |" in text
-    assert re.search(r"\| SASRec .*\| \*\*0.3500\*\* \[0.2500, 0.4500\] \|", text)
+    assert re.search(r"\| SASRec .*\| +\*\*0.3500\*\* \[0.2500, 0.4500\] \|", text)
 
 
 @pytest.mark.parametrize(
