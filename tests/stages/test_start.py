@@ -24,8 +24,9 @@ from twice_rec.stages import stage0_prepare, stage3b_serve
 pytestmark = pytest.mark.slow
 
 STAGE_LAUNCHERS = sorted(
-    path.name for path in ROOT.glob("*.sh") if path.name not in ("install.sh", "test.sh", "reproduce.sh", "launch.sh")
-)
+    path.name for path in ROOT.glob("*.sh")
+    if path.name not in ("install.sh", "test.sh", "reproduce.sh", "launch.sh", "model.sh")
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -37,6 +38,13 @@ def prepared(tmp_path):
 
 def launch(cwd, *words):
     return subprocess.run(["bash", *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_launcher_of_models_says_what_it_takes(tmp_path):
+    done = launch(tmp_path, str(ROOT / "model.sh"), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: twice-rec model NAME [hub | package]" in done.stdout
+    assert "NAME is one of: smollm2" in done.stdout
 
 
 @pytest.mark.parametrize("name", STAGE_LAUNCHERS)

@@ -73,7 +73,7 @@ def test_two_seeds_once_again_and_with_one_run_that_fails(tmp_path, monkeypatch,
     told = capfd.readouterr()
     assert "seed 43 grpo stage3 failed" in told.err
     assert "holds files of another origin" in told.out
-    assert "2 of 15 runs are not done" in told.err
+    assert "2 of 18 runs are not done" in told.err
     variants = json.loads((run_dir / "report" / "results.json").read_text())["variants"]
     assert (variants["stage2"]["runs"], variants["stage3"]["runs"]) == (2, 1)
     assert (other / "grpo" / "notes.txt").read_text() == "mine"

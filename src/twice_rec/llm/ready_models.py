@@ -52,13 +52,18 @@ class ReadyModel(BaseModel):
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "type of the weights")
 
 
+def known_models(descriptions: Path) -> list[str]:
+    """Return the names of the models that a folder describes."""
+    return sorted(path.stem for path in descriptions.glob("*.json"))
+
+
 def read_description(name: str, descriptions: Path) -> ReadyModel:
     """Read what `descriptions/NAME.json` says of a model.
 
     Raises:
         InputError: if there is no such file, naming those that are there, or if it says something else.
     """
-    known = sorted(path.stem for path in descriptions.glob("*.json"))
+    known = known_models(descriptions)
     if name not in known:
         raise InputError(f"no model {name!r}; {descriptions} describes {', '.join(known) or 'none'}")
     path = descriptions / f"{name}.json"

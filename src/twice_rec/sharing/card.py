@@ -20,8 +20,7 @@ _PAPER = (
     'Learning from Collaborative Signals" (TWiCE-Rec, AAAI-26, pages 15609-15616)'
 )
 _FORM = "`<think> ... </think> <item_nm> title </item_nm> <item_id> id </item_id>`"
-# Rewards of stage 3 that do not ask the CF model.
-_WITHOUT_CF = {"match", "structure", "tags", "tags_release", "only_expected_tags", "rank", "certainty"}
+_ASK_CF = {"collaborative", "cf"}  # rewards of stage 3 that ask the CF model
 _UNKNOWN = "not known: it is not in the run any more"
 
 
@@ -106,7 +105,7 @@ def _intro(recipe: ShareRecipe, facts: Facts) -> str:
 
 
 def _asks_cf(facts: Facts) -> bool:
-    return not set(facts.setting("reward_funcs") or []) <= _WITHOUT_CF
+    return not _ASK_CF.isdisjoint(facts.setting("reward_funcs") or [])
 
 
 def _base(facts: Facts) -> str:
