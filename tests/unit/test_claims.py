@@ -69,6 +69,7 @@ def test_seeds_that_disagree_show_nothing(tmp_path):
     variants, _ = read_variants(runs)
     found = {row["id"]: row for row in claims_of(variants, recipe, Hashes())}
     assert found["rq3_e_b"]["by_seed"] == [1.0, 0.0]
+    assert found["rq3_e_b"]["runs"] == 2  # stage 2 has one, held against both
     assert (found["rq3_e_b"]["difference"], found["rq3_e_b"]["verdict"]) == (0.5, "not shown")
     assert found["table1_sasrec"]["by_seed"] == [0.5, 0.0]
     cells = {row[0]: row[-1] for row in claim_rows(list(found.values()))[1]}

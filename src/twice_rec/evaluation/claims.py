@@ -151,7 +151,7 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
     return {
         **row,
         **{name: found[name] for name in ("difference", "ci95", "n", "p", "by_seed")},
-        "runs": min(variants[a].runs, variants[b].runs),
+        "runs": len(found["by_seed"]) or min(variants[a].runs, variants[b].runs),
         "way": RANKINGS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
         "verdict": verdict(*found["ci95"], claim.or_equal, found["by_seed"]),
     }
