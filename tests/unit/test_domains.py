@@ -283,7 +283,7 @@ def test_reports_of_other_candidates_or_ranking_are_refused(tmp_path, other, say
     with pytest.raises(InputError) as caught:
         table(tmp_path, TOYS, {"Garden": results(GARDEN["variants"], **other)})
     path = tmp_path / "Garden" / "report" / "results.json"
-    assert str(caught.value) == f"Toys (this run) and Garden ({path}) cannot stand in one table: they have {says}"
+    assert str(caught.value) == f"Toys (this run) and Garden ({path}) cannot be in one table: they have {says}"
 
 
 def test_lists_of_an_unknown_length_are_refused(tmp_path):

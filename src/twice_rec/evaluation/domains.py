@@ -1,6 +1,6 @@
 """Several domains in one table, as in the paper's Table 1, from the `results.json` of each domain's report.
 
-A domain's values are those of the users that its variants share. Reports can stand in one table if their lists have as
+A domain's values are those of the users that its variants share. Reports can be in one table if their lists have as
 many candidates and their language models were asked in the same way; else an error says how they differ. A model has a
 mean over the domains only if it has a value in each of them.
 """
@@ -103,7 +103,7 @@ class DomainReport:
 
 
 def settings_of(variants: Mapping[str, Variant], data: PreparedData, recipe: ReportRecipe) -> dict[str, Any]:
-    """Return what reports must have in common to stand in one table, for results.json.
+    """Return what reports must have in common to be in one table, for results.json.
 
     `candidates` has the length of the first test user's lists; it is empty if the data is not there. `data` is the hash
     of the interactions, by which two names of one domain are known.
@@ -177,7 +177,7 @@ def read_own(run_dirs: Sequence[Path], others: Sequence[DomainReport]) -> tuple[
 
 
 def check_reports(own: Mapping[str, Any] | None, others: Sequence[DomainReport], recipe: ReportRecipe) -> None:
-    """Check that reports can stand in one table.
+    """Check that reports can be in one table.
 
     Args:
         own: this run's `settings_of`; None if it has no evaluation.
@@ -201,7 +201,7 @@ def check_reports(own: Mapping[str, Any] | None, others: Sequence[DomainReport],
     known += [(f"{of.domain} ({of.path})", of.results.settings) for of in others if of.results.variants]
     for (name, one), (other_name, other) in itertools.combinations(known, 2):
         if differs := _difference(one, other):
-            raise InputError(f"{name} and {other_name} cannot stand in one table: they have {differs}")
+            raise InputError(f"{name} and {other_name} cannot be in one table: they have {differs}")
 
 
 def _difference(one: _Settings, other: _Settings) -> str | None:

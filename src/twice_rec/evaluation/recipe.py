@@ -34,6 +34,14 @@ TERMS = (
 )  # fmt: skip
 
 
+def _named_twice(settings: Settings, *keys: str) -> str | None:
+    """Return which of some keys with lists names something twice, in words; None if none does."""
+    for name in keys:
+        if len(set(getattr(settings, name))) < len(getattr(settings, name)):
+            return f"{name} names one twice: {', '.join(getattr(settings, name))}"
+    return None
+
+
 class LLMRankingConfig(Settings):
     """How a language model is asked, and how its completions become a ranking."""
 
@@ -112,8 +120,7 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
 
     @rule
     def variants_differ(self) -> str | None:
-        repeated = len(set(self.variants)) < len(self.variants)
-        return f"variants names one twice: {', '.join(self.variants)}" if repeated else None
+        return _named_twice(self, "variants")
 
     @rule
     def precomputed_scores_have_names_of_their_own(self) -> str | None:
@@ -166,10 +173,7 @@ class ReportRecipe(Recipe):
 
     @rule
     def domains_are_named_once(self) -> str | None:
-        for name in ("domain_reports", "missing_domains"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                return f"{name} names one twice: {', '.join(getattr(self, name))}"
-        return None
+        return _named_twice(self, "domain_reports", "missing_domains")
 
     @rule
     def comparisons_are_pairs(self) -> str | None:
@@ -236,10 +240,7 @@ class JudgeRecipe(Recipe, JudgeConfig):
 
     @rule
     def nothing_is_judged_twice(self) -> str | None:
-        for name in ("variants", "conditions"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                return f"{name} names one twice: {', '.join(getattr(self, name))}"
-        return None
+        return _named_twice(self, "variants", "conditions")
 
     @rule
     def variants_are_folders(self) -> str | None:
