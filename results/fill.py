@@ -4,7 +4,8 @@
     python results/fill.py
     python results/fill.py --check     only say whether a table differs; then the exit status is 1
 
-`bash report.sh RECIPE --quote results/NAME.json` makes such a file of a run.
+`bash report.sh RECIPE --quote results/NAME.json` makes such a file of a run. The table of a GPU is of the lines that
+`benchmarks/gpu.sh` wrote.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from twice_rec.evaluation.quotation import fill
 from twice_rec.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # for gpu_tables
+from gpu_tables import gpu_table  # noqa: E402
+
 DOCUMENTS = (ROOT / "README.md", ROOT / "REPRODUCTION.md")
 
 
@@ -28,7 +32,7 @@ def main() -> int:
     check, differs = parser.parse_args().check, False
     for document in DOCUMENTS:
         try:
-            text = fill(document)
+            text = fill(document, {"gpu": gpu_table})
         except InputError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2

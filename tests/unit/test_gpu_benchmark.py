@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.clock import by_kind
+from benchmarks.gpu_tables import gpu_table
 
 ROOT = Path(__file__).parents[2]
 PARTS = [
@@ -117,3 +118,45 @@ def test_recorded_results_say_where_they_are_from():
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/gpu.jsonl").read_text().splitlines()]
     assert rows
     assert all(row.get("gpu") and row.get("machine") for row in rows)
+
+
+def line(**keys):
+    how = {"name": "sft_run", "shape": "a", "gpu": "G", "fuse": False, "compile": False, "checkpointing": False}
+    return {**how, "mfu": 0.25, "mib": 1000.4, **keys}
+
+
+def test_the_table_compares_each_peer_with_ours_of_the_same_work_and_card():
+    step = {"name": "shared_prefix_run", "prompt": 7000, "samples": 16, "completion": 300, "accumulation": 1}
+    table = gpu_table(
+        [
+            line(who="ours", row_tokens=30.0),
+            line(who="ours", row_tokens=600.0, fuse=True),
+            line(who="ours", row_tokens=300.0, checkpointing=True),
+            line(who="ours", row_tokens=9000.0, gpu="other"),
+            line(who="ours", row_tokens=9000.0, note="within a profile"),
+            line(who="padded", row_tokens=100.0, checkpointing=True),
+            line(who="padded", row_tokens=100.0, shape="b"),
+            line(who="ours", seconds=0.5, **step),
+            line(who="theirs", seconds=2.0, **step),
+            line(who="ours", seconds=3.0, **step | {"accumulation": 8, "loss": "bnpo"}),
+            {"name": "attention", "layer": "full", "shape": "a", "gpu": "G", "varlen_ms": 2.0, "sdpa_ms": 5.0},
+        ],
+        [],
+    )
+    assert [[cell.strip() for cell in row.split("|")[1:6]] for row in table.splitlines()[2:]] == [
+        ["stage 2, a", "ours", "30 tokens/s", "-", "25.0 %"],
+        ["stage 2, a", "ours, fused layers", "600 tokens/s", "-", "25.0 %"],
+        ["stage 2, a", "ours, gradient checkpointing", "300 tokens/s", "-", "25.0 %"],
+        ["stage 2, a", "ours", "9,000 tokens/s", "-", "25.0 %"],
+        ["stage 2, a", "TRL, padded, gradient checkpointing", "100 tokens/s", "6.0 times", "25.0 %"],
+        ["stage 2, b", "TRL, padded", "100 tokens/s", "-", "25.0 %"],
+        ["stage 3, a step on 7,000 + 16 x 300 tokens, a", "ours", "0.500 s", "-", "25.0 %"],
+        ["stage 3, a step on 7,000 + 16 x 300 tokens, a", "TRL", "2.000 s", "4.0 times", "25.0 %"],
+        ["stage 3, a step on 8 x (7,000 + 16 x 300 tokens), bnpo, a", "ours", "3.000 s", "-", "25.0 %"],
+        ["attention alone, full layer, a", "ours, varlen", "2.0 ms", "-", "-"],
+        ["attention alone, full layer, a", "sdpa with a mask", "5.0 ms", "2.5 times", "-"],
+    ]
+    assert "stage 3" not in gpu_table(
+        [line(who="ours", row_tokens=1.0), line(who="ours", seconds=1, **step, note="")], []
+    )
+    assert gpu_table([line(who="ours", row_tokens=1.0)], ["b"]).count("\n") == 1

@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from twice_rec.errors import InputError
 from twice_rec.evaluation.domain_tables import sheet_over_domains
 from twice_rec.evaluation.names import metric_name, variant_name
 from twice_rec.evaluation.sheets import claim_rows, comparison_rows, defect_rows, sheet_to_markdown
-from twice_rec.files import MANIFEST, read_json
+from twice_rec.files import MANIFEST, read_json, read_jsonl
 from twice_rec.manifest import Manifest, environment, redo_command
 from twice_rec.markdown import markdown_table
 
@@ -82,8 +83,12 @@ def short(value: Any) -> Any:
     return [short(of) for of in value] if isinstance(value, (list, tuple)) else value
 
 
-def fill(document: Path) -> str:
+def fill(document: Path, more: Mapping[str, Callable[[Any, Sequence[str]], str]] = MappingProxyType({})) -> str:
     """Return a document with its tables made anew.
+
+    Args:
+        more: further kinds of tables: the word that names one -> what makes it of the file's content and the words
+            behind; a file of JSON lines is a list.
 
     Raises:
         InputError: if a table names a file, a variant or a metric that is not there, or has no end.
@@ -93,7 +98,9 @@ def fill(document: Path) -> str:
         words = block["words"].split()
         try:
             path, what, *named = words
-            table = _TABLES[what](read_json(document.parent / path), named)
+            file = document.parent / path
+            content = [row for _, row in read_jsonl(file)] if file.suffix == ".jsonl" else read_json(file)
+            table = {**_TABLES, **more}[what](content, named)
         except (ValueError, KeyError, StopIteration) as error:
             raise InputError(f"{document}: numbers {block['words']}: there is no {error}") from None
         return f"<!-- numbers {block['words']} -->\n{table}\n<!-- end of numbers -->"
