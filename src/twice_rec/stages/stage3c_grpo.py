@@ -31,6 +31,7 @@ def grpo(recipe: GRPORecipe) -> None:
     """Train, save, merge."""
     from datasets import Dataset
 
+    from twice_rec.grpo.candidate_loss import make_candidate_loss
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.one_gpu import check_one_gpu
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
@@ -60,6 +61,8 @@ def grpo(recipe: GRPORecipe) -> None:
         first = targets_first(recipe, data, rewarder)
         shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
         logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
+        of_candidates = make_candidate_loss(rewards.config, rows, data.catalog, rewarder, tokenizer)
+        more = {"candidate_loss": of_candidates} if of_candidates is not None else {}
         trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
             rollout_func=rollouts,
             model=model,
@@ -68,6 +71,7 @@ def grpo(recipe: GRPORecipe) -> None:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=models.lora_config(recipe),
+            **more,
         )
         fused.fuse_on_gpu(trainer.model, trainer.args.device)
         if rollouts is not None:
