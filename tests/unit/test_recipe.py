@@ -57,7 +57,7 @@ CLASSES = {
     "share": ShareRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
-FOLDERS = ("tiny", "grocery", "amazon", "smollm")
+FOLDERS = ("tiny", "synthetic", "grocery", "amazon", "smollm")
 RECIPES = sorted(
     [
         *(path for folder in FOLDERS for path in ROOT.glob(f"recipes/{folder}/*.yaml")),
