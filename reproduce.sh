@@ -19,5 +19,5 @@ bash evaluate.sh --variants base ceiling_text ceiling_popularity ceiling_cohort 
 bash evaluate.sh --variants stage2 stage3 # by likelihood, and by votes of five more completions per user
 bash evaluate.sh --variants stage2 stage3 --with_rationale false --suffix item_only --rankings likelihood
 bash judge.sh
-bash ab_test.sh --latency_calls 5
+bash ab_test.sh
 bash report.sh

@@ -244,7 +244,8 @@ def check_fresh(path: Path, hashes: Hashes) -> None:
         return
     where = _shown(folder)
     if (manifest := Manifest.load(folder)) is None:
-        raise InputError(f"{where} is unfinished; finish it first: {unfinished_command(folder)}")
+        command = unfinished_command(folder)
+        raise InputError(f"{where} is unfinished; finish it first: {command}; or remove {folder}")
     if changed := changed_output(folder, manifest, hashes, path):
         raise InputError(
             f"{_shown(run_folder(folder) / changed)} was changed since the {manifest.stage} stage finished; restore "

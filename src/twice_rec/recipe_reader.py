@@ -146,7 +146,9 @@ def _read(
     secrets = {n: list(secret_keys({n: entry.value})) for n, entry in given.items() if n not in owned}
     if found := [f"{given[n].where}: {', '.join(names)} {BY_VARIABLE}" for n, names in secrets.items() if names]:
         raise _refusal(path, errors + found)  # before anything else looks at the values
-    for name in [name for name in given if name not in hints]:
+    if len(unknown := [name for name in given if name not in hints]) > max(5, len(given) / 3):
+        raise _refusal(path, [*errors, f"{len(unknown)} of {len(given)} keys are unknown: another stage's recipe?"])
+    for name in unknown:
         near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
         errors.append(f"{given.pop(name).where}: unknown key {name}; {hint}")
@@ -371,7 +373,8 @@ def _trainer_keys(
         try:
             trainer(output_dir="unused", report_to="none", **keywords)
         except Exception as error:  # noqa: BLE001 - whatever TRL makes of a user's values is the user's to hear
-            errors.append(f"{trainer.__name__} refuses the values: {error}")
+            hint = ". On a CPU take recipes/tiny or recipes/smollm" if "use_cpu" in str(error) else ""
+            errors.append(f"{trainer.__name__} refuses the values: {error}{hint}")
     return keywords
 
 

@@ -280,6 +280,7 @@ def test_atomic_files_of_recbole(tmp_path):
         (["install.sh", "other.txt"], {}, "other.txt: no such file of requirements; here are requirements-gpu.txt"),
         (["install.sh"], {"VENV": "/tmp/none", "PYTHON": "false"}, "Python 3.11 or later is needed, false is"),
         (["reproduce.sh", "--help"], {}, ""),
+        (["test.sh", "--help"], {}, ""),
         (["reproduce.sh", "--seed", "1"], {}, "reproduce.sh takes no arguments, found --seed 1"),
         (["sft.sh", ""], {}, "the recipe is an empty word; name one, or leave it out for recipes/tiny/sft.yaml"),
         (

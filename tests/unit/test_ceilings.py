@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from twice_rec.data.ceilings import CEILINGS, Ceiling, ceiling_scores, shown_his
 from twice_rec.data.sources.synthetic import BRANDS, COHORTS, DIETS, SyntheticConfig, SyntheticDomain
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import Interaction, UserSequence
+from twice_rec.stages import stage4_evaluate
 
 SHOWN = PromptFormat(prompt_history_items=6)  # review titles and ratings
 
@@ -206,3 +208,23 @@ def test_the_approximations_are_close(cohorts):
         found.append(np.std(mine[likely] - true[likely]))
         assert true[mine.argmax()] > true.max() - 0.2
     assert np.mean(found) < 0.2
+
+
+def test_ceilings_rank_only_lists_that_favour_no_item(tmp_path, monkeypatch):
+    """Elsewhere the likeliest item is not the likeliest target; a score file of others ranks what the recipe names."""
+    asked = {}
+
+    def keep(recipe, stage, name, data, lists, *_):
+        asked[name] = lists
+
+    monkeypatch.setattr(stage4_evaluate, "evaluate_scorer_variant", keep)
+    (tmp_path / "data").mkdir()
+    for name in ("oracle", "ceiling_text", "mine"):
+        (tmp_path / "data" / f"{name}.npz").touch()
+    lists = ["uniform", "popularity", "hard", "full"]
+    recipe = SimpleNamespace(
+        run_path=tmp_path, precomputed_scores={"mine": str(tmp_path / "data" / "mine.npz")}, score_lists=lists
+    )
+    for name in ("oracle", "ceiling_text", "mine"):
+        stage4_evaluate._score_file(recipe, None, name, [])
+    assert asked == {"oracle": ["uniform", "full"], "ceiling_text": ["uniform", "full"], "mine": lists}

@@ -170,6 +170,8 @@ def test_readme_tree_is_true():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {name.split("/")[0] for name in tracked} - {".gitignore"}
     assert top <= {path.split("/")[0] for path in listed}, top - set(listed)
+    modules = {name for name in tracked if re.fullmatch(r"src/twice_rec/(?!__)\w+\.py", name)}
+    assert modules <= {f"src/{path}" for path in listed}, modules
 
 
 def test_readme_commands_name_files_that_exist():

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny_base.recipe import BaseModelRecipe
 from twice_rec.cf.baselines import BASELINES
@@ -491,3 +492,16 @@ def test_a_flag_that_yaml_stumbles_over_is_text(tmp_path, value):
     assert load_recipe(path, SASRecRecipe, ["--wandb_group", value]).wandb_group == value
     with pytest.raises(InputError, match="--epochs: epochs must be a whole number"):
         load_recipe(path, SASRecRecipe, ["--epochs", value])
+
+
+def test_the_recipe_of_another_stage_is_one_error():
+    with pytest.raises(InputError) as caught:
+        load_recipe(ROOT / "recipes/tiny/grpo.yaml", SASRecRecipe)
+    assert "1 error in the recipe" in str(caught.value)
+    assert re.search(r"\d\d of \d\d keys are unknown: another stage's recipe\?$", str(caught.value))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run these recipes")
+def test_a_recipe_for_gpus_says_on_a_cpu_which_ones_run_there():
+    with pytest.raises(InputError, match=r"On a CPU take recipes/tiny or recipes/smollm$"):
+        load_recipe(ROOT / "recipes/grocery/sft.yaml", SFTRecipe)

@@ -75,9 +75,10 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
                 f"model_shape is {config.model_shape}, which is no config.json of a language model ({fault}); "
                 "recipes/shapes has some"
             ) from None
+    missing, first = (name, "fetch it") if name else ("the stage-2 model", "run sft.sh")
     raise InputError(
-        f"the config.json of {name or 'the stage-2 model'} is not on this machine, and model_shape is "
-        f"{config.model_shape}; fetch the model first, or set model_shape to a file like it that names it as "
+        f"the config.json of {missing} is not on this machine, and model_shape is "
+        f"{config.model_shape}; {first} first, or set model_shape to a file like it that names it as "
         "_name_or_path (recipes/shapes has some)"
     )
 

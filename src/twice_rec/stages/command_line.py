@@ -162,6 +162,7 @@ def _guarded(name: str, body: Callable[[], int | None], run_dir: Path | None = N
         logger.error("%s: interrupted; nothing is lost: the same command goes on where it stopped", name)
         return 130
     except CheckedError:
+        logger.info("%s: checked; nothing is wrong", name)
         return 0
     except InputError as error:
         logger.error("%s", error)

@@ -2,8 +2,9 @@
 
 `base`, `stage2`, `stage3`, `stage2_NAME` and `stage3_NAME` are language models, asked about stored candidate lists, and
 `suffix` names those that are asked in another way (`with_rationale: false`). `oracle`, the ceilings and the models in
-`precomputed_scores` are score files that rank whatever lists are asked for. CF models are evaluated by their own
-stage. Killed and started again, it goes on behind the last whole batch.
+`precomputed_scores` are score files that rank whatever lists are asked for; the oracle and the ceilings only those in
+which every other item has the same chance to stand beside the target, for only there are they the best rankings. CF
+models are evaluated by their own stage. Killed and started again, it goes on behind the last whole batch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from twice_rec.manifest import HubModel, held
 from twice_rec.run import require
 from twice_rec.sft.recipe import is_sft_variant, sft_folder
 from twice_rec.stages.command_line import command
+
+EQUAL_CHANCES = ("uniform", "full")
 
 
 def evaluate(recipe: EvaluateRecipe) -> None:
@@ -58,7 +61,8 @@ def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs
     scorers = lambda: [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
     if not path.exists():
         raise InputError(f"{path}: no such file; precomputed_scores names it for {variant}")
-    evaluate_scorer_variant(recipe, "evaluate", variant, data, recipe.score_lists, scorers, [*inputs, path])
+    lists = [kind for kind in recipe.score_lists if variant not in dataset.KNOWN_SCORES or kind in EQUAL_CHANCES]
+    evaluate_scorer_variant(recipe, "evaluate", variant, data, lists, scorers, [*inputs, path])
 
 
 def _model_of(recipe: EvaluateRecipe, variant: str) -> Path | HubModel:

@@ -129,7 +129,7 @@ def says_of(folder: Path, hashes: Hashes) -> str:
     if owner := owner_of(folder):
         return f"running: {owner}"
     if (manifest := Manifest.load(folder)) is None:
-        return f"unfinished; finish it: {unfinished_command(folder)}"
+        return f"unfinished; finish it: {unfinished_command(folder)}; or remove {folder}"
     if changed := changed_output(folder, manifest, hashes):
         return f"stale: {changed} was changed since it was made; redo it: {redo_command(folder, manifest)}"
     if reason := stale_because(folder, hashes):

@@ -49,6 +49,7 @@ class Amazon2023(Source, name="amazon2023"):
     """Reviews and item metadata of one domain of Amazon Reviews 2023, `Grocery_and_Gourmet_Food`."""
 
     schema = "Amazon Reviews 2023"
+    or_else = ", or --download true to fetch the files"
     usual_reviews: tuple[str, ...] = ("{domain}.jsonl", "{domain}.jsonl.gz", "{domain}.jsonl.zst")
     usual_metadata: tuple[str, ...] = ("meta_{domain}.jsonl", "meta_{domain}.jsonl.gz", "meta_{domain}.jsonl.zst")
     # The keys of a review, and of an item.

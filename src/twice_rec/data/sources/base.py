@@ -75,6 +75,7 @@ class Source(ABC):
     reads_folder: ClassVar[bool] = True  # whether a recipe must set source_dir
     ties_in_file_order: ClassVar[bool] = False  # how interactions of one moment are ordered; else by item id
     scratch: Path | None = None  # folder for large files on the way, else they are the system's temporary ones
+    or_else = ""  # what an error says if there is no folder, behind "pass --source_dir FOLDER"
     without_title = "item without title"  # what `problems` calls an item without title
 
     def __init_subclass__(cls, name: str) -> None:
@@ -84,7 +85,9 @@ class Source(ABC):
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
-            raise InputError(f"source_dir {self.folder.resolve()}: no such folder; pass --source_dir FOLDER")
+            raise InputError(
+                f"source_dir {self.folder.resolve()}: no such folder; pass --source_dir FOLDER{self.or_else}"
+            )
         self.problems = Problems()  # what could not be used as it is
         self.interaction_files: list[Path] = []
         self.item_files: list[Path] = []
