@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twice_rec.errors import InputError
 from twice_rec.grpo.candidate_loss import CandidateLoss
+from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 from twice_rec.llm.throughput import Metered
@@ -139,3 +140,10 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
         for name, value in figures.items():
             metrics(self)[name].append(value)
         return loss + of_candidates / self.current_gradient_accumulation_steps
+
+
+def make_trainer(recipe: GRPORecipe, candidate_loss: CandidateLoss | None, **keywords: Any) -> GRPOTrainer:
+    """Return the recipe's trainer; the keywords are those of TRL's."""
+    if not recipe.share_prefixes:
+        return GRPOTrainer(**keywords)
+    return SharedPrefixGRPOTrainer(candidate_loss=candidate_loss, **keywords)

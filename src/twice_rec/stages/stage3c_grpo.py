@@ -35,7 +35,7 @@ def grpo(recipe: GRPORecipe) -> None:
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.one_gpu import check_one_gpu
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
-    from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
+    from twice_rec.grpo.trainer import make_trainer
     from twice_rec.llm import fused, model_check, models
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
@@ -61,9 +61,9 @@ def grpo(recipe: GRPORecipe) -> None:
         first = targets_first(recipe, data, rewarder)
         shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
         logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
-        of_candidates = make_candidate_loss(rewards.config, rows, data.catalog, rewarder, tokenizer)
-        more = {"candidate_loss": of_candidates} if of_candidates is not None else {}
-        trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
+        trainer = make_trainer(
+            rewards.config,
+            make_candidate_loss(rewards.config, rows, data.catalog, rewarder, tokenizer),
             rollout_func=rollouts,
             model=model,
             reward_funcs=rewards.functions,
@@ -71,7 +71,6 @@ def grpo(recipe: GRPORecipe) -> None:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=models.lora_config(recipe),
-            **more,
         )
         fused.fuse_on_gpu(trainer.model, trainer.args.device)
         if rollouts is not None:
