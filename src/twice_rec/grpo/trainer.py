@@ -15,7 +15,9 @@ from torch import Tensor
 from twice_rec.errors import InputError
 from twice_rec.grpo.candidate_loss import CandidateLoss
 from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rollout.base import Rollouts
 from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics
+from twice_rec.llm.fused import fuse_on_gpu
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 from twice_rec.llm.throughput import Metered
 
@@ -142,8 +144,15 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
         return loss + of_candidates / self.current_gradient_accumulation_steps
 
 
-def make_trainer(recipe: GRPORecipe, candidate_loss: CandidateLoss | None, **keywords: Any) -> GRPOTrainer:
-    """Return the recipe's trainer; the keywords are those of TRL's."""
-    if not recipe.share_prefixes:
-        return GRPOTrainer(**keywords)
-    return SharedPrefixGRPOTrainer(candidate_loss=candidate_loss, **keywords)
+def make_trainer(
+    recipe: GRPORecipe, rollouts: Rollouts | None, candidate_loss: CandidateLoss | None, **keywords: Any
+) -> GRPOTrainer:
+    """Return the recipe's trainer with its rollouts, and on a GPU with fused layers; the keywords are TRL's."""
+    if recipe.share_prefixes:
+        trainer: GRPOTrainer = SharedPrefixGRPOTrainer(candidate_loss=candidate_loss, rollout_func=rollouts, **keywords)
+    else:
+        trainer = GRPOTrainer(rollout_func=rollouts, **keywords)
+    fuse_on_gpu(trainer.model, trainer.args.device)
+    if rollouts is not None:
+        rollouts.attach(trainer)
+    return trainer

@@ -36,7 +36,7 @@ def grpo(recipe: GRPORecipe) -> None:
     from twice_rec.grpo.one_gpu import check_one_gpu
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
     from twice_rec.grpo.trainer import make_trainer
-    from twice_rec.llm import fused, model_check, models
+    from twice_rec.llm import model_check, models
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
 
@@ -62,9 +62,9 @@ def grpo(recipe: GRPORecipe) -> None:
         shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
         logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
         trainer = make_trainer(
-            rewards.config,
+            recipe,
+            rollouts,
             make_candidate_loss(rewards.config, rows, data.catalog, rewarder, tokenizer),
-            rollout_func=rollouts,
             model=model,
             reward_funcs=rewards.functions,
             args=recipe.trainer_arguments(run.path, reward_weights=recipe.reward_weights, **of_trl),
@@ -72,9 +72,6 @@ def grpo(recipe: GRPORecipe) -> None:
             processing_class=tokenizer,
             peft_config=models.lora_config(recipe),
         )
-        fused.fuse_on_gpu(trainer.model, trainer.args.device)
-        if rollouts is not None:
-            rollouts.attach(trainer)
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
         figures = run.train(trainer) | {"tau": rewards.config.reward_tau, **first}
         if trainer.is_world_process_zero():
