@@ -13,7 +13,11 @@ import trl
 from torch import Tensor
 
 from twice_rec.errors import InputError
-from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model
+from twice_rec.grpo.candidate_loss import CandidateLoss
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rollout.base import Rollouts
+from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics
+from twice_rec.llm.fused import fuse_on_gpu
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 from twice_rec.llm.throughput import Metered
 
@@ -106,8 +110,9 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
 
     regrouped = staticmethod(groups_together)
 
-    def __init__(self, *arguments: Any, **keywords: Any):
+    def __init__(self, *arguments: Any, candidate_loss: CandidateLoss | None = None, **keywords: Any):
         super().__init__(*arguments, **keywords)
+        self._candidate_loss = candidate_loss
         if not is_dense_text_model(self):
             raise InputError(
                 f"share_prefixes is for dense models of text, found {type(self.model).__name__}; set it to false"
@@ -122,3 +127,32 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
             self.meter.count(rows.position_ids, len(rows.targets), rows.real(), mask.sum(), torch.is_grad_enabled())
 
         return padded_scores(model, input_ids, mask, completion_length, count)
+
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        """Return TRL's loss of a micro-batch, and the candidates' loss added to it, if there is one."""
+        loss = super().compute_loss(model, inputs, *arguments, **keywords)
+        if self._candidate_loss is None:
+            return loss
+
+        def count(rows: SharedRows) -> None:
+            self.meter.count(rows.position_ids, len(rows.targets), rows.real(), 0)
+
+        with self.accelerator.autocast():
+            of_candidates, figures = self._candidate_loss(model, inputs, count)
+        for name, value in figures.items():
+            metrics(self)[name].append(value)
+        return loss + of_candidates / self.current_gradient_accumulation_steps
+
+
+def make_trainer(
+    recipe: GRPORecipe, rollouts: Rollouts | None, candidate_loss: CandidateLoss | None, **keywords: Any
+) -> GRPOTrainer:
+    """Return the recipe's trainer with its rollouts, and on a GPU with fused layers; the keywords are TRL's."""
+    if recipe.share_prefixes:
+        trainer: GRPOTrainer = SharedPrefixGRPOTrainer(candidate_loss=candidate_loss, rollout_func=rollouts, **keywords)
+    else:
+        trainer = GRPOTrainer(rollout_func=rollouts, **keywords)
+    fuse_on_gpu(trainer.model, trainer.args.device)
+    if rollouts is not None:
+        rollouts.attach(trainer)
+    return trainer
