@@ -14,7 +14,7 @@ import torch
 
 from twice_rec.errors import InputError
 from twice_rec.files import read_json
-from twice_rec.llm.flops import ModelArithmetic
+from twice_rec.llm.flops import ModelArithmetic, used_matrices
 from twice_rec.llm.recipe import AdapterConfig, EstimateConfig
 
 GIB = 2**30
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
     arithmetic: ModelArithmetic
     parameters: int  # all weights; a tied head counts once
-    widths: int  # inputs and outputs of all matrices of all layers, added up
+    widths: int  # inputs and outputs of all matrices that a token goes through, added up
     hidden: int  # width of a layer
     depth: int  # number of layers
     vocabulary: int  # number of tokens
@@ -42,9 +42,8 @@ class Shape(NamedTuple):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         text = model.config.get_text_config()
-        matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
         total = sum(parameter.numel() for parameter in model.parameters())
-        widths = sum(sum(matrix.shape) for matrix in matrices)
+        widths = sum(map(sum, used_matrices(model)))
         return cls(ModelArithmetic.of(model), total, widths, text.hidden_size, text.num_hidden_layers, text.vocab_size)
 
 
