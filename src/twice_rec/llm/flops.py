@@ -56,7 +56,7 @@ def used_matrices(model: PreTrainedModel) -> list[tuple[int, int]]:
             continue
         if parameter.ndim == 3:  # [experts, one side, other side]
             if not isinstance(chosen, int):
-                raise ValueError(f"of its experts, config.json has no num_experts_per_tok: {name}")
+                raise ValueError(f"it has experts, {name}, and its config.json no num_experts_per_tok")
             sides += [(parameter.shape[1], parameter.shape[2])] * min(chosen, parameter.shape[0])
         elif parameter.ndim == 2:
             sides.append((parameter.shape[0], parameter.shape[1]))
@@ -83,12 +83,11 @@ class ModelArithmetic:
     def of(cls, model: PreTrainedModel) -> ModelArithmetic:
         """Read a model, also one without values, on the meta device; an adapter's weights do not count."""
         config = model.config.get_text_config()
-        sizes = [inputs * outputs for inputs, outputs in used_matrices(model)]
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         windows = layer_windows(config)
         kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
         return cls(
-            sum(sizes),
+            sum(inputs * outputs for inputs, outputs in used_matrices(model)),
             model.get_output_embeddings().weight.numel(),
             config.num_attention_heads * head_size,
             tuple(windows[kind] for kind in kinds),

@@ -42,9 +42,9 @@ class Shape(NamedTuple):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         text = model.config.get_text_config()
-        total = sum(parameter.numel() for parameter in model.parameters())
+        total, arithmetic = sum(parameter.numel() for parameter in model.parameters()), ModelArithmetic.of(model)
         widths = sum(map(sum, used_matrices(model)))
-        return cls(ModelArithmetic.of(model), total, widths, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        return cls(arithmetic, total, widths, text.hidden_size, text.num_hidden_layers, text.vocab_size)
 
 
 def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
@@ -54,14 +54,20 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
         name: None if the model is not made yet; then `model_shape` stands for it.
 
     Raises:
-        InputError: if neither has it.
+        InputError: if neither has it, or its operations are not counted.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    found = None
     if name is not None:
         with contextlib.suppress(OSError, ValueError):
-            return Shape.of(transformers.AutoConfig.from_pretrained(name, local_files_only=True))
+            found = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    if found is not None:
+        try:
+            return Shape.of(found)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{name}: the operations of this model are not counted ({error}); no estimate") from None
     if config.model_shape is not None:
         values = read_json(Path(config.model_shape))
         try:
