@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
@@ -185,6 +186,13 @@ def test_a_shape_comes_from_this_machine_or_the_file_that_names_the_model():
     assert read_shape(None, GEMMA).depth == 26
     with pytest.raises(InputError, match=r"config\.json of some/model is not on this machine, and model_shape is "):
         read_shape("some/model", GEMMA)
+
+
+def test_a_model_that_is_not_counted_is_told(tmp_path):
+    config = AutoConfig.for_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"not counted \(no mask for layers of the kind conv\); no estimate$"):
+        read_shape(str(tmp_path), GEMMA)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiny_models import gemma3, llama, mistral, qwen3
 from twice_rec.llm.fused import FusedLoraLinear, FusedNorm, fuse_layers, fuse_on_gpu
@@ -203,6 +204,75 @@ def test_trained_norms_and_those_of_others_stay():
     fuse_layers(model)
     assert type(model.model.norm) is not FusedNorm
     assert kinds(model, FusedNorm)
+
+
+class GatedRMSNorm(torch.nn.Module):
+    """A norm that is one of ours as long as it is called without its gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 2, 8), requires_grad=False)
+        self.eps = 1e-6
+
+    def forward(self, x, gate=None):
+        normed = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return normed if gate is None else normed * torch.sigmoid(gate)
+
+
+class PlainRMSNorm(GatedRMSNorm):
+    """The same without a gate."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class HeadsRMSNorm(GatedRMSNorm):
+    """A norm of one argument that takes only [tokens, 2, 4]."""
+
+    def forward(self, x):
+        return super().forward(x.view(-1, 2, 4).flatten(1).view(-1, 8)) if x.shape[-1] == 4 else x.view(-1, 3)
+
+
+class OtherEpsRMSNorm(GatedRMSNorm):
+    """A norm that adds eps in another place, which shows in small values only."""
+
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps * 100)
+
+
+@pytest.mark.parametrize(
+    ("norm", "is_fused"), [(PlainRMSNorm, True), (GatedRMSNorm, False), (HeadsRMSNorm, False), (OtherEpsRMSNorm, False)]
+)
+def test_only_norms_that_a_trial_shows_to_be_equal_are_fused(norm, is_fused):
+    model = torch.nn.Sequential(norm())
+    fuse_layers(model)
+    assert (type(model[0]) is FusedNorm) == is_fused
+
+
+def test_a_model_with_gated_norms_keeps_its_values():
+    config = AutoConfig.for_model(
+        "qwen3_5_text", vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+
+    def make():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config)
+
+    plain, fused = adapted(make), adapted(make, fused=True)
+    assert len(kinds(fused, FusedNorm)) == 7  # two in each layer, of queries, of keys, the last one
+    assert any("RMSNormGated" in type(module).__name__ for module in fused.modules())
+    assert_equal(values_and_gradients(fused), values_and_gradients(plain))
+
+
+def test_heads_in_any_order():
+    """As queries come: [B, L, H, D] transposed, cut out of a wider tensor, or both."""
+    norm = FusedNorm(torch.nn.Parameter(torch.linspace(0.5, 2, 8), requires_grad=False), 1e-6, 0)
+    wide = torch.randn(2, 5, 3, 16)
+    for x in (wide[..., :8], wide[..., :8].transpose(1, 2), wide[..., :8].contiguous().transpose(1, 2)):
+        assert not x.is_contiguous()
+        assert torch.allclose(norm(x), norm(x.contiguous()), atol=1e-6)
 
 
 def test_models_that_are_trained_on_a_cpu_stay_as_they_are():

@@ -16,11 +16,15 @@ from twice_rec.llm import attention
 from twice_rec.llm.models import compile_layers
 from twice_rec.llm.shared_prefix import SharedRows, continuation_certainties, continuation_logprobs
 
+# the heads of Gemma-3-1B
+gemma3_wide = functools.partial(gemma3, head_dim=256, num_key_value_heads=1, query_pre_attn_scalar=256)
+
 MODELS = {
     "gemma3": gemma3(),
     "gemma3-eager": gemma3("eager"),
     "gemma3-chunked": gemma3("chunked_sdpa"),
     "gemma3-varlen": gemma3("varlen"),
+    "gemma3-wide-varlen": gemma3_wide("varlen"),
     "qwen3": qwen3(),
     "qwen3-chunked": qwen3("chunked_sdpa"),
     "qwen3-varlen": qwen3("varlen"),
@@ -155,7 +159,7 @@ def compare(found, expected):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.sampled_from([gemma3, qwen3, llama]),
+    st.sampled_from([gemma3, gemma3_wide, qwen3, llama]),
     st.sampled_from(["sdpa", "varlen"]),
     GROUPS,
     st.randoms(use_true_random=False),
@@ -176,12 +180,13 @@ def test_a_batch_without_any_token_has_zero_gradients():
     assert not any(gradient.any() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("make", [gemma3, qwen3])
-def test_bfloat16_is_as_close_as_the_plain_computation(make):
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+@pytest.mark.parametrize("make", [gemma3, gemma3_wide, qwen3], ids=["gemma3", "wide", "qwen3"])
+def test_bfloat16_is_as_close_as_the_plain_computation(make, attention):
     batch = padded([(list(range(5, 25)), [[30, 31, 32, 33], [40], list(range(50, 62))])], random.Random(0))
     exact = scores_and_gradients(plain_scores, with_head(make), batch)
-    model = with_head(make, dtype=torch.bfloat16)
-    plain_one, shared = (scores_and_gradients(f, model, batch) for f in (plain_scores, padded_scores))
+    plain_one = scores_and_gradients(plain_scores, with_head(make, dtype=torch.bfloat16), batch)
+    shared = scores_and_gradients(padded_scores, with_head(make, attention, torch.bfloat16), batch)
 
     def distance(found):
         gradients = torch.cat([(found[2][name].float() - g).flatten() for name, g in exact[2].items()])
@@ -217,9 +222,7 @@ def long_batch():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    "make",
-    [functools.partial(gemma3, head_dim=256, num_key_value_heads=1), functools.partial(qwen3, head_dim=128), llama],
-    ids=["gemma3", "qwen3", "llama"],
+    "make", [gemma3_wide, functools.partial(qwen3, head_dim=128), llama], ids=["gemma3", "qwen3", "llama"]
 )
 def test_varlen_is_as_close_as_the_plain_computation(make, compiled):
     make, batch = functools.partial(make, max_position_embeddings=4096), long_batch()

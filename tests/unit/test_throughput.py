@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
 from trl import GRPOConfig, SFTConfig
 
 from tiny_base.model import train_tokenizer
@@ -14,6 +15,7 @@ from tiny_models import gemma3, llama
 from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
 from twice_rec.llm import throughput
 from twice_rec.llm.flops import ModelArithmetic, Work
+from twice_rec.llm.footprint import Shape
 from twice_rec.llm.throughput import Meter, peak_tflops
 from twice_rec.sft.collator import PackedCollator
 from twice_rec.sft.trainer import SFTTrainer
@@ -95,6 +97,14 @@ def test_a_line_has_only_what_came_since_the_one_before():
         ("AMD Instinct MI300X", 1307),
         ("NVIDIA A1000 Laptop", None),
         ("Tesla T4", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA A40-48Q", None),
     ],
 )
 def test_peaks(name, peak):
@@ -126,6 +136,34 @@ def test_a_model_with_other_layers_is_trained_all_the_same(caplog):
     with caplog.at_level(logging.INFO):
         Meter.of(model)
     assert "the operations of this model are not counted" in caplog.text
+
+
+MIXTURE = {
+    "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 2, "moe_intermediate_size": 128, "num_experts": 8,
+    "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+
+
+def test_of_experts_those_that_a_token_goes_through_count():
+    """Per layer: queries and output 256 x 256, keys and values 256 x 128, router 256 x 8, experts 2 x 3 x 256 x 128."""
+    shape = Shape.of(AutoConfig.for_model("qwen3_moe", **MIXTURE))
+    assert shape.arithmetic.layers == 2 * (2 * 256 * 256 + 2 * 256 * 128 + 256 * 8 + 2 * 3 * 256 * 128) == 790_528
+    # gate and up are one matrix of 256 x 256
+    assert shape.widths == 2 * (2 * 512 + 2 * 384 + 264 + 2 * (512 + 384))
+
+
+def test_experts_of_an_unknown_number_are_said_not_to_count():
+    config = llama().config  # says nothing of experts
+    with pytest.raises(ValueError, match=r"it has experts, .*experts.*, and its config.json no num_experts_per_tok"):
+        ModelArithmetic.of(SimpleNamespace(config=config, base_model=SimpleNamespace(layers=Experts())))
+
+
+class Experts(torch.nn.Module):
+    """The weights of a layer's experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Parameter(torch.zeros(8, 4, 3))
 
 
 def pinned(monkeypatch):

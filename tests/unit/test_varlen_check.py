@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma2Config, GptOssConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    CodeGenConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MptConfig,
+    Qwen3Config,
+)
 
 from tiny_models import gemma3, qwen3
 from twice_rec.errors import InputError
@@ -26,6 +36,7 @@ def test_models_that_it_takes(card):
     for config in (gemma3(head_dim=256).config, qwen3(head_dim=128).config, AutoConfig.from_pretrained(BASE)):
         for dtype in (torch.bfloat16, torch.float16):
             check_varlen(config, dtype, "cuda")
+    check_varlen(GPT2Config(attn_pdrop=0.0, resid_pdrop=0.1), torch.bfloat16, "cuda")  # dropout elsewhere is no matter
 
 
 @pytest.mark.parametrize(
@@ -36,6 +47,10 @@ def test_models_that_it_takes(card):
         (Qwen3Config(head_dim=20), torch.bfloat16, r"the model's have 20; use attn_implementation sdpa$"),
         (LlamaConfig(hidden_size=60, num_attention_heads=4), torch.bfloat16, r"the model's have 15; use .* sdpa$"),
         (Qwen3Config(attention_dropout=0.1), torch.bfloat16, r"no dropout, the model's attention has; use .* sdpa$"),
+        (GPT2Config(), torch.bfloat16, r"no dropout, the model's attention has; use .* sdpa$"),
+        (GPTBigCodeConfig(), torch.bfloat16, r"no dropout, the model's attention has; use .* sdpa$"),
+        (CodeGenConfig(attn_pdrop=0.1), torch.bfloat16, r"no dropout, the model's attention has; use .* sdpa$"),
+        (MptConfig(attn_config={"attn_pdrop": 1}), torch.bfloat16, r"no dropout, the model's attention has; use"),
         (Gemma2Config(), torch.bfloat16, r"has no soft cap, the model's attention has; use .* eager$"),
         (GptOssConfig(), torch.bfloat16, r"has no sinks, the model's attention has; use .* eager$"),
         (

@@ -14,7 +14,7 @@ from twice_rec.cf.recipe import RankedList
 from twice_rec.data.candidates import ListKind
 from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.grpo.recipe import is_grpo_variant
-from twice_rec.llm.recipe import ModelConfig, PromptConfig
+from twice_rec.llm.recipe import ANOTHER_MODEL, ModelConfig, PromptConfig
 from twice_rec.rationales.recipe import ClientConfig, SamplingConfig
 from twice_rec.recipe import DeviceConfig, Recipe, Settings, is_named, key, rule
 from twice_rec.records import Condition
@@ -107,6 +107,11 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
         """Return the name of a language model's results under eval/."""
         last = None if ranking == self.rankings[0] else ranking
         return "_".join(part for part in (variant, self.suffix, last) if part is not None)
+
+    @property
+    def settings_alone(self) -> list[str]:
+        """See `ModelConfig`; a question is always computed once for its completions."""
+        return [ANOTHER_MODEL]
 
     @rule
     def suffix_is_part_of_a_name(self) -> str | None:

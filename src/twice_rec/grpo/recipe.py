@@ -211,6 +211,16 @@ class GRPORecipe(
         """Folder of the results under run_dir."""
         return grpo_folder(self.variant)
 
+    @property
+    def settings_alone(self) -> list[str]:
+        """See `ModelConfig`; the trainer's own samples, and rewards that ask the policy, compute a prompt once."""
+        used = [
+            (self.share_prefixes, "share_prefixes false"),
+            (self.rollout == "transformers", "rollout vllm_server"),
+            *((bool(REWARDS[name].needs_policy), f"reward_funcs without {name}") for name in self.reward_funcs),
+        ]
+        return [setting for is_used, setting in used if is_used]
+
     @rule
     def variant_names_a_folder(self) -> str | None:
         if not is_grpo_variant(self.variant):

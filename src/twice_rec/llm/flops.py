@@ -43,12 +43,32 @@ def _pairs(seen: int, own: int, window: int | None) -> int:
     return full * seen + full * (full + 1) // 2 + (own - full) * (window or 0)
 
 
+def used_matrices(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Return the two sides of each matrix of the decoder layers that a token goes through, without an adapter's.
+
+    Raises:
+        ValueError: if there are experts, and the configuration does not say how many of them a token goes through.
+    """
+    sides, config = [], model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    for name, parameter in model.base_model.layers.named_parameters():
+        if "lora_" in name or name.endswith("bias"):
+            continue
+        if parameter.ndim == 3:  # [experts, one side, other side]
+            if not isinstance(chosen, int):
+                raise ValueError(f"it has experts, {name}, and its config.json no num_experts_per_tok")
+            sides += [(parameter.shape[1], parameter.shape[2])] * min(chosen, parameter.shape[0])
+        elif parameter.ndim == 2:
+            sides.append((parameter.shape[0], parameter.shape[1]))
+    return sides
+
+
 @dataclass(frozen=True, slots=True)
 class ModelArithmetic:
     """What decides a model's operations.
 
     Args:
-        layers: weights of all decoder layers' matrices.
+        layers: weights of all decoder layers' matrices; of experts, those that a token goes through.
         head: weights of the matrix that gives the logits.
         attention: numbers in all query heads of a layer.
         windows: sliding window of each layer, None for full attention.
@@ -63,16 +83,11 @@ class ModelArithmetic:
     def of(cls, model: PreTrainedModel) -> ModelArithmetic:
         """Read a model, also one without values, on the meta device; an adapter's weights do not count."""
         config = model.config.get_text_config()
-        matrices = {
-            name: parameter.numel()
-            for name, parameter in model.base_model.layers.named_parameters()
-            if parameter.ndim == 2 and "lora_" not in name
-        }
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         windows = layer_windows(config)
         kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
         return cls(
-            sum(matrices.values()),
+            sum(inputs * outputs for inputs, outputs in used_matrices(model)),
             model.get_output_embeddings().weight.numel(),
             config.num_attention_heads * head_size,
             tuple(windows[kind] for kind in kinds),

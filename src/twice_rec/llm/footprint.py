@@ -14,7 +14,7 @@ import torch
 
 from twice_rec.errors import InputError
 from twice_rec.files import read_json
-from twice_rec.llm.flops import ModelArithmetic
+from twice_rec.llm.flops import ModelArithmetic, used_matrices
 from twice_rec.llm.recipe import AdapterConfig, EstimateConfig
 
 GIB = 2**30
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
     arithmetic: ModelArithmetic
     parameters: int  # all weights; a tied head counts once
-    widths: int  # inputs and outputs of all matrices of all layers, added up
+    widths: int  # inputs and outputs of all matrices that a token goes through, added up
     hidden: int  # width of a layer
     depth: int  # number of layers
     vocabulary: int  # number of tokens
@@ -42,10 +42,9 @@ class Shape(NamedTuple):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         text = model.config.get_text_config()
-        matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
-        total = sum(parameter.numel() for parameter in model.parameters())
-        widths = sum(sum(matrix.shape) for matrix in matrices)
-        return cls(ModelArithmetic.of(model), total, widths, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        total, arithmetic = sum(parameter.numel() for parameter in model.parameters()), ModelArithmetic.of(model)
+        widths = sum(map(sum, used_matrices(model)))
+        return cls(arithmetic, total, widths, text.hidden_size, text.num_hidden_layers, text.vocab_size)
 
 
 def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
@@ -55,14 +54,20 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
         name: None if the model is not made yet; then `model_shape` stands for it.
 
     Raises:
-        InputError: if neither has it.
+        InputError: if neither has it, or its operations are not counted.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    found = None
     if name is not None:
         with contextlib.suppress(OSError, ValueError):
-            return Shape.of(transformers.AutoConfig.from_pretrained(name, local_files_only=True))
+            found = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    if found is not None:
+        try:
+            return Shape.of(found)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{name}: the operations of this model are not counted ({error}); no estimate") from None
     if config.model_shape is not None:
         values = read_json(Path(config.model_shape))
         try:

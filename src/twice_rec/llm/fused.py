@@ -10,6 +10,7 @@ Shapes: N tokens, r the adapter's rank.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm, of the shape and type of `x`; the statistics are float32."""
-        if x.dim() == 4 and not x.is_contiguous():  # heads before tokens: the kernel would copy them
+        if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+            # heads before tokens: the kernel would copy them
             return self.forward(x.transpose(1, 2)).transpose(1, 2)
         normed = normalized(x, self.eps)
         return _TimesOneMore.apply(normed, self.weight.to(x.dtype)) if self.offset else self.weight * normed
@@ -144,15 +146,24 @@ class _TimesOneMore(torch.autograd.Function):
 
 
 def fused_norm(module: nn.Module) -> FusedNorm | None:
-    """Return the fused form of a frozen RMSNorm, or None for all other modules; a trial decides which kind it is."""
+    """Return the fused form of a frozen RMSNorm, or None for all other modules; a trial decides which kind it is.
+
+    A norm whose forward takes more than one argument, such as a gate, stays: the model may call it with all of them.
+    """
     eps, weight = getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None)
     if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):  # as Liger's norms
         return None
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.requires_grad or not weight.numel():
         return None
-    trial = torch.linspace(-2, 3, weight.numel(), dtype=torch.float32, device=weight.device)[None]  # [1, width]
+    if weight.ndim != 1 or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    trial = torch.linspace(-2, 3, weight.numel(), dtype=torch.float32, device=weight.device)  # [width]
+    trial = torch.stack([trial, 1e-3 * trial])[None]  # [1, 2, width]; in the second row eps counts
     with torch.no_grad():
-        expected = module(trial)
+        try:
+            expected = module(trial)
+        except Exception:  # noqa: BLE001 - it is no norm over the last dimension
+            return None
         for offset in (0, 1):
             found = FusedNorm(weight, eps, offset)(trial)
             if torch.allclose(found, expected, rtol=1e-4, atol=1e-4):

@@ -1,4 +1,4 @@
-"""What is looked at before a model is loaded and a folder is begun: its files, its chat template, its layers."""
+"""What is looked at before a model is loaded and a folder is begun: its files, chat template, layers and attention."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from twice_rec.errors import InputError
 from twice_rec.files import read_json
-from twice_rec.llm.recipe import ALL_LINEAR, AdapterConfig
+from twice_rec.llm.recipe import ALL_LINEAR, SHARES_PREFIXES, VARLEN, AdapterConfig
 from twice_rec.llm.tokens import first_line, from_pretrained, load_tokenizer
+from twice_rec.llm.trial import check_shared_rows
+from twice_rec.llm.varlen import check_varlen
 from twice_rec.prompts import Message
-from twice_rec.recipe import TrainerRecipe
+from twice_rec.recipe import DeviceConfig, TrainerRecipe
 from twice_rec.weight_files import SHARDS, fault_of_file, fault_of_shards, fault_of_weights
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
 
     Raises:
         InputError: if Liger is asked for and missing, if its files are not whole, if its chat template does not take
-            our prompts, or if the adapter names layers that it does not have.
+            our prompts, if the adapter names layers that it does not have, or if `check_attention` finds a fault.
     """
     keys = recipe.trainer_keys if isinstance(recipe, TrainerRecipe) else {}
     if keys.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
@@ -45,7 +47,22 @@ def checked_tokenizer(name: str | Path, recipe: Any) -> PreTrainedTokenizerBase:
     check_template(tokenizer, name)
     if isinstance(recipe, AdapterConfig) and recipe.use_peft:
         check_layers(name, recipe, recipe.model_revision)
+    check_attention(name, recipe)
     return tokenizer
+
+
+def check_attention(name: str | Path, recipe: Any) -> None:
+    """Raise an InputError if the kind of attention does not take the model, its dtype, this machine or shared rows."""
+    kind, alone = recipe.attn_implementation, recipe.settings_alone
+    if kind != VARLEN and not alone:
+        return
+    settings = from_pretrained(AutoConfig, name, revision=recipe.model_revision)
+    check_shared_rows(name, settings, kind if kind in SHARES_PREFIXES else "sdpa", alone)
+    if kind == VARLEN:
+        on_cpu = isinstance(recipe, TrainerRecipe) and recipe.trainer_keys.get("use_cpu")
+        device = recipe.torch_device() if isinstance(recipe, DeviceConfig) else "cpu" if on_cpu else None
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_varlen(settings, getattr(torch, recipe.dtype), device)
 
 
 def check_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output
 estimate_key = partial(key, changes_result=False)
 VARLEN = "varlen"  # ours, for GPUs; see `varlen`
 SHARES_PREFIXES = (*TAKES_MASKS, VARLEN)  # kinds that can compute a common beginning once
+ANOTHER_MODEL = "another model"
 
 
 class ModelConfig(Settings):
@@ -21,6 +22,11 @@ class ModelConfig(Settings):
     model_revision: str | None = key(None, "branch, tag or commit of model_name_or_path on the hub")
     dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "type of the weights")
     attn_implementation: str = key("sdpa", f"attention: {', '.join(SHARES_PREFIXES)}, or another of transformers")
+
+    @property
+    def settings_alone(self) -> list[str]:
+        """Settings with which no rows are laid out together, if some are with those here; see `trial`."""
+        return []
 
 
 class AdapterConfig(Settings):

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from twice_rec.llm.attention import layer_windows
 from twice_rec.llm.recipe import TAKES_MASKS, VARLEN
-from twice_rec.llm.varlen import Segments
+from twice_rec.llm.varlen import Segments, unread_mask
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its continuations
 
@@ -243,7 +243,7 @@ def segment_inputs(model: PreTrainedModel, segments: Segments, length: int) -> d
 
     Without a mask, transformers would build one from the positions; and TRL counts its ones as the row's tokens.
     """
-    unread = torch.ones((1, 1, 1, length), dtype=torch.bool, device=segments.queries.device)
+    unread = unread_mask(length, segments.queries.device)
     kinds = layer_windows(model.config.get_text_config())
     return {**segments.keywords(), "attention_mask": unread if "" in kinds else _Masks.fromkeys(kinds, unread)}
 

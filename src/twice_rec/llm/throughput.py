@@ -6,6 +6,7 @@ The operations are those of `flops`, as in the estimates: what gradient checkpoi
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -42,10 +43,16 @@ PEAK_TFLOPS = {
     "RTX 3090": 71,  # NVIDIA GA102 architecture paper, sums in float32
     "MI300X": 1307,  # AMD Instinct MI300X data sheet
 }
+_OTHER_PEAK = re.compile(r"\b(MIG|Laptop|Mobile|Max-Q|Ti|SUPER|4090 D|\d+[QC])\b", re.IGNORECASE)
 
 
 def peak_tflops(name: str) -> float | None:
-    """Return the peak of a GPU by the name that torch gives it; None if it is not among `PEAK_TFLOPS`."""
+    """Return the peak of a GPU by the name that torch gives it; None if it is not among `PEAK_TFLOPS`.
+
+    A part of a card (MIG, or a profile of a virtual GPU such as 48Q), and cards of a like name, have another peak.
+    """
+    if _OTHER_PEAK.search(name):
+        return None
     words = f" {name.replace('-', ' ')} "
     return next((peak for part, peak in PEAK_TFLOPS.items() if f" {part} " in words), None)
 

@@ -12,6 +12,7 @@ Shapes: L tokens of the row, S segments, N keys of all paths, H query heads, h k
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from twice_rec.llm.recipe import VARLEN
 _PUBLIC = {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 _PREFIX = "segment_"  # of their names among a forward's keywords
+_SDPA = "use attn_implementation sdpa"
+_DROPOUT = re.compile(r"^att(n|ention).*_p?drop")  # its names in configurations
 
 
 class Segments(NamedTuple):
@@ -133,10 +136,17 @@ def varlen_attention(
 
     Args:
         query: [1, H, L, D]; key and value: [1, h, L, D].
+
+    Raises:
+        InputError: if the mask is `unread_mask`, so that the layer was to have segments; or if there is dropout.
     """
     segments = Segments.among(others)
     if segments is None:
+        if attention_mask is not None and attention_mask.shape[-2] < query.shape[-2]:
+            raise InputError(f"attn_implementation {VARLEN}: no segments reach the model's attention; {_SDPA}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    if dropout:
+        raise InputError(f"attn_implementation {VARLEN} has no dropout, the model's attention has; {_SDPA}")
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, D]
     if segments.places is not None:
         how = (segments.places, segments.uses, segments.first_uses)
@@ -175,6 +185,17 @@ def sdpa_segments(
     return torch.cat(parts)
 
 
+def unread_mask(length: int, device: torch.device) -> Tensor:
+    """Return the mask that goes with segments, which no layer reads: bool [1, 1, 1, L], of one query for L tokens."""
+    return torch.ones((1, 1, 1, length), dtype=torch.bool, device=device)
+
+
+def _drops(values: Mapping[str, Any]) -> bool:
+    """Return whether a configuration, or a part of it, has dropout in its attention, which has several names."""
+    parts = (_drops(value) for value in values.values() if isinstance(value, Mapping))
+    return any(value for name, value in values.items() if _DROPOUT.search(str(name))) or any(parts)
+
+
 def check_varlen(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str) -> None:
     """Look whether the kernel takes a model.
 
@@ -190,7 +211,7 @@ def check_varlen(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
         (torch.version.hip is None and capability < (8, 0), of_card, "sdpa"),
         (dtype not in (torch.bfloat16, torch.float16), f"takes bfloat16 and float16, found dtype {dtype}", "sdpa"),
         (head > 256 or head % 8 != 0, f"takes heads of 8, 16, ... 256 numbers, the model's have {head}", "sdpa"),
-        (bool(getattr(config, "attention_dropout", 0)), "has no dropout, the model's attention has", "sdpa"),
+        (_drops(config.to_dict()), "has no dropout, the model's attention has", "sdpa"),
         (bool(getattr(config, "attn_logit_softcapping", None)), "has no soft cap, the model's attention has", "eager"),
         (config.model_type == "gpt_oss", "has no sinks, the model's attention has", "eager"),
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from twice_rec.llm.recipe import (
+    ANOTHER_MODEL,
     SHARES_PREFIXES,
     AdapterConfig,
     ComputeConfig,
@@ -81,6 +82,12 @@ class SFTRecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Compute
     def folder(self) -> str:
         """Folder of the results under run_dir."""
         return sft_folder(self.variant)
+
+    @property
+    def settings_alone(self) -> list[str]:
+        """See `ModelConfig`; samples are drawn from prompts that are computed once."""
+        off = {"share_prefixes": "false", "pack_tokens": "null", "sample_every": "null"}
+        return [f"{name} {value}" for name, value in off.items() if getattr(self, name)]
 
     @rule
     def variant_names_a_folder(self) -> str | None:
@@ -167,6 +174,11 @@ class SDPORecipe(TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, Estima
     def folder(self) -> str:
         """Folder of the results under run_dir."""
         return sft_folder(self.variant)
+
+    @property
+    def settings_alone(self) -> list[str]:
+        """See `ModelConfig`; a prompt is always computed once for its answers."""
+        return [ANOTHER_MODEL]
 
     @rule
     def variant_is_not_that_of_stage_2(self) -> str | None:
