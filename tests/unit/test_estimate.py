@@ -274,7 +274,14 @@ def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypa
         ("grpo", [], "it fits 80 GiB"),
         ("grpo", ["--gradient_checkpointing", "false"], "IT DOES NOT FIT 80 GiB"),
         ("grpo_improved", [], "it fits 80 GiB"),
-        ("grpo_one_gpu", [], "20.0 GiB on each of its GPUs; on the GPU of a trainer it fits too"),
+        ("grpo", [], "72.0 GiB on each of its GPUs\n"),
+        ("grpo", ["--rollout_gpu_memory_utilization", "0.05"], "TOO SMALL: its weights and least room take 5.9 GiB; "),
+        ("grpo", ["--rollout_gpu_memory_utilization", "0.05"], "use --rollout_gpu_memory_utilization 0.08\n"),
+        ("grpo_one_gpu", [], "logits 2.00, vLLM 20.00\n"),
+        ("grpo_one_gpu", [], "it fits 80 GiB (assumed, since this machine has no GPU), with vLLM on the same GPU"),
+        ("grpo_one_gpu", ["--gpu_memory_gib", "12"], "IT DOES NOT FIT 12 GiB (gpu_memory_gib), with vLLM on the same"),
+        ("grpo_one_gpu", ["--rollout", "trl_colocate"], "logits 2.00, vLLM 20.00\n"),
+        ("grpo", ["--rollout", "trl_colocate"], "IT DOES NOT FIT 80 GiB"),
         (
             "grpo",
             ["--gradient_accumulation_steps", "7", "--per_device_train_batch_size", "3"],
@@ -286,6 +293,42 @@ def test_a_dry_run_says_whether_it_fits(name, flags, line, tmp_path, capsys):
     words = [f"recipes/grocery/{name}.yaml", "--dry_run", "--run_dir", str(tmp_path / "run"), *flags]
     assert MAINS[name.split("_")[0]](words) == 0
     assert line in capsys.readouterr().out
+
+
+def test_a_gpu_that_trainer_and_server_share_counts_once(prepared, capsys):
+    """A server of its own doubles the GPU-hours of one trainer; one on the trainer's GPU, or inside of it, does not."""
+    words = ["recipes/tiny/grpo.yaml", "--run_dir", str(prepared), "--model_name_or_path", "assets/tiny_base"]
+    words += ["--dry_run", "--use_peft", "true", "--rollout_tokens_per_second", "0.5"]
+    hours = {}
+    for rollout, shares in (("vllm_server", "false"), ("vllm_server", "true"), ("trl_colocate", "false")):
+        assert stage3c_grpo.main([*words, "--rollout", rollout, "--rollout_shares_gpu", shares]) == 0
+        shown = capsys.readouterr().out
+        hours[rollout, shares] = float(re.search(r"^GPU-hours +([\d,.]+)$", shown, re.M)[1].replace(",", ""))
+        assert ("vLLM's share" in shown) == (shares == "false" and rollout == "vllm_server")
+    apart, together, within = hours.values()
+    assert apart == pytest.approx(2 * together, rel=1e-3)
+    assert together == within > 1
+
+
+def test_pieces_of_a_micro_batch_take_less_memory_and_more_work(shape):
+    """Prompts of 1,000 tokens with 8 completions of 100, 16 completions at once: 2 prompts, 3,600 tokens."""
+    flags = ["--num_generations", "8", "--per_device_train_batch_size", "16", "--gradient_checkpointing", "false"]
+    flags += ["--max_completion_length", "100", "--beta", "0", "--vllm_importance_sampling_correction", "false"]
+    lengths = dict.fromkeys(of_sft.TASKS, np.array([[1000.0, 100.0]]))
+
+    def found(*more):
+        recipe = recipe_of("grocery/grpo_improved.yaml", GRPORecipe, *flags, *more)
+        return of_grpo.estimate(recipe, shape, lengths, users=100)
+
+    whole, same, groups, parts = (
+        found(*more) for more in ([], *(["--tokens_at_once", n] for n in ("3600", "1800", "1400")))
+    )
+    assert (whole.at_once, same.at_once, groups.at_once, parts.at_once) == (3600, 3600, 1800, 1400)
+    assert same == whole
+    assert groups.computed == whole.computed
+    assert groups.flops == pytest.approx(1.5 * whole.flops, rel=0.01)  # a forward of three
+    assert parts.computed / whole.computed == pytest.approx(5600 / 3600)  # 4 completions a piece: each prompt twice
+    assert groups.memory["activations"] == pytest.approx(whole.memory["activations"] / 2)
 
 
 @pytest.mark.parametrize("name", ["grpo", "grpo_4gpus", "grpo_8gpus", "grpo_two_nodes", "grpo_ray"])

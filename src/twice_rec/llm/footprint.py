@@ -7,6 +7,7 @@ tenth. That other shapes behave alike is assumed.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,10 +115,16 @@ def gpu_hours(flops: float, config: EstimateConfig) -> float:
     return flops / (config.gpu_tflops * 1e12 * config.gpu_utilization) / 3600
 
 
+def this_gpu() -> int:
+    """Return the number of the GPU on which this process trains: accelerate tells each process its own."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def card_gib(config: EstimateConfig) -> tuple[float, str]:
-    """Return the memory of a GPU in GiB, and where the figure comes from."""
+    """Return the memory of this process's GPU in GiB, and where the figure comes from."""
     if config.gpu_memory_gib is not None:
         return config.gpu_memory_gib, "gpu_memory_gib"
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GIB, torch.cuda.get_device_name(0)
+        device = this_gpu()
+        return torch.cuda.get_device_properties(device).total_memory / GIB, torch.cuda.get_device_name(device)
     return 80.0, "assumed, since this machine has no GPU"

@@ -60,7 +60,9 @@ def grpo(recipe: GRPORecipe) -> None:
         first = targets_first(recipe, data, rewarder)
         shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
         logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
+        pieces = {"tokens_at_once": recipe.tokens_at_once} if recipe.share_prefixes else {}
         trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
+            **pieces,
             rollout_func=rollouts,
             model=model,
             reward_funcs=rewards.functions,
