@@ -146,6 +146,53 @@ def test_the_packs_are_those_that_stage_2_makes(shape, prepared):
     assert how == "4 characters per token, assumed"
 
 
+def test_the_user_with_the_longest_prompt_is_in_the_sample(prepared):
+    data, recipe = PreparedData(prepared / "data"), recipe_of("tiny/sft.yaml", SFTRecipe)
+    lengths, population, _ = of_sft.measure(data, recipe, None)
+    builder = PromptBuilder(data.catalog, data.prompt_format, None, recipe)
+    written = [builder.recommend(example, True) for example in data.training_examples()]
+    longest = max(sum(len(message["content"]) for message in prompt) for prompt in written)
+    assert population.users > of_sft.SAMPLE == len(lengths["rationale"])
+    assert lengths["rationale"][:, 0].max() == longest / 4
+
+
+def test_packs_of_trl_count_as_packs(shape):
+    """Of 40 users 30 have a row of 500 + 100 tokens, all one of 500 + 50; TRL puts 3 into 2,000 tokens."""
+    lengths = {
+        "item_info": np.array([[100.0, 50.0]]),
+        "direct": np.array([[500.0, 50.0]]),
+        "rationale": np.array([[500.0, 100.0]]),
+    }
+    flags = ["--share_prefixes", "false", "--pack_tokens", "null", "--num_train_epochs", "1", "--item_info_rows", "0"]
+    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--max_length", "2000"]
+
+    def found(*more):
+        recipe = recipe_of("grocery/sft.yaml", SFTRecipe, *flags, *more)
+        return of_sft.estimate(recipe, shape, lengths, Population(40, 30, 0))
+
+    single, packed = found(), found("--packing", "true")
+    assert (single.steps, single.at_once) == (35, 2 * 600)
+    assert packed.at_once == 2 * 2000
+    assert packed.steps == pytest.approx(70 / 3 / 2, abs=1)
+    assert packed.tokens / packed.steps == pytest.approx((40 * 550 + 30 * 600) / 12, rel=0.1)
+    cut = found("--packing", "true", "--max_length", "550")  # a row each, the longer ones cut
+    assert (cut.at_once, cut.steps) == (2 * 550, 35)
+
+
+def test_smoothed_labels_take_the_logits_of_all_tokens(shape):
+    """8 bytes for each of 262,144 tokens of the vocabulary: 2 MiB a token, 2 GiB for a tile of 1,024."""
+    lengths = dict.fromkeys(of_sft.TASKS, np.array([[4000.0, 96.0]]))
+    flags = ["--share_prefixes", "false", "--pack_tokens", "null", "--per_device_train_batch_size", "2"]
+    logits = [
+        of_sft.estimate(
+            recipe_of("grocery/sft.yaml", SFTRecipe, *flags, "--label_smoothing_factor", factor),
+            shape, lengths, Population(9, 9, 9),
+        ).memory["logits"]
+        for factor in ("0", "0.1")
+    ]  # fmt: skip
+    assert logits == [2.0, 16.0]
+
+
 def test_bnpo_brings_several_prompts_into_a_micro_batch():
     paper, improved = (recipe_of(f"grocery/{name}.yaml", GRPORecipe) for name in ("grpo", "grpo_improved"))
     draw, completions = random.Random(0), [prompt for prompt in range(8) for _ in range(16)]
@@ -222,7 +269,9 @@ def test_a_dry_run_with_data_has_tokens_steps_and_time(stage, prepared, capsys):
     assert re.search(r"^rows +.*\d", shown, re.MULTILINE)
     assert re.search(r"^steps +[\d,]+$", shown, re.MULTILINE)
     assert re.search(
-        r"^prompts +[\d,]+ / [\d,]+ / [\d,]+ / [\d,]+ tokens at .* tokenizer of assets", shown, re.MULTILINE
+        r"^prompts +[\d,]+ / [\d,]+ / [\d,]+ / [\d,]+ tokens at .* of 200 users, .* tokenizer of assets",
+        shown,
+        re.MULTILINE,
     )
     assert re.search(r"^training .*h at 10% of 989 TFLOP/s \[assumed", shown, re.MULTILINE)
     assert ("rollouts" in shown) == (stage == "grpo")

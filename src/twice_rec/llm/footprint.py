@@ -85,7 +85,14 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
 
 
 def memory(
-    shape: Shape, config: AdapterConfig, tokens: int, weights: str, checkpointing: bool, zero: int = 0, gpus: int = 1
+    shape: Shape,
+    config: AdapterConfig,
+    tokens: int,
+    weights: str,
+    checkpointing: bool,
+    zero: int = 0,
+    gpus: int = 1,
+    tile: int = TILE_TOKENS,
 ) -> dict[str, float]:
     """Return part -> GiB of each GPU's memory in a training step.
 
@@ -93,6 +100,7 @@ def memory(
         tokens: that go through the model at once, a shared beginning counted once.
         weights: a key of `WEIGHT_BYTES`.
         zero: stage of DeepSpeed's ZeRO, 0 for none; it divides what it shards by `gpus`.
+        tile: tokens whose logits exist at a time.
     """
     trained = config.lora_r * shape.widths if config.use_peft else shape.parameters  # an adapter on all matrices
     wide = 2.0 if weights == "float32" else 1.0
@@ -105,7 +113,7 @@ def memory(
         "adapter" if config.use_peft else "gradients": (8.0 if config.use_peft else 4.0) * trained / shards[1],
         "optimizer": 8.0 * trained / shards[0],
         "activations": kept,
-        "logits": 8.0 * min(tokens, TILE_TOKENS) * shape.vocabulary,
+        "logits": 8.0 * min(tokens, tile) * shape.vocabulary,
     }
     return {part: size / GIB for part, size in parts.items()}
 

@@ -56,7 +56,10 @@ def plan_training(recipe: Training) -> None:
     if is_prepared:
         lines |= _work(recipe, found, processes)
         quantiles = " / ".join(f"{q:,.0f}" for q in np.percentile(lengths["direct"][:, 0], (10, 50, 90, 100)))
-        lines["prompts"] = f"{quantiles} tokens at 10 / 50 / 90 / 100 %, counted by {how}"
+        lines["prompts"] = (
+            f"{quantiles} tokens at 10 / 50 / 90 / 100 % of {len(lengths['direct'])} users, the one with "
+        )
+        lines["prompts"] += f"the longest prompt among them; counted by {how}"
     else:
         lines["steps, tokens, time"] = f"not known before {folder} is there (prepare.sh)"
     if isinstance(recipe, GRPORecipe) and recipe.vllm_is_beside_the_trainer:
