@@ -140,7 +140,7 @@ def switches(who: str, options: argparse.Namespace) -> dict[str, object]:
 def run(options: argparse.Namespace, who: str) -> dict[str, float]:
     """What one process of ours or theirs finds, printed too."""
     found = in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who}))
-    found["mfu"] = round(found["flops"] / found["seconds"] / (options.peak_tflops * 1e12), 3)
+    found["mfu"] = found["flops"] / found["seconds"] / (options.peak_tflops * 1e12)
     how = {name: getattr(options, name) for name in _HOW}
     how |= switches(who, options)
     show_line("shared_prefix_run", who=who, **how, **found)
