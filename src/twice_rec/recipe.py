@@ -143,6 +143,12 @@ class Recipe(Settings):
         return {name: getattr(self, name) for name, field in type(self).model_fields.items() if _changes_result(field)}
 
     @classmethod
+    def defaults(cls, names: Iterable[str]) -> dict[str, Any]:
+        """Return the defaults of those keys that have one: what earlier versions did that had no such key."""
+        fields = {name: cls.model_fields[name] for name in names if name in cls.model_fields}
+        return {name: field.get_default() for name, field in fields.items() if not field.is_required()}
+
+    @classmethod
     def under_present_names(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings that an earlier version stored, under the names that keys and values have now."""
         renamed = {cls.RENAMED.get(name, name): value for name, value in settings.items()}

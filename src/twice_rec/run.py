@@ -292,7 +292,7 @@ class StageRun:
         return {"steps": trainer.state.global_step, **{k: v for k, v in last.items() if isinstance(v, (int, float))}}
 
     def _differences(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-        settings = self._recipe.under_present_names(settings)
+        settings = {**self._recipe.defaults(self._settings), **self._recipe.under_present_names(settings)}
         found = [
             f"{name} was {settings.get(name)!r}, is {self._settings.get(name)!r}"
             for name in sorted(settings.keys() | self._settings.keys())

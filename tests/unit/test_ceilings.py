@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from twice_rec.data import ceilings
 from twice_rec.data.ceilings import CEILINGS, Ceiling, ceiling_scores, shown_histories
 from twice_rec.data.sources.synthetic import BRANDS, COHORTS, DIETS, SyntheticConfig, SyntheticDomain
+from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.prompts import PromptFormat
 from twice_rec.records import Interaction, UserSequence
 from twice_rec.stages import stage4_evaluate
@@ -222,8 +222,11 @@ def test_ceilings_rank_only_lists_that_favour_no_item(tmp_path, monkeypatch):
     for name in ("oracle", "ceiling_text", "mine"):
         (tmp_path / "data" / f"{name}.npz").touch()
     lists = ["uniform", "popularity", "hard", "full"]
-    recipe = SimpleNamespace(
-        run_path=tmp_path, precomputed_scores={"mine": str(tmp_path / "data" / "mine.npz")}, score_lists=lists
+    recipe = EvaluateRecipe.model_construct(
+        domain="D",
+        run_dir=str(tmp_path),
+        precomputed_scores={"mine": str(tmp_path / "data" / "mine.npz")},
+        score_lists=lists,
     )
     for name in ("oracle", "ceiling_text", "mine"):
         stage4_evaluate._score_file(recipe, None, name, [])

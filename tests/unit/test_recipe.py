@@ -39,7 +39,7 @@ CLASSES = {
     "rationales_self_verified": RationalesRecipe,
     "sft_self_verified": SFTRecipe,
     "sdpo": SDPORecipe,
-    **dict.fromkeys(("grpo_rank", "grpo_certainty"), GRPORecipe),
+    **dict.fromkeys(("grpo_rank", "grpo_certainty", "grpo_distilled"), GRPORecipe),
     **dict.fromkeys(("sft_4gpus", "sft_8gpus"), SFTRecipe),
     "sasrec": SASRecRecipe,
     "sasrec_release": SASRecRecipe,
@@ -58,7 +58,7 @@ CLASSES = {
     "share": ShareRecipe,
 }
 MODULES = [*ROOT.glob("src/twice_rec/**/*.py"), *ROOT.glob("tiny_base/*.py")]
-FOLDERS = ("tiny", "grocery", "amazon", "smollm")
+FOLDERS = ("tiny", "synthetic", "grocery", "amazon", "smollm")
 RECIPES = sorted(
     [
         *(path for folder in FOLDERS for path in ROOT.glob(f"recipes/{folder}/*.yaml")),

@@ -49,6 +49,17 @@ def test_finished_work_is_known_again(tmp_path):
     assert "torch" in manifest.about["versions"]
 
 
+def test_results_of_before_a_key_existed_have_its_default(tmp_path):
+    finish(make(tmp_path))
+    path = tmp_path / "out" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["k"]
+    path.write_text(json.dumps(manifest))
+    assert make(tmp_path).is_finished()
+    with pytest.raises(InputError, match="out holds results: k was 5, is 7"):
+        make(tmp_path, k=7).begin()
+
+
 def test_other_settings_are_refused_with_both_values(tmp_path):
     finish(make(tmp_path))
     other = make(tmp_path, k=7)

@@ -214,7 +214,7 @@ def test_seconds_of_an_evaluation_are_those_of_all_its_rankings(tmp_path):
     assert expected[of["seed 43 evaluate stage2"]] == Expected(80.0, MEASURED)
     assert expected[of["seed 42 evaluate base"]] == Expected(0.0, THERE)
     assert expected[of["seed 42 evaluate oracle"]].how == UNKNOWN  # a score file is not asked
-    score_lists = {"lists": of["seed 42 evaluate oracle"].recipe.score_lists}
+    score_lists = {"lists": of["seed 42 evaluate oracle"].recipe.lists_of("oracle")}
     results(tmp_path / "tiny_seed43" / "eval" / "oracle", "evaluate", score_lists, 2.0)
     assert expected_of(list(of.values()), recipe)[of["seed 42 evaluate oracle"]] == Expected(2.0, MEASURED)
 

@@ -97,6 +97,12 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, Device
     )
     batch_size: int = key(8, "questions per batch", ge=1)
 
+    def lists_of(self, variant: str) -> list[RankedList]:
+        """Return the lists that a score file ranks: of what is truly known, those that favour no item."""
+        if variant not in KNOWN_SCORES:
+            return self.score_lists
+        return [kind for kind in self.score_lists if kind in ("uniform", "full")]
+
     def result_name(self, variant: str, ranking: str) -> str:
         """Return the name of a language model's results under eval/."""
         last = None if ranking == self.rankings[0] else ranking

@@ -129,9 +129,23 @@ class RolloutConfig(Settings):
         return None
 
 
+class CandidateLossConfig(Settings):
+    """A loss on all candidates after sampled rationales, beside GRPO's; see `candidate_loss`."""
+
+    candidate_loss: Literal["none", "expected_reward", "distillation"] = key(
+        "none",
+        "a loss on all candidates after a sampled rationale: none (paper); the exact expectation of the rewards that "
+        "depend on the item; or the distance to the CF model's calibrated softmax",
+    )
+    candidate_weight: float = key(1.0, "weight of that loss beside GRPO's", gt=0)
+    candidate_rationales: int | None = key(
+        1, "different rationales of a prompt that it uses per micro-batch; null for all", ge=1
+    )
+
+
 class GRPORecipe(
     TrainerRecipe, ModelConfig, AdapterConfig, PromptConfig, ComputeConfig, RewardConfig, ConfidenceConfig,
-    RolloutConfig, EstimateConfig,
+    RolloutConfig, EstimateConfig, CandidateLossConfig,
 ):  # fmt: skip
     """Stage 3: confidence-weighted GRPO of the stage-2 model."""
 
@@ -261,8 +275,24 @@ class GRPORecipe(
             return f"{found}; they go in pairs"
         if not self.reward_funcs:
             return "reward_funcs is empty; there is nothing to optimise"
-        if not any(self.reward_weights):
+        if not any(self.reward_weights) and self.candidate_loss != "distillation":
             return "reward_weights are all 0; there is nothing to optimise"
+        return None
+
+    @rule
+    def candidates_can_be_scored(self) -> str | None:
+        if self.candidate_loss == "none":
+            return None
+        if self.item_first or not self.share_prefixes:
+            needed = "item_first false and share_prefixes true"
+            found = f"item_first {self.item_first} and share_prefixes {self.share_prefixes}"
+            return f"candidate_loss is {self.candidate_loss}; it needs {needed}, found {found}"
+        if self.candidate_loss == "expected_reward" and not any(
+            weight and REWARDS[name].depends_on_item
+            for name, weight in zip(self.reward_funcs, self.reward_weights, strict=False)
+        ):
+            names = ", ".join(name for name, one in REWARDS.items() if one.depends_on_item)
+            return f"candidate_loss is expected_reward, but no reward of the item ({names}) has a weight"
         return None
 
     @rule

@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from twice_rec.errors import InputError
-from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, shards_weights
+from twice_rec.grpo.candidate_loss import CandidateLoss
+from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.rollout.base import Rollouts
+from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics, shards_weights
+from twice_rec.llm.fused import fuse_on_gpu
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 from twice_rec.llm.throughput import Metered
 
@@ -141,8 +145,15 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
 
     regrouped = staticmethod(groups_together)
 
-    def __init__(self, *arguments: Any, tokens_at_once: int | None = None, **keywords: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        candidate_loss: CandidateLoss | None = None,
+        tokens_at_once: int | None = None,
+        **keywords: Any,
+    ):
         super().__init__(*arguments, **keywords)
+        self._candidate_loss = candidate_loss
         self._tokens_at_once = tokens_at_once
         if tokens_at_once is not None and shards_weights(self):
             raise InputError(
@@ -188,3 +199,33 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
         logprobs, entropies = zip(*map(scores, pieces), strict=True)  # [piece, T] each
         back = torch.cat(pieces).argsort()  # [B]
         return torch.cat(logprobs)[back], None if entropies[0] is None else torch.cat(entropies)[back]
+
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        """Return TRL's loss of a micro-batch, and the candidates' loss added to it, if there is one."""
+        loss = super().compute_loss(model, inputs, *arguments, **keywords)
+        if self._candidate_loss is None:
+            return loss
+
+        def count(rows: SharedRows) -> None:
+            self.meter.count(rows.position_ids, len(rows.targets), rows.real(), 0)
+
+        with self.accelerator.autocast():
+            of_candidates, figures = self._candidate_loss(model, inputs, count)
+        for name, value in figures.items():
+            metrics(self)[name].append(value)
+        return loss + of_candidates / self.current_gradient_accumulation_steps
+
+
+def make_trainer(
+    recipe: GRPORecipe, rollouts: Rollouts | None, candidate_loss: CandidateLoss | None, **keywords: Any
+) -> GRPOTrainer:
+    """Return the recipe's trainer with its rollouts, and on a GPU with fused layers; the keywords are TRL's."""
+    if recipe.share_prefixes:
+        ours: dict[str, Any] = {"candidate_loss": candidate_loss, "tokens_at_once": recipe.tokens_at_once}
+        trainer: GRPOTrainer = SharedPrefixGRPOTrainer(rollout_func=rollouts, **ours, **keywords)
+    else:
+        trainer = GRPOTrainer(rollout_func=rollouts, **keywords)
+    fuse_on_gpu(trainer.model, trainer.args.device)
+    if rollouts is not None:
+        rollouts.attach(trainer)
+    return trainer

@@ -31,11 +31,12 @@ def grpo(recipe: GRPORecipe) -> None:
     """Train, save, merge."""
     from datasets import Dataset
 
+    from twice_rec.grpo.candidate_loss import make_candidate_loss
     from twice_rec.grpo.completion_log import CompletionLog
     from twice_rec.grpo.one_gpu import check_one_gpu
     from twice_rec.grpo.rollout import make_rollouts, trl_arguments
-    from twice_rec.grpo.trainer import GRPOTrainer, SharedPrefixGRPOTrainer
-    from twice_rec.llm import fused, model_check, models
+    from twice_rec.grpo.trainer import make_trainer
+    from twice_rec.llm import model_check, models
     from twice_rec.llm.generation import PolicyScorer
     from twice_rec.llm.prompt_builder import PromptBuilder
 
@@ -60,10 +61,10 @@ def grpo(recipe: GRPORecipe) -> None:
         first = targets_first(recipe, data, rewarder)
         shares = ", ".join(f"{name} {share:.3f}" for name, share in first.items())
         logger.info("%s prompts, tau %.4g, %s", f"{len(rows):,}", rewards.config.reward_tau, shares)
-        pieces = {"tokens_at_once": recipe.tokens_at_once} if recipe.share_prefixes else {}
-        trainer = (SharedPrefixGRPOTrainer if recipe.share_prefixes else GRPOTrainer)(
-            **pieces,
-            rollout_func=rollouts,
+        trainer = make_trainer(
+            recipe,
+            rollouts,
+            make_candidate_loss(rewards.config, rows, data.catalog, rewarder, tokenizer),
             model=model,
             reward_funcs=rewards.functions,
             args=recipe.trainer_arguments(run.path, reward_weights=recipe.reward_weights, **of_trl),
@@ -71,9 +72,6 @@ def grpo(recipe: GRPORecipe) -> None:
             processing_class=tokenizer,
             peft_config=models.lora_config(recipe),
         )
-        fused.fuse_on_gpu(trainer.model, trainer.args.device)
-        if rollouts is not None:
-            rollouts.attach(trainer)
         trainer.add_callback(CompletionLog(trainer, recipe.sample_every, recipe.sample_completions))
         figures = run.train(trainer) | {"tau": rewards.config.reward_tau, **first}
         if trainer.is_world_process_zero():

@@ -27,8 +27,6 @@ from twice_rec.run import require
 from twice_rec.sft.recipe import is_sft_variant, sft_folder
 from twice_rec.stages.command_line import command
 
-EQUAL_CHANCES = ("uniform", "full")
-
 
 def evaluate(recipe: EvaluateRecipe) -> None:
     """Evaluate every variant of the recipe that is not finished."""
@@ -61,8 +59,7 @@ def _score_file(recipe: EvaluateRecipe, data: PreparedData, variant: str, inputs
     scorers = lambda: [PrecomputedScorer(path, len(data.sequences), len(data.catalog))]
     if not path.exists():
         raise InputError(f"{path}: no such file; precomputed_scores names it for {variant}")
-    lists = [kind for kind in recipe.score_lists if variant not in dataset.KNOWN_SCORES or kind in EQUAL_CHANCES]
-    evaluate_scorer_variant(recipe, "evaluate", variant, data, lists, scorers, [*inputs, path])
+    evaluate_scorer_variant(recipe, "evaluate", variant, data, recipe.lists_of(variant), scorers, [*inputs, path])
 
 
 def _model_of(recipe: EvaluateRecipe, variant: str) -> Path | HubModel:

@@ -121,7 +121,7 @@ def _difference(manifest: Manifest, run: Run, ranking: str | None) -> set[str] |
     recipe = run.recipe
     given = json.loads(json.dumps(recipe.everything()))
     if isinstance(recipe, EvaluateRecipe) and ranking is None:
-        given["lists"] = given["score_lists"]  # of a score file
+        given["lists"] = recipe.lists_of(recipe.variants[0])  # of a score file, which is a run of its own
     of_trl = recipe.trainer_keys if isinstance(recipe, TrainerRecipe) else {}
     was = {name: value for name, value in recipe.under_present_names(manifest.config).items() if name not in _OWN}
     differing = {name for name, value in was.items() if name not in given or given[name] != value}
