@@ -10,7 +10,6 @@ and one with a sliding window of 512.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reporting import gpu_facts
+from reporting import show_line
 from shapes import SHAPES, WINDOW
 from twice_rec.llm.varlen import Segments, varlen_attention
 
@@ -74,8 +73,8 @@ def main() -> None:
         with torch.no_grad():
             expected = sdpa(*inputs).transpose(1, 2)
             error = (varlen(*inputs) - expected).float().norm() / expected.float().norm()
-        row = {"name": "attention", "layer": kind, "shape": options.shape, "prompt": prompt, "samples": options.samples}
-        row |= {"completion": options.completion, "difference": float(f"{error:.2g}"), **gpu_facts()}
+        row: dict[str, object] = {"layer": kind, "shape": options.shape, "prompt": prompt, "samples": options.samples}
+        row |= {"completion": options.completion, "difference": float(f"{error:.2g}")}
         for name, kernel in kernels.items():
             if name not in options.kernels:
                 continue
@@ -83,7 +82,7 @@ def main() -> None:
                 row[f"{name}_ms"] = round(times(kernel, inputs, options.repeats), 3)
             except Exception as error:  # noqa: BLE001  a kernel that does not take a shape is a result too
                 row[f"{name}_ms"] = f"{type(error).__name__}: {str(error)[:120]}"
-        print(json.dumps(row), flush=True)
+        show_line("attention", **row)
 
 
 if __name__ == "__main__":

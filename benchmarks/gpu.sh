@@ -3,7 +3,8 @@
 #   bash benchmarks/gpu.sh [--quick]
 # Needs under 8 minutes on one H100 or H200: a machine may be lent for minutes. The parts come in order of worth, each
 # line is printed when it is known, and after BUDGET seconds (460) no part begins; the last line names those that it
-# left out, for a second call with PARTS. --quick runs the same at toy size, also on a CPU, so that nothing here rots.
+# left out, for a second call with PARTS. --quick runs the same at toy size, also on a CPU, so that nothing here rots:
+# there without compiled layers, and with the reference of the flash kernel.
 # Each line of JSON goes to benchmarks/results/gpu.jsonl (or $OUT/gpu.jsonl; of --quick to a folder that is deleted).
 # PYTHON names the interpreter, PARTS some of the parts:
 #   sft          ours with fused layers and a profile, TRL packed on the same kernel, TRL padded as the release has it
@@ -28,7 +29,7 @@ lengths=(--prompt 7000 --completion 300) compile=(--compile)
 stage3=("${lengths[@]}" --steps 3 --rounds 1) paper=("${lengths[@]}" --accumulation 8 --steps 1 --warm_up 0)
 curve=(--prompt 3000 --completion 300 --curve 1000 --steps 3 --rounds 1)
 if [ "${1:-}" = --quick ]; then
-  gemma=() qwen3=() stage2=(--quick) stage3=(--quick) lengths=() compile=()
+  gemma=() qwen3=(--shape qwen3-small) stage2=(--quick) stage3=(--quick) lengths=() compile=()
   paper=(--quick --accumulation 2) curve=(--quick --curve 250)
   budget=${BUDGET:-9200} slack=20 # a CPU may have other work
   [ -n "${OUT:-}" ] || { out=$(mktemp -d) && trap 'rm -rf "$out"' EXIT; }

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the median of paired runs, and the last line they print."""
+"""What all benchmarks share: the median of paired runs, and the lines they print."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -31,10 +33,21 @@ def paired(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) 
 def report(name: str, peer: str, ours: float, theirs: float, unit: str, larger_is_better: bool, **more: object) -> None:
     """Print the result as one line of JSON; `ratio` is above 1 where ours is better."""
     ratio = ours / theirs if larger_is_better else theirs / ours
-    threads = torch.get_num_threads()
-    machine = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
-    row = {"name": name, "peer": peer, "ratio": round(ratio, 2), "ours": ours, "theirs": theirs, "unit": unit}
-    print(json.dumps({**row, "machine": machine, **more}), flush=True)
+    show_line(name, peer=peer, ratio=round(ratio, 2), ours=ours, theirs=theirs, unit=unit, **more)
+
+
+def show_line(name: str, **found: object) -> None:
+    """Print what was found as one line of JSON, with the machine, the GPU (null for none), the day and the command."""
+    script = Path(sys.argv[0]).resolve()
+    shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    where = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "date": f"{date.today()}",
+        "command": shlex.join([shown, *sys.argv[1:]]),
+    }
+    print(json.dumps({"name": name, **found, **where}), flush=True)
 
 
 def add_measure(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, float]]):
@@ -56,8 +69,3 @@ def in_a_process(script: str, options: argparse.Namespace) -> dict[str, float]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{texts[0][-2000:]}{texts[1][-6000:]}")
     return json.loads(texts[0].splitlines()[-1])
-
-
-def gpu_facts() -> dict[str, object]:
-    """The GPU's name, if there is one."""
-    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}

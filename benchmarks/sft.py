@@ -10,7 +10,8 @@ SFTTrainer as the release runs it, padded rows with gradient checkpointing; and 
 flash kernel as ours and without checkpointing, the fastest that it can do. On a CPU both use sdpa.
 
 On a GPU ours has fused layers (`llm/fused.py`) unless --no_fuse says otherwise, and a peer may get fewer users, since
-it takes so much longer.
+it takes so much longer. --quick does the same on a CPU, with the reference of the flash kernel, so that nothing of it
+rots; its speed says nothing.
 
 A token of a row counts once however often or seldom it is computed: padding counts for nothing, and so does sharing.
 `computed` are the tokens that go through the model, padding aside. On a GPU also the peak of torch's memory, and the
@@ -27,11 +28,11 @@ import tempfile
 import numpy as np
 import torch
 
-from reporting import ROOT, add_measure, gpu_facts, in_a_process, report
+from reporting import ROOT, add_measure, in_a_process, report, show_line
 from shapes import SHAPES, bare_model
 from twice_rec.llm import models
 from twice_rec.llm.flops import ModelArithmetic, Work
-from twice_rec.llm.fused import fuse_on_gpu
+from twice_rec.llm.fused import fuse_layers
 from twice_rec.llm.recipe import CHUNKED_SDPA, VARLEN
 from twice_rec.sft.collator import PackedCollator
 from twice_rec.sft.dataset import Row
@@ -76,25 +77,25 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from twice_rec.sft.trainer import SFTTrainer as Metered
 
     gpu, ours = torch.cuda.is_available(), options.who == "ours"
-    rows, encoded = rows_of(options.users if ours else options.peer_users or options.users, options.scale)
+    rows, encoded = rows_of(users_of(options.who, options), options.scale)
     packed, budget = options.who == "packed", round(options.pack_tokens * options.scale)
-    attention = (VARLEN if gpu else CHUNKED_SDPA) if ours else VARLEN if gpu and packed else "sdpa"
+    as_on_gpu = gpu or options.quick
+    attention = (VARLEN if as_on_gpu else CHUNKED_SDPA) if ours else VARLEN if as_on_gpu and packed else "sdpa"
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     model = bare_model(options.shape, attention, device, dtype)
     arithmetic = ModelArithmetic.of(model)
-    checkpointing = gpu and (options.checkpointing if ours else not packed)
     clock, more = StepClock(options.profile if ours else None), {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, report_to="none", use_cpu=not gpu, bf16=gpu, max_length=budget if packed else None,
             per_device_train_batch_size=1 if ours or packed else options.batch_size, packing=packed,
             train_sampling_strategy="random", save_strategy="no", num_train_epochs=1, disable_tqdm=True,
-            gradient_checkpointing=checkpointing, logging_strategy="no",
+            gradient_checkpointing=switches(options.who, options)["checkpointing"], logging_strategy="no",
         )  # fmt: skip
         dataset = encoded
         if ours:
             dataset, arguments.dataset_kwargs = share_prefixes(rows, encoded), {"skip_prepare_dataset": True}
-            dataset = pack(dataset, budget, 0) if gpu else dataset
+            dataset = pack(dataset, budget, 0) if as_on_gpu else dataset
             arguments.remove_unused_columns, more = False, {"data_collator": PackedCollator(model)}
             if options.compile:
                 models.compile_layers(model)
@@ -108,7 +109,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             **more,
         )
         if ours and options.fuse:
-            fuse_on_gpu(trainer.model, trainer.args.device)
+            fuse_layers(trainer.model)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -124,6 +125,18 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "steps": steps,
         **clock.kinds,
     }
+
+
+def users_of(who: str, options: argparse.Namespace) -> int:
+    """How many users a side trains on."""
+    return options.users if who == "ours" else options.peer_users or options.users
+
+
+def switches(who: str, options: argparse.Namespace) -> dict[str, bool]:
+    """What a side has of compiled and fused layers and gradient checkpointing; TRL's padded has the last on a GPU."""
+    if who == "ours":
+        return {name: getattr(options, name) for name in ("compile", "fuse", "checkpointing")}
+    return {"compile": False, "fuse": False, "checkpointing": torch.cuda.is_available() and who == "padded"}
 
 
 def work_of(rows: list[Row], encoded: list[EncodedRow], shared: bool, arithmetic: ModelArithmetic) -> Work:
@@ -154,13 +167,13 @@ def main() -> None:
     parser.add_argument("--profile", help="file for the kernels that take most of ours' time in a step")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths")
     parser.add_argument("--warm_up", type=int, default=1, help="steps that are not timed")
-    parser.add_argument("--quick", action="store_true", help="8 users, a tenth of the lengths, one round")
+    parser.add_argument("--quick", action="store_true", help="8 users, a tenth of the lengths, one round, as on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
     options = add_measure(parser, measure)
     if options.quick:
         options.users, options.peer_users, options.scale, options.rounds = 8, None, 0.1, 1
     if not torch.cuda.is_available():
-        options.compile = options.fuse = False
+        options.compile, options.fuse = False, options.fuse and options.quick
     rows, encoded = rows_of(options.users, options.scale)
     lengths = [len(row["input_ids"]) for row in encoded]
     print(f"{len(rows)} rows, tokens: median {np.median(lengths):,.0f}, longest {max(lengths):,}, all {sum(lengths):,}")
@@ -169,14 +182,14 @@ def main() -> None:
         for who, runs in found.items():  # one after another, so that a slow moment of the machine meets all
             runs.append(in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who})))
             figures = {name: round(value, 3) for name, value in runs[-1].items()}
-            how = {name: getattr(options, name) for name in ("shape", "compile", "fuse", "checkpointing")}
-            print(json.dumps({"name": "sft_run", "who": who, **how, **figures, **gpu_facts()}), flush=True)
+            how = {name: getattr(options, name) for name in ("shape", "scale", "pack_tokens", "batch_size", "warm_up")}
+            show_line("sft_run", who=who, users=users_of(who, options), **how, **switches(who, options), **figures)
     medians = {
         who: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for who, runs in found.items()
     }
     names = ("users", "peer_users", "shape", "scale", "batch_size", "pack_tokens", "fuse", "compile", "checkpointing")
     for peer in options.peers:
-        more = {name: getattr(options, name) for name in names} | {"rows": len(rows), **gpu_facts()}
+        more = {name: getattr(options, name) for name in names} | {"rows": len(rows)}
         for who, side in (("ours", "ours"), (peer, "theirs")):
             more |= {f"{side}_{name}": round(medians[who][name], 3) for name in ("computed_tokens", "mfu", "mib")}
         speeds = [medians[who]["row_tokens"] for who in ("ours", peer)]

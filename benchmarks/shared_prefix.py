@@ -20,7 +20,6 @@ completions of several prompts into one micro-batch (see `grpo.trainer`), which 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -28,14 +27,14 @@ from pathlib import Path
 
 import torch
 
-from reporting import add_measure, gpu_facts, in_a_process, paired, report
+from reporting import add_measure, in_a_process, paired, report, show_line
 from shapes import SHAPES, bare_model
 from twice_rec.grpo.estimate import shuffled_prompts
 from twice_rec.llm import models
 from twice_rec.llm.flops import ModelArithmetic, Work
-from twice_rec.llm.fused import fuse_on_gpu
+from twice_rec.llm.fused import fuse_layers
 
-_HOW = ("shape", "prompt", "samples", "completion", "loss", "accumulation", "compile", "fuse", "checkpointing")
+_HOW = ("shape", "prompt", "samples", "completion", "loss", "accumulation", "steps", "warm_up")
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -59,8 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         ids = [groups[position // options.samples] for position in range(len(prompts))]
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
-    warm_up = options.warm_up if gpu else 0
-    steps = warm_up + options.steps + bool(ours and options.profile)
+    steps = options.warm_up + options.steps + bool(ours and options.profile)
     tokenizer = train_tokenizer(["tea and coffee"] * 9, 400)
     before = reset_peak(gpu)
     attention = options.attention if ours else options.peer_attention
@@ -75,7 +73,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             num_generations=options.samples, per_device_train_batch_size=options.samples,
             gradient_accumulation_steps=options.accumulation, max_steps=steps,
             max_completion_length=options.completion, temperature=0.9, beta=0.04, loss_type=options.loss,
-            gradient_checkpointing=options.checkpointing if ours else gpu, logging_strategy="no", disable_tqdm=True,
+            gradient_checkpointing=switches(options.who, options)["checkpointing"], logging_strategy="no",
+            disable_tqdm=True,
         )  # fmt: skip
         trainer = (SharedPrefixGRPOTrainer if ours else GRPOTrainer)(
             model=model,
@@ -88,12 +87,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             callbacks=[clock],
         )
         if ours and options.fuse:
-            fuse_on_gpu(trainer.model, trainer.args.device)
+            fuse_layers(trainer.model)
         trainer.train()
-    seconds, work = statistics.median(clock.seconds[warm_up:]), step_work(options, ours, arithmetic)
+    seconds, work = statistics.median(clock.seconds[options.warm_up :]), step_work(options, ours, arithmetic)
     return {
         "seconds": seconds,
-        "cpu_s": statistics.median(clock.cpu_seconds[warm_up:]),
+        "cpu_s": statistics.median(clock.cpu_seconds[options.warm_up :]),
         "mib": (peak(gpu) - before) / 2**20,
         "flops": arithmetic.forward(work) + arithmetic.training(work),
         **clock.kinds,
@@ -130,11 +129,21 @@ def peak(gpu: bool) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def switches(who: str, options: argparse.Namespace) -> dict[str, object]:
+    """What a side has of attention, compiled and fused layers, and gradient checkpointing: TRL's the last on a GPU."""
+    if who == "ours":
+        return {name: getattr(options, name) for name in ("attention", "compile", "fuse", "checkpointing")}
+    without = {"compile": False, "fuse": False, "checkpointing": torch.cuda.is_available()}
+    return {"attention": options.peer_attention, **without}
+
+
 def run(options: argparse.Namespace, who: str) -> dict[str, float]:
     """What one process of ours or theirs finds, printed too."""
     found = in_a_process(__file__, argparse.Namespace(**{**vars(options), "who": who}))
+    found["mfu"] = found["flops"] / found["seconds"] / (options.peak_tflops * 1e12)
     how = {name: getattr(options, name) for name in _HOW}
-    print(json.dumps({"name": "shared_prefix_run", "who": who, **how, **found, **gpu_facts()}), flush=True)
+    how |= switches(who, options)
+    show_line("shared_prefix_run", who=who, **how, **found)
     return found
 
 
@@ -150,10 +159,8 @@ def compare(options: argparse.Namespace) -> dict[str, float]:
     found = {"prompt": options.prompt, "ours": ours, "theirs": theirs}
     found["limit"] = round(runs["theirs"][0]["flops"] / runs["ours"][0]["flops"], 2)
     for who, of_one in runs.items():
-        found |= {f"{who}_{n}": round(statistics.median(run[n] for run in of_one), 1) for n in ("cpu_s", "mib")}
-        if torch.cuda.is_available():
-            rate = statistics.median(run["flops"] / run["seconds"] for run in of_one)
-            found[f"{who}_mfu"] = round(rate / (options.peak_tflops * 1e12), 3)
+        of_side = {"cpu_s": 1, "mib": 1, "mfu": 3}  # -> digits
+        found |= {f"{who}_{n}": round(statistics.median(run[n] for run in of_one), d) for n, d in of_side.items()}
     return found
 
 
@@ -168,8 +175,7 @@ def main() -> None:
     parser.add_argument(
         "--attention",
         choices=["sdpa", "chunked_sdpa", "eager", "varlen"],
-        default="varlen" if gpu else "chunked_sdpa",
-        help="ours",
+        help="ours; if left out varlen on a GPU and with --quick, else chunked_sdpa",
     )
     parser.add_argument("--peer_attention", default="sdpa", help="theirs")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for ours too")
@@ -184,12 +190,13 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=2, help="steps before those, on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--curve", type=int, nargs="+", default=[], help="also prompts of these lengths")
-    parser.add_argument("--quick", action="store_true", help="500 + 4 x 20 tokens, one round of one step")
+    parser.add_argument("--quick", action="store_true", help="500 + 4 x 20 tokens, one step, as on a GPU")
     options = add_measure(parser, measure)
     if options.quick:
         options.prompt, options.samples, options.completion, options.steps, options.rounds = 500, 4, 20, 1, 1
     if not gpu:
-        options.fuse = False
+        options.fuse, options.warm_up = options.fuse and options.quick, 0
+    options.attention = options.attention or ("varlen" if gpu or options.quick else "chunked_sdpa")
     if options.alone:
         run(options, "ours")
         return
@@ -205,7 +212,7 @@ def main() -> None:
         )
     last = found[-1]
     names = ("samples", "completion", "shape", "attention", "peer_attention", "fuse", "compile", "checkpointing")
-    more = {name: getattr(options, name) for name in names} | gpu_facts()
+    more = {name: getattr(options, name) for name in names}
     more |= {name: value for name, value in last.items() if name not in ("ours", "theirs")}
     report(
         "shared_prefix", "TRL 1.16.0 GRPOTrainer", last["ours"], last["theirs"], "s/step", False, **more,

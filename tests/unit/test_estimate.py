@@ -147,6 +147,53 @@ def test_the_packs_are_those_that_stage_2_makes(shape, prepared):
     assert how == "4 characters per token, assumed"
 
 
+def test_the_user_with_the_longest_prompt_is_in_the_sample(prepared):
+    data, recipe = PreparedData(prepared / "data"), recipe_of("tiny/sft.yaml", SFTRecipe)
+    lengths, population, _ = of_sft.measure(data, recipe, None)
+    builder = PromptBuilder(data.catalog, data.prompt_format, None, recipe)
+    written = [builder.recommend(example, True) for example in data.training_examples()]
+    longest = max(sum(len(message["content"]) for message in prompt) for prompt in written)
+    assert population.users > of_sft.SAMPLE == len(lengths["rationale"])
+    assert lengths["rationale"][:, 0].max() == longest / 4
+
+
+def test_packs_of_trl_count_as_packs(shape):
+    """Of 40 users 30 have a row of 500 + 100 tokens, all one of 500 + 50; TRL puts 3 into 2,000 tokens."""
+    lengths = {
+        "item_info": np.array([[100.0, 50.0]]),
+        "direct": np.array([[500.0, 50.0]]),
+        "rationale": np.array([[500.0, 100.0]]),
+    }
+    flags = ["--share_prefixes", "false", "--pack_tokens", "null", "--num_train_epochs", "1", "--item_info_rows", "0"]
+    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--max_length", "2000"]
+
+    def found(*more):
+        recipe = recipe_of("grocery/sft.yaml", SFTRecipe, *flags, *more)
+        return of_sft.estimate(recipe, shape, lengths, Population(40, 30, 0))
+
+    single, packed = found(), found("--packing", "true")
+    assert (single.steps, single.at_once) == (35, 2 * 600)
+    assert packed.at_once == 2 * 2000
+    assert packed.steps == pytest.approx(70 / 3 / 2, abs=1)
+    assert packed.tokens / packed.steps == pytest.approx((40 * 550 + 30 * 600) / 12, rel=0.1)
+    cut = found("--packing", "true", "--max_length", "550")  # a row each, the longer ones cut
+    assert (cut.at_once, cut.steps) == (2 * 550, 35)
+
+
+def test_smoothed_labels_take_the_logits_of_all_tokens(shape):
+    """8 bytes for each of 262,144 tokens of the vocabulary: 2 MiB a token, 2 GiB for a tile of 1,024."""
+    lengths = dict.fromkeys(of_sft.TASKS, np.array([[4000.0, 96.0]]))
+    flags = ["--share_prefixes", "false", "--pack_tokens", "null", "--per_device_train_batch_size", "2"]
+    logits = [
+        of_sft.estimate(
+            recipe_of("grocery/sft.yaml", SFTRecipe, *flags, "--label_smoothing_factor", factor),
+            shape, lengths, Population(9, 9, 9),
+        ).memory["logits"]
+        for factor in ("0", "0.1")
+    ]  # fmt: skip
+    assert logits == [2.0, 16.0]
+
+
 def test_bnpo_brings_several_prompts_into_a_micro_batch():
     paper, improved = (recipe_of(f"grocery/{name}.yaml", GRPORecipe) for name in ("grpo", "grpo_improved"))
     draw, completions = random.Random(0), [prompt for prompt in range(8) for _ in range(16)]
@@ -230,7 +277,9 @@ def test_a_dry_run_with_data_has_tokens_steps_and_time(stage, prepared, capsys):
     assert re.search(r"^rows +.*\d", shown, re.MULTILINE)
     assert re.search(r"^steps +[\d,]+$", shown, re.MULTILINE)
     assert re.search(
-        r"^prompts +[\d,]+ / [\d,]+ / [\d,]+ / [\d,]+ tokens at .* tokenizer of assets", shown, re.MULTILINE
+        r"^prompts +[\d,]+ / [\d,]+ / [\d,]+ / [\d,]+ tokens at .* of 200 users, .* tokenizer of assets",
+        shown,
+        re.MULTILINE,
     )
     assert re.search(r"^training .*h at 10% of 989 TFLOP/s \[assumed", shown, re.MULTILINE)
     assert ("rollouts" in shown) == (stage == "grpo")
@@ -282,7 +331,14 @@ def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypa
         ("grpo", [], "it fits 80 GiB"),
         ("grpo", ["--gradient_checkpointing", "false"], "IT DOES NOT FIT 80 GiB"),
         ("grpo_improved", [], "it fits 80 GiB"),
-        ("grpo_one_gpu", [], "20.0 GiB on each of its GPUs; on the GPU of a trainer it fits too"),
+        ("grpo", [], "72.0 GiB on each of its GPUs\n"),
+        ("grpo", ["--rollout_gpu_memory_utilization", "0.05"], "TOO SMALL: its weights and least room take 5.9 GiB; "),
+        ("grpo", ["--rollout_gpu_memory_utilization", "0.05"], "use --rollout_gpu_memory_utilization 0.08\n"),
+        ("grpo_one_gpu", [], "logits 2.00, vLLM 20.00\n"),
+        ("grpo_one_gpu", [], "it fits 80 GiB (assumed, since this machine has no GPU), with vLLM on the same GPU"),
+        ("grpo_one_gpu", ["--gpu_memory_gib", "12"], "IT DOES NOT FIT 12 GiB (gpu_memory_gib), with vLLM on the same"),
+        ("grpo_one_gpu", ["--rollout", "trl_colocate"], "logits 2.00, vLLM 20.00\n"),
+        ("grpo", ["--rollout", "trl_colocate"], "IT DOES NOT FIT 80 GiB"),
         (
             "grpo",
             ["--gradient_accumulation_steps", "7", "--per_device_train_batch_size", "3"],
@@ -294,6 +350,42 @@ def test_a_dry_run_says_whether_it_fits(name, flags, line, tmp_path, capsys):
     words = [f"recipes/grocery/{name}.yaml", "--dry_run", "--run_dir", str(tmp_path / "run"), *flags]
     assert MAINS[name.split("_")[0]](words) == 0
     assert line in capsys.readouterr().out
+
+
+def test_a_gpu_that_trainer_and_server_share_counts_once(prepared, capsys):
+    """A server of its own doubles the GPU-hours of one trainer; one on the trainer's GPU, or inside of it, does not."""
+    words = ["recipes/tiny/grpo.yaml", "--run_dir", str(prepared), "--model_name_or_path", "assets/tiny_base"]
+    words += ["--dry_run", "--use_peft", "true", "--rollout_tokens_per_second", "0.5"]
+    hours = {}
+    for rollout, shares in (("vllm_server", "false"), ("vllm_server", "true"), ("trl_colocate", "false")):
+        assert stage3c_grpo.main([*words, "--rollout", rollout, "--rollout_shares_gpu", shares]) == 0
+        shown = capsys.readouterr().out
+        hours[rollout, shares] = float(re.search(r"^GPU-hours +([\d,.]+)$", shown, re.M)[1].replace(",", ""))
+        assert ("vLLM's share" in shown) == (shares == "false" and rollout == "vllm_server")
+    apart, together, within = hours.values()
+    assert apart == pytest.approx(2 * together, rel=1e-3)
+    assert together == within > 1
+
+
+def test_pieces_of_a_micro_batch_take_less_memory_and_more_work(shape):
+    """Prompts of 1,000 tokens with 8 completions of 100, 16 completions at once: 2 prompts, 3,600 tokens."""
+    flags = ["--num_generations", "8", "--per_device_train_batch_size", "16", "--gradient_checkpointing", "false"]
+    flags += ["--max_completion_length", "100", "--beta", "0", "--vllm_importance_sampling_correction", "false"]
+    lengths = dict.fromkeys(of_sft.TASKS, np.array([[1000.0, 100.0]]))
+
+    def found(*more):
+        recipe = recipe_of("grocery/grpo_improved.yaml", GRPORecipe, *flags, *more)
+        return of_grpo.estimate(recipe, shape, lengths, users=100)
+
+    whole, same, groups, parts = (
+        found(*more) for more in ([], *(["--tokens_at_once", n] for n in ("3600", "1800", "1400")))
+    )
+    assert (whole.at_once, same.at_once, groups.at_once, parts.at_once) == (3600, 3600, 1800, 1400)
+    assert same == whole
+    assert groups.computed == whole.computed
+    assert groups.flops == pytest.approx(1.5 * whole.flops, rel=0.01)  # a forward of three
+    assert parts.computed / whole.computed == pytest.approx(5600 / 3600)  # 4 completions a piece: each prompt twice
+    assert groups.memory["activations"] == pytest.approx(whole.memory["activations"] / 2)
 
 
 @pytest.mark.parametrize("name", ["grpo", "grpo_4gpus", "grpo_8gpus", "grpo_two_nodes", "grpo_ray"])

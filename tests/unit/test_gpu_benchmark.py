@@ -3,17 +3,21 @@
 import functools
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.clock import by_kind
 from benchmarks.gpu_tables import gpu_table
 
 ROOT = Path(__file__).parents[2]
+WHERE = {"machine", "gpu", "torch", "date", "command"}  # of every line
 PARTS = [
     "sft", "grpo", "tests", "paper", "sft_memory", "qwen3", "curve", "grpo_memory",
     "qwen3_packed", "attention", "compile",
@@ -86,6 +90,22 @@ def test_one_part_runs_at_toy_size(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [row["layer"] for row in rows] == ["full", "sliding"]
     assert all(row["difference"] < 1e-5 and row["varlen_ms"] > 0 for row in rows)
+    for row in rows:
+        assert row.keys() >= WHERE
+        assert row["machine"].startswith(platform.machine())
+        assert row["date"] == str(date.today())
+        assert row["command"] == "benchmarks/attention.py --samples 16"
+        assert row["gpu"] is None or torch.cuda.is_available()
+
+
+def test_every_line_is_made_in_one_place():
+    """By the scripts whose lines gpu.sh keeps: `reporting.show_line`, or `report`, which calls it."""
+    scripts = set(re.findall(r"benchmarks/(\w+)\.py", (ROOT / "benchmarks/gpu.sh").read_text()))
+    assert scripts == {"sft", "shared_prefix", "attention"}
+    for name in scripts:
+        text = (ROOT / f"benchmarks/{name}.py").read_text()
+        assert "show_line(" in text
+        assert "print(json.dumps" not in text
 
 
 @pytest.mark.slow
@@ -94,7 +114,23 @@ def test_a_training_part_runs_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert (row["name"], row["who"], row["checkpointing"]) == ("shared_prefix_run", "ours", True)
+    assert (row["attention"], row["fuse"]) == ("varlen", True)  # as on a GPU
     assert row["seconds"] > 0
+    assert row.keys() >= WHERE
+    assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / 989e12)
+
+
+@pytest.mark.slow
+def test_stage_2_runs_at_toy_size_as_on_a_gpu(tmp_path):
+    """Rows of 9,497 tokens in all, those of a user together: packs of 1,638 are fewer steps than its 18 rows have."""
+    done = run(tmp_path, "--quick", PARTS="qwen3_packed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    *rows, last = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [(row["who"], row["shape"], row["fuse"]) for row in rows] == [
+        ("ours", "qwen3-small", True), ("packed", "qwen3-small", False),
+    ]  # fmt: skip
+    assert all(row["users"] == 8 and row["pack_tokens"] == 16384 and row["steps"] < 9 for row in rows)
+    assert all(row.keys() >= WHERE for row in (*rows, last))
 
 
 def test_kernels_by_what_they_do():
@@ -117,7 +153,8 @@ def test_the_papers_loss_runs_at_toy_size(tmp_path):
 def test_recorded_results_say_where_they_are_from():
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/gpu.jsonl").read_text().splitlines()]
     assert rows
-    assert all(row.get("gpu") and row.get("machine") for row in rows)
+    assert all(row.get("gpu") and row.get("machine") and row.get("date") for row in rows)
+    assert all(row.get("command") or row.get("note") for row in rows)
 
 
 def line(**keys):

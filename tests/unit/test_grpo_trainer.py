@@ -13,13 +13,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
+from trl.distributed import DistributedBackend
 
 import twice_rec
 from tiny_base.model import train_tokenizer
 from tiny_models import gemma3, qwen3
+from twice_rec.errors import InputError
 from twice_rec.grpo.recipe import ADDITIVE_LOSSES
 from twice_rec.grpo.trainer import GRPOTrainer as OursTrainer
-from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer, groups_together
+from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer, groups_together, in_pieces
 from twice_rec.llm.fused import fuse_layers
 from twice_rec.llm.tokens import encode_chat
 
@@ -32,8 +34,11 @@ def reward(completion_ids, **_):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def trained(trainer_class, make, folder, fused=False, **settings):
-    """Two optimizer steps: losses, adapter weights, and the tokens that went through the model with gradients."""
+def trained(trainer_class, make, folder, fused=False, ours=None, **settings):
+    """Two optimizer steps: losses, adapter weights, and the tokens of each forward with gradients.
+
+    `ours` are arguments of our trainer's own.
+    """
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
     model = make(vocab_size=len(tokenizer), max_position_embeddings=512)
     model.generation_config.eos_token_id = list(range(200, len(tokenizer)))  # completions of many lengths
@@ -52,6 +57,7 @@ def trained(trainer_class, make, folder, fused=False, **settings):
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **(ours or {}),
     )
     with torch.no_grad():  # the first gradient of lora_A is 0 as long as lora_B is
         for name, parameter in trainer.model.named_parameters():
@@ -67,7 +73,7 @@ def trained(trainer_class, make, folder, fused=False, **settings):
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row]
     updates = {name: p.detach() - start[name] for name, p in trainer.model.named_parameters() if name in start}
-    return steps, updates, sum(tokens)
+    return steps, updates, tokens
 
 
 CASES = {
@@ -81,10 +87,10 @@ CASES = {
 }
 
 
-def assert_alike(folder, make, settings, fused=False):
-    """Both trainers take the same steps, ours with less work."""
+def assert_alike(folder, make, settings, fused=False, ours=None):
+    """Both trainers take the same steps, ours with less work at once."""
     expected, plain_updates, plain_tokens = trained(GRPOTrainer, make, folder, **settings)
-    found, updates, tokens = trained(SharedPrefixGRPOTrainer, make, folder, fused, **settings)
+    found, updates, tokens = trained(SharedPrefixGRPOTrainer, make, folder, fused, ours, **settings)
     assert expected[0]["completions/min_length"] < expected[0]["completions/max_length"]
     assert expected[0]["completions/clipped_ratio"] > 0 or "mask_truncated_completions" not in settings
     for a, b in zip(found, expected, strict=True):
@@ -94,7 +100,9 @@ def assert_alike(folder, make, settings, fused=False):
     for name, update in plain_updates.items():
         assert update.abs().max() > 0, name
         assert (updates[name] - update).abs().max() < 1e-4 * update.abs().max() + 1e-7, name
-    assert tokens < plain_tokens
+    assert max(tokens) < max(plain_tokens)
+    assert ours or sum(tokens) < sum(plain_tokens)
+    return tokens
 
 
 @pytest.mark.slow
@@ -121,6 +129,39 @@ def test_every_loss_is_that_of_trl_with_accumulation(tmp_path, loss_type):
     level = {"luspo": {"importance_sampling_level": "sequence"}}.get(loss_type, {})
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 1}
     assert_alike(tmp_path, qwen3, {"loss_type": loss_type, "gradient_checkpointing": False, **settings, **level})
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_pieces_of_a_micro_batch_have_its_loss_also_under_bnpo(tmp_path, checkpointing):
+    """A prompt here has 40 to 52 tokens, so that 60 are one prompt with some of its completions."""
+    settings = {"loss_type": "bnpo", "max_steps": 1, "gradient_checkpointing": checkpointing}
+    tokens = assert_alike(tmp_path, qwen3, settings, ours={"tokens_at_once": 60})
+    assert max(tokens) <= 60
+    assert len(tokens) >= 2 * 2 * 2  # of two micro-batches at least two pieces each, each also in its backward
+
+
+def test_pieces_are_refused_where_every_forward_waits_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(DistributedBackend, "is_zero3", True)
+    with pytest.raises(InputError, match="tokens_at_once gives .* use ZeRO stage 2, or set it to null"):
+        trained(SharedPrefixGRPOTrainer, qwen3, tmp_path, ours={"tokens_at_once": 60})
+
+
+def test_pieces_keep_the_completions_of_a_prompt_together():
+    """Prompts a of 3 tokens and b of 2, padded on the left; completions of 1 to 4 tokens, padded on the right."""
+    prompts = torch.tensor([[5, 6, 7], [0, 8, 9], [5, 6, 7], [0, 8, 9], [5, 6, 7]])
+    lengths = torch.tensor([2, 4, 1, 3, 2])
+    mask = torch.cat([prompts > 0, torch.arange(4) < lengths[:, None]], dim=1)
+    ids = torch.cat([prompts, torch.ones(5, 4, dtype=torch.long)], dim=1)
+
+    def pieces(tokens):
+        return [piece.tolist() for piece in in_pieces(ids, mask, 4, tokens)]
+
+    assert pieces(None) == [[0, 1, 2, 3, 4]]
+    assert pieces(17) == [[0, 2, 4, 1, 3]]  # 3 + 2 + 1 + 2, then 2 + 4 + 3
+    assert pieces(16) == [[0, 2, 4, 1], [3]]
+    assert pieces(9) == [[0, 2, 4], [1, 3]]  # 8 and 9
+    assert pieces(7) == [[0, 2], [4], [1], [3]]  # 6; 5, with b's first 11; 6; 5
+    assert pieces(1) == [[0], [2], [4], [1], [3]]
 
 
 @pytest.mark.slow
@@ -159,6 +200,7 @@ def test_private_parts_of_trl_are_touched_in_one_module():
 if __name__ == "__main__":  # one of the two processes
     settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
     assert_alike(sys.argv[1], gemma3, settings, fused=True)
+    assert_alike(sys.argv[1], gemma3, settings, fused=True, ours={"tokens_at_once": 60})
     assert torch.distributed.get_world_size() == 2
     print("both alike", flush=True)
 

@@ -271,9 +271,10 @@ def test_flags_are_read_back_as_the_same_values(tmp_path):
 ])  # fmt: skip
 def test_stage_3_takes_the_places_of_its_servers_too(tmp_path, gpus, processes, shares, needed):
     runs = [{"stage": "prepare", "once": True}, {"stage": "sasrec"}, {"stage": "sft"}]
-    runs += [{"stage": "rationales", "once": True}, {"stage": "grpo", "recipe": "grpo_server.yaml"}]
+    served = {"stage": "grpo", "recipe": "grpo_server.yaml", "rollout_shares_gpu": shares}
+    runs += [{"stage": "rationales", "once": True}, served]
     plan = make_plan(study(tmp_path / "tiny", runs, parts=[], seeds=1))
-    places = Places(gpus, processes, 1, shares)
+    places = Places(gpus, processes, 1)
     served = next(run for run in plan if run.stage == "grpo")
     assert places.needed(served) == needed
     assert places.needed(plan[0]) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil, comb
 
-from twice_rec.grpo.recipe import ADDITIVE_LOSSES, GRPORecipe
+from twice_rec.grpo.recipe import GRPORecipe, micro_batches_add_up
 from twice_rec.llm.flops import Work
 from twice_rec.llm.footprint import Shape, memory
 from twice_rec.sft.estimate import Estimate, Lengths
@@ -20,9 +20,18 @@ def prompts_per_batch(recipe: GRPORecipe) -> float:
     all_own = m * recipe.trainer_value("gradient_accumulation_steps")
     if not recipe.share_prefixes:
         return float(m)
-    if recipe.trainer_value("loss_type") in ADDITIVE_LOSSES:
+    if micro_batches_add_up(recipe):
         return max(1.0, m / k)
     return max(1.0, shuffled_prompts(m, k, all_own))
+
+
+def _in_pieces(recipe: GRPORecipe, prompts: float, prompt: float, completion: float) -> float:
+    """Return how many prompts a micro-batch has with `tokens_at_once`, a prompt once in each piece that has it."""
+    size, bound = recipe.trainer_value("per_device_train_batch_size"), recipe.tokens_at_once
+    if bound is None or prompts * prompt + size * completion <= bound:
+        return prompts
+    of_prompt = size / prompts  # completions
+    return prompts * ceil(of_prompt / max(1, (bound - prompt) // completion))
 
 
 def shuffled_prompts(size: int, group: int, completions: int) -> float:
@@ -57,14 +66,19 @@ def estimate(
         whole = [(0, int(prompt))] * round(10 * prompts_of) + [(int(prompt), int(completion))] * (10 * m)
         return Work.of(whole, int(10 * m * completion), shape.arithmetic.windows)
 
-    trained = prompts_per_batch(recipe)
+    together = prompts_per_batch(recipe)
+    trained = _in_pieces(recipe, together, prompt, completion)
     before = max(1.0, m / k) if recipe.share_prefixes else float(m)  # before the shuffle
+    before = _in_pieces(recipe, before, prompt, completion)
     others = (value("beta") > 0) + bool(value("vllm_importance_sampling_correction"))
     flops = shape.arithmetic.training(work(trained), recipe.use_peft) + others * shape.arithmetic.forward(work(before))
-    flops += shape.arithmetic.forward(work(trained)) if value("gradient_checkpointing") else 0
+    pieces = recipe.tokens_at_once is not None and together * prompt + m * completion > recipe.tokens_at_once
+    flops += shape.arithmetic.forward(work(trained)) * (bool(value("gradient_checkpointing")) + pieces)
     micro = steps * accumulation * processes / 10
     longest = float(lengths["rationale"][:, 0].max())
-    at_once = ceil(ceil(trained) * longest + m * value("max_completion_length"))
+    at_once = ceil(ceil(together) * longest + m * value("max_completion_length"))
+    if recipe.tokens_at_once is not None:
+        at_once = min(at_once, max(recipe.tokens_at_once, ceil(longest + value("max_completion_length"))))
     parts = memory(shape, recipe, at_once, recipe.dtype, value("gradient_checkpointing"), zero, processes)
     return Estimate(
         {"prompts": prompts}, batch, steps, steps * batch * (prompt + completion), micro * work(trained).tokens,

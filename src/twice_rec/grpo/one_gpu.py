@@ -15,17 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from twice_rec.errors import InputError
 from twice_rec.grpo.estimate import estimate
-from twice_rec.grpo.recipe import GRPORecipe
-from twice_rec.llm.footprint import GIB, USABLE, Shape, card_gib
+from twice_rec.grpo.recipe import GRPORecipe, micro_batches_add_up
+from twice_rec.llm.footprint import GIB, USABLE, WEIGHT_BYTES, Shape, card_gib, this_gpu
 from twice_rec.llm.tokens import encode_chat
 
 logger = logging.getLogger(__name__)
 
 _LEAST_BESIDE_WEIGHTS = 4.0  # GiB that a vLLM gets at least beside its weights, for caches and its own kernels
 _KEPT = ("weights", "adapter", "gradients", "optimizer")  # parts that a trainer holds while vLLM samples
-SHARE, BATCH, ACCUMULATION = (
-    "rollout_gpu_memory_utilization", "per_device_train_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
+SHARE, PIECE = "rollout_gpu_memory_utilization", "tokens_at_once"
+BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+_OTHER_LOSS = " (another loss: it depends on which completions share a micro-batch)"
 
 
 class Card(NamedTuple):
@@ -55,38 +55,86 @@ def free_gib(recipe: GRPORecipe, trainer: Trainer, card: Card) -> float:
 
     A vLLM that sleeps while the trainer works (`vllm_enable_sleep_mode`) has its share only while it samples.
     """
-    parts, share = trainer.parts(recipe), card.gib * getattr(recipe, SHARE)
+    parts, share = trainer.parts(recipe), share_gib(recipe, card)
     needed = sum(parts.values()) + share
-    if recipe.rollout == "trl_colocate" and recipe.trainer_value("vllm_enable_sleep_mode"):
-        needed = max(sum(parts.values()), share + sum(size for part, size in parts.items() if part in _KEPT))
+    if _sleeps(recipe):
+        needed = max(sum(parts.values()), share + _kept(parts))
     return USABLE * card.gib - card.others - needed
 
 
+def share_gib(recipe: GRPORecipe, card: Card) -> float:
+    """Return the GiB that vLLM takes of a GPU."""
+    return card.gib * recipe.rollout_gpu_memory_utilization
+
+
+def least_gib(recipe: GRPORecipe, trainer: Trainer) -> float:
+    """Return the GiB that vLLM needs of each of its GPUs: its part of the weights, and room for its caches."""
+    weights = WEIGHT_BYTES[recipe.dtype] * trainer.shape.parameters / recipe.rollout_tensor_parallel_size / GIB
+    return weights + _LEAST_BESIDE_WEIGHTS
+
+
+def fault(recipe: GRPORecipe, trainer: Trainer, card: Card) -> str | None:
+    """Return why the trainer and vLLM cannot both work on the GPU, in words; None if they can."""
+    if (least := least_gib(recipe, trainer)) > share_gib(recipe, card):
+        return f"vLLM's share is too small: its weights and least room take {least:.1f} GiB"
+    return "they do not fit" if free_gib(recipe, trainer, card) < 0 else None
+
+
 def remedy(recipe: GRPORecipe, trainer: Trainer, card: Card) -> str:
-    """Return the settings with which both fit, the fewest changes first, as a user types them."""
-    present = getattr(recipe, SHARE)
-    for changes in _changes(recipe):
-        changed = recipe.model_copy(deep=True)
-        changed.trainer_keys.update(changes)
-        least = (trainer.parts(changed)["weights"] + _LEAST_BESIDE_WEIGHTS) / card.gib
-        most = floor(100 * (present + free_gib(changed, trainer, card) / card.gib)) / 100
+    """Return the settings with which both can work, the fewest changes first, as a user types them.
+
+    Their step is that of the recipe. If their loss is another, this is said.
+    """
+    present = recipe.rollout_gpu_memory_utilization
+    for changes in _changes(recipe, trainer):
+        changed = with_changes(recipe, changes)
+        parts = trainer.parts(changed)
+        beside = _kept(parts) if _sleeps(changed) else sum(parts.values())
+        most = floor(100 * (USABLE * card.gib - card.others - beside) / card.gib) / 100
         for share in (present, most):
-            tried = changed.model_copy(deep=True, update={SHARE: share})
-            if share >= least and free_gib(tried, trainer, card) >= 0:
+            if fault(with_changes(changed, {SHARE: share}), trainer, card) is None:
                 words = changes if share == present else {**changes, SHARE: share}
-                return " ".join(f"--{name} {str(value).lower()}" for name, value in words.items())
+                flags = " ".join(f"--{name} {str(value).lower()}" for name, value in words.items())
+                return flags + (_OTHER_LOSS if BATCH in changes and not micro_batches_add_up(recipe) else "")
     return "a GPU of its own for vLLM, as in recipes/grocery/grpo.yaml"
 
 
-def _changes(recipe: GRPORecipe) -> Iterator[dict[str, Any]]:
-    """Yield keys of TRL's with less and less memory, and the same effective batch."""
-    checkpointing, size, accumulation = map(recipe.trainer_value, ("gradient_checkpointing", BATCH, ACCUMULATION))
-    sizes = [n for n in range(size, 0, -1) if size % n == 0]
-    for smaller, always in product(sizes, [False] if checkpointing else [False, True]):
-        changes = {"gradient_checkpointing": True} if always else {}
-        if smaller < size:
-            changes |= {BATCH: smaller, ACCUMULATION: accumulation * size // smaller}
-        yield changes
+def with_changes(recipe: GRPORecipe, changes: Mapping[str, Any]) -> GRPORecipe:
+    """Return a copy of the recipe with other values of some keys, ours or TRL's."""
+    ours = {name: value for name, value in changes.items() if name in GRPORecipe.model_fields}
+    changed = recipe.model_copy(deep=True, update=ours)
+    changed.trainer_keys.update({name: value for name, value in changes.items() if name not in ours})
+    return changed
+
+
+def _sleeps(recipe: GRPORecipe) -> bool:
+    return recipe.rollout == "trl_colocate" and bool(recipe.trainer_value("vllm_enable_sleep_mode"))
+
+
+def _kept(parts: Mapping[str, float]) -> float:
+    return sum(size for part, size in parts.items() if part in _KEPT)
+
+
+def _changes(recipe: GRPORecipe, trainer: Trainer) -> Iterator[dict[str, Any]]:
+    """Yield changes that take less and less memory, with the same completions in a step and in a sampled batch.
+
+    With shared prompts a micro-batch is computed in pieces, which no loss notices. Else, and where weights are sharded,
+    it becomes smaller.
+    """
+    value = recipe.trainer_value
+    smaller: list[dict[str, Any]] = [{}]
+    if recipe.share_prefixes and trainer.zero < 3:
+        one = trainer.longest + value("max_completion_length")
+        bounds = [2**power for power in range(17, 9, -1) if 2**power > one]
+        smaller += [{PIECE: bound} for bound in [*bounds, one] if bound < (recipe.tokens_at_once or 2**17)]
+    else:
+        size, names = value(BATCH), [ACCUMULATION]
+        if value("steps_per_generation") is not None:
+            names.append("steps_per_generation")  # else that of accumulation, or from generation_batch_size
+        for less in (n for n in range(size - 1, 0, -1) if size % n == 0):
+            smaller.append({BATCH: less, **{name: value(name) * size // less for name in names}})
+    for changes, always in product(smaller, [False] if value("gradient_checkpointing") else [False, True]):
+        yield {**({"gradient_checkpointing": True} if always else {}), **changes}
 
 
 def check_one_gpu(
@@ -94,14 +142,15 @@ def check_one_gpu(
 ) -> None:
     """Look whether the trainer fits beside the vLLM on its GPU; nothing is done if there is none.
 
-    TRL's colocated vLLM is there by its nature. Of a server it is seen from the memory that other processes hold.
+    TRL's colocated vLLM is there by its nature. A server is if `rollout_shares_gpu` says so, or if it is seen from the
+    memory that other processes hold.
 
     Args:
         config: of the model that is trained.
         rows: with `prompt`.
 
     Raises:
-        InputError: if they do not fit, with settings that do.
+        InputError: if they do not fit, or vLLM's share is too small, with settings that work.
     """
     card = _shared_card(recipe)
     if card is None:
@@ -117,18 +166,18 @@ def check_one_gpu(
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if zero else 0
     trainer = Trainer(shape, longest, int(os.environ.get("WORLD_SIZE", 1)), stage)
-    parts, share = trainer.parts(recipe), card.gib * getattr(recipe, SHARE)
+    parts, share = trainer.parts(recipe), share_gib(recipe, card)
     listed = ", ".join(f"{part} {size:.1f}" for part, size in parts.items())
     says = (
         f"on one GPU ({card.name}, {card.gib:.1f} GiB) the trainer takes about {sum(parts.values()):.1f} GiB "
-        f"({listed}) and vLLM {share:.1f} ({SHARE} {getattr(recipe, SHARE):g})"
+        f"({listed}) and vLLM {share:.1f} ({SHARE} {recipe.rollout_gpu_memory_utilization:g})"
         + (f", others have {card.others:.1f}" if card.others >= 0.1 else "")
     )
-    if free_gib(recipe, trainer, card) >= 0:
+    if (wrong := fault(recipe, trainer, card)) is None:
         logger.info("%s: they fit", says)
         return
     again = ", for grpo_step1.sh too" if recipe.rollout != "trl_colocate" else ""
-    raise InputError(f"{says}: they do not fit; use {remedy(recipe, trainer, card)}{again}")
+    raise InputError(f"{says}: {wrong}; use {remedy(recipe, trainer, card)}{again}")
 
 
 def _shared_card(recipe: GRPORecipe) -> Card | None:
@@ -138,6 +187,8 @@ def _shared_card(recipe: GRPORecipe) -> Card | None:
     gib, name = card_gib(recipe)
     if recipe.rollout == "trl_colocate":
         return Card(gib, name)
-    free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))
-    share, taken = gib * getattr(recipe, SHARE), (total - free - torch.cuda.memory_reserved()) / GIB
-    return Card(gib, name, max(0.0, taken - share)) if taken > share / 2 else None
+    free, total = torch.cuda.mem_get_info(this_gpu())
+    taken = (total - free - torch.cuda.memory_reserved(this_gpu())) / GIB
+    share = share_gib(recipe, Card(gib, name))
+    seen = recipe.vllm_is_beside_the_trainer or taken > share / 2
+    return Card(gib, name, max(0.0, taken - share)) if seen else None

@@ -45,6 +45,7 @@ OFF_IN_PROCESS: dict[str, tuple[Any, ...]] = {
     "generation_kwargs": (None, {}),
 }  # fmt: skip
 
+SERVED = ("vllm_server", "trl_server")  # values of rollout with servers of their own
 OF_TRL_ROLLOUTS = {
     "vllm_server_timeout": ("trl_server",),
     "vllm_group_port": ("trl_server",),
@@ -78,6 +79,9 @@ class RolloutConfig(Settings):
         None, "longest prompt and completion together that a server takes, in tokens", ge=1
     )
     rollout_gpu_memory_utilization: float = run_key(0.9, "share of a GPU's memory that a server takes", ge=0.01, le=1)
+    rollout_shares_gpu: bool = run_key(
+        False, "the servers are on the trainers' GPUs (grpo_one_gpu.yaml) and not on GPUs of their own"
+    )
     rollout_cpu_kvcache_gib: int = run_key(4, "GiB of memory for a server's caches if it runs on a CPU", ge=1)
     rollout_server_args: dict[str, Any] = run_key(
         {}, "more of vLLM's flags, such as {max_num_seqs: 64, enforce_eager: true}"
@@ -101,6 +105,16 @@ class RolloutConfig(Settings):
     rollout_tokens_per_second: float = run_key(
         5000.0, "of --dry_run: tokens that a rollout server writes per second and GPU; assumed, never measured", gt=0
     )
+
+    @property
+    def gpus_of_servers(self) -> int:
+        """How many GPUs the rollout servers use; 0 if there are none."""
+        return len(self.rollout_servers) * self.rollout_tensor_parallel_size if self.rollout in SERVED else 0
+
+    @property
+    def vllm_is_beside_the_trainer(self) -> bool:
+        """Whether a trainer's GPU has a vLLM on it: TRL's colocated one, or a server that shares the GPU."""
+        return self.rollout == "trl_colocate" or (self.rollout in SERVED and self.rollout_shares_gpu)
 
     @rule
     def servers_are_addresses(self) -> str | None:
@@ -186,6 +200,12 @@ class GRPORecipe(
         ["collaborative", "structure", "tags", "only_expected_tags"], "rewards that are added up; see grpo/rewards.py"
     )
     reward_weights: list[float] = key([4.0, 1.0, 1.0, 1.0], "weight of each reward, in the same order")
+    tokens_at_once: int | None = run_key(
+        None,
+        "with share_prefixes: a micro-batch goes through the model in pieces of at most so many tokens, with the same "
+        "loss; a piece has at least one completion; null for all at once",
+        ge=1,
+    )
     sample_every: int | None = run_key(
         None, "show sample completions with their rewards every so many steps; null for never", ge=1
     )
@@ -226,6 +246,12 @@ class GRPORecipe(
         if not is_grpo_variant(self.variant):
             names = "stage3 or stage3_NAME, NAME of letters, digits, _ . - and not sampled or likelihood"
             return f"variant is {self.variant!r}; it must be {names}"
+        return None
+
+    @rule
+    def pieces_are_of_shared_rows(self) -> str | None:
+        if self.tokens_at_once is not None and not self.share_prefixes:
+            return "tokens_at_once is for share_prefixes; set that to true, or lower per_device_train_batch_size"
         return None
 
     @rule
@@ -287,6 +313,17 @@ class GRPORecipe(
                 f"to rank {MAX_SERVED_RANK}: set use_peft true and a lower rank, or rollout trl_server"
             )
         return None
+
+
+def micro_batches_add_up(recipe: GRPORecipe) -> bool:
+    """Return whether a step's gradient does not depend on which completions share a micro-batch.
+
+    It does if the loss counts a micro-batch's tokens, and if the entropies within one decide: a bonus on them, or only
+    the most uncertain tokens count.
+    """
+    value = recipe.trainer_value
+    by_entropy = value("entropy_coef") or value("use_adaptive_entropy") or value("top_entropy_quantile") < 1
+    return value("loss_type") in ADDITIVE_LOSSES and not by_entropy
 
 
 def start_model(recipe: GRPORecipe) -> Path:

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from twice_rec.errors import InputError
 from twice_rec.grpo.candidate_loss import CandidateLoss
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.base import Rollouts
-from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics
+from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics, shards_weights
 from twice_rec.llm.fused import fuse_on_gpu
 from twice_rec.llm.shared_prefix import SharedRows, token_scores
 from twice_rec.llm.throughput import Metered
@@ -62,6 +64,39 @@ def padded_scores(
     return padded(logprobs), None if entropies is None else padded(entropies)
 
 
+def in_pieces(input_ids: Tensor, mask: Tensor, completion_length: int, tokens: int | None) -> list[Tensor]:
+    """Return the completions in pieces that have at most so many tokens each, a piece's prompts counted once.
+
+    Those of one prompt are neighbours; if they are in several pieces, the prompt is in each. A piece has at least one
+    completion, however long. Padding does not count.
+
+    Args:
+        input_ids, mask, completion_length: as in `padded_scores`.
+        tokens: None for one piece.
+
+    Returns:
+        Per piece the rows of its completions, int64.
+    """
+    if tokens is None:
+        return [torch.arange(len(input_ids), device=input_ids.device)]
+    prompt_length = input_ids.size(1) - completion_length  # P
+    rows: dict[tuple[int, ...], list[int]] = {}  # prompt, with its padding -> the rows of its completions
+    for row, ids in enumerate(input_ids[:, :prompt_length].tolist()):
+        rows.setdefault(tuple(ids), []).append(row)
+    prompts, completions = mask[:, :prompt_length].sum(1).tolist(), mask[:, prompt_length:].sum(1).tolist()  # B each
+    pieces: list[list[int]] = [[]]
+    held = 0  # tokens of the last piece
+    for of_prompt in rows.values():
+        in_last = False  # whether the last piece has the prompt
+        for row in of_prompt:
+            more = completions[row] + (0 if in_last else prompts[row])
+            if pieces[-1] and held + more > tokens:
+                pieces, held, more = [*pieces, []], 0, completions[row] + prompts[row]
+            pieces[-1].append(row)
+            held, in_last = held + more, True
+    return [torch.tensor(piece, device=input_ids.device) for piece in pieces]
+
+
 def groups_together(batches: list[Batch]) -> list[Batch]:
     """Return the same completions in as many batches of the same sizes, those of one prompt side by side.
 
@@ -105,14 +140,26 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
     shuffles them; completions of one prompt share it if they meet there.
 
     Raises:
-        InputError: if the model takes images or has experts.
+        InputError: if the model takes images or has experts; with `tokens_at_once`, also if weights are sharded.
     """
 
     regrouped = staticmethod(groups_together)
 
-    def __init__(self, *arguments: Any, candidate_loss: CandidateLoss | None = None, **keywords: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        candidate_loss: CandidateLoss | None = None,
+        tokens_at_once: int | None = None,
+        **keywords: Any,
+    ):
         super().__init__(*arguments, **keywords)
         self._candidate_loss = candidate_loss
+        self._tokens_at_once = tokens_at_once
+        if tokens_at_once is not None and shards_weights(self):
+            raise InputError(
+                "tokens_at_once gives processes different numbers of forwards, but with ZeRO stage 3 or FSDP each one "
+                "gathers weights from all; use ZeRO stage 2, or set it to null and lower per_device_train_batch_size"
+            )
         if not is_dense_text_model(self):
             raise InputError(
                 f"share_prefixes is for dense models of text, found {type(self.model).__name__}; set it to false"
@@ -121,12 +168,37 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
     def completion_scores(
         self, model: torch.nn.Module, input_ids: Tensor, mask: Tensor, completion_length: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Return `padded_scores`, and count the rows that it takes."""
+        """Return `padded_scores`, computed in pieces of at most `tokens_at_once`, and count the rows that it takes.
 
-        def count(rows: SharedRows) -> None:
-            self.meter.count(rows.position_ids, len(rows.targets), rows.real(), mask.sum(), torch.is_grad_enabled())
+        Without gradients a piece is forgotten before the next. With gradients too: the parent's loss needs the logprobs
+        of the whole micro-batch, so each piece is computed again in its backward, as with gradient checkpointing, and
+        only the activations of one piece exist at a time. The loss and its gradient stay the same, whichever loss it
+        is, for one more forward.
+        """
+        pieces = in_pieces(input_ids, mask, completion_length, self._tokens_at_once)
+        again = len(pieces) > 1 and torch.is_grad_enabled()
+        # A wrapper's forward waits for the other processes, and they may have another number of pieces: it runs once.
+        models = iter([model])
+        bare = extract_model_from_parallel(model)
 
-        return padded_scores(model, input_ids, mask, completion_length, count)
+        def scores(piece: Tensor) -> tuple[Tensor, Tensor | None]:
+            ids, kept = input_ids[piece], mask[piece]
+            counted: list[SharedRows] = []  # at the first time, not at the second, within the backward
+
+            def count(rows: SharedRows) -> None:
+                if not counted:
+                    predicted, training = len(rows.targets), torch.is_grad_enabled()
+                    self.meter.count(rows.position_ids, predicted, rows.real(), kept.sum(), training)
+                    counted.append(rows)
+
+            def forward() -> tuple[Tensor, Tensor | None]:
+                return padded_scores(next(models, bare), ids, kept, completion_length, count)
+
+            return checkpoint(forward, use_reentrant=False) if again else forward()
+
+        logprobs, entropies = zip(*map(scores, pieces), strict=True)  # [piece, T] each
+        back = torch.cat(pieces).argsort()  # [B]
+        return torch.cat(logprobs)[back], None if entropies[0] is None else torch.cat(entropies)[back]
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Tensor:
         """Return TRL's loss of a micro-batch, and the candidates' loss added to it, if there is one."""
@@ -149,7 +221,8 @@ def make_trainer(
 ) -> GRPOTrainer:
     """Return the recipe's trainer with its rollouts, and on a GPU with fused layers; the keywords are TRL's."""
     if recipe.share_prefixes:
-        trainer: GRPOTrainer = SharedPrefixGRPOTrainer(candidate_loss=candidate_loss, rollout_func=rollouts, **keywords)
+        ours: dict[str, Any] = {"candidate_loss": candidate_loss, "tokens_at_once": recipe.tokens_at_once}
+        trainer: GRPOTrainer = SharedPrefixGRPOTrainer(rollout_func=rollouts, **ours, **keywords)
     else:
         trainer = GRPOTrainer(rollout_func=rollouts, **keywords)
     fuse_on_gpu(trainer.model, trainer.args.device)

@@ -99,6 +99,17 @@ def is_dense_text_model(trainer: Any) -> bool:
     return not (trainer._is_vlm or trainer.aux_loss_enabled)
 
 
+def shards_weights(trainer: Any) -> bool:
+    """Return whether each process holds a part of the weights, so that every forward waits for all processes.
+
+    Relies on: `trl.distributed.DistributedBackend(accelerator)`, `is_zero3` and `is_fsdp`.
+    """
+    from trl.distributed import DistributedBackend
+
+    backend = DistributedBackend(trainer.accelerator)
+    return backend.is_zero3 or backend.is_fsdp
+
+
 class PromptHook:
     """Prompts encoded as everywhere here, so that text of a user never becomes a control token, with every rollout.
 

@@ -7,6 +7,7 @@ tenth. That other shapes behave alike is assumed.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,14 @@ def read_shape(name: str | Path | None, config: EstimateConfig) -> Shape:
 
 
 def memory(
-    shape: Shape, config: AdapterConfig, tokens: int, weights: str, checkpointing: bool, zero: int = 0, gpus: int = 1
+    shape: Shape,
+    config: AdapterConfig,
+    tokens: int,
+    weights: str,
+    checkpointing: bool,
+    zero: int = 0,
+    gpus: int = 1,
+    tile: int = TILE_TOKENS,
 ) -> dict[str, float]:
     """Return part -> GiB of each GPU's memory in a training step.
 
@@ -97,6 +105,7 @@ def memory(
         tokens: that go through the model at once, a shared beginning counted once.
         weights: a key of `WEIGHT_BYTES`.
         zero: stage of DeepSpeed's ZeRO, 0 for none; it divides what it shards by `gpus`.
+        tile: tokens whose logits exist at a time.
     """
     trained = config.lora_r * shape.widths if config.use_peft else shape.parameters  # an adapter on all matrices
     wide = 2.0 if weights == "float32" else 1.0
@@ -109,7 +118,7 @@ def memory(
         "adapter" if config.use_peft else "gradients": (8.0 if config.use_peft else 4.0) * trained / shards[1],
         "optimizer": 8.0 * trained / shards[0],
         "activations": kept,
-        "logits": 8.0 * min(tokens, TILE_TOKENS) * shape.vocabulary,
+        "logits": 8.0 * min(tokens, tile) * shape.vocabulary,
     }
     return {part: size / GIB for part, size in parts.items()}
 
@@ -119,10 +128,16 @@ def gpu_hours(flops: float, config: EstimateConfig) -> float:
     return flops / (config.gpu_tflops * 1e12 * config.gpu_utilization) / 3600
 
 
+def this_gpu() -> int:
+    """Return the number of the GPU on which this process trains: accelerate tells each process its own."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def card_gib(config: EstimateConfig) -> tuple[float, str]:
-    """Return the memory of a GPU in GiB, and where the figure comes from."""
+    """Return the memory of this process's GPU in GiB, and where the figure comes from."""
     if config.gpu_memory_gib is not None:
         return config.gpu_memory_gib, "gpu_memory_gib"
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GIB, torch.cuda.get_device_name(0)
+        device = this_gpu()
+        return torch.cuda.get_device_properties(device).total_memory / GIB, torch.cuda.get_device_name(device)
     return 80.0, "assumed, since this machine has no GPU"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from twice_rec.data.dataset import PreparedData
 from twice_rec.files import read_records
 from twice_rec.llm.flops import Work
-from twice_rec.llm.footprint import Shape, memory
+from twice_rec.llm.footprint import TILE_TOKENS, Shape, memory
 from twice_rec.llm.prompt_builder import PromptBuilder
 from twice_rec.llm.recipe import PromptConfig
 from twice_rec.llm.tokens import encode_chat, encode_text
@@ -24,7 +24,7 @@ from twice_rec.sft.dataset import TASKS, TaskMixConfig, training_rows
 from twice_rec.sft.encoding import pack
 from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 
-_SAMPLE = 200  # users whose rows are measured
+SAMPLE = 200  # users whose rows are measured
 _RATIONALE = 980  # characters; the mean of the released ones, for users that have none yet
 Lengths = Mapping[str, NDArray[np.float64]]  # task -> tokens of prompt and completion of some rows, [n, 2]
 
@@ -54,6 +54,8 @@ class Estimate(NamedTuple):
 def measure(data: PreparedData, config: PromptConfig, model: str | None) -> tuple[Lengths, Population, str]:
     """Return the lengths of a sample of a run's rows, how many there are, and how tokens were counted.
 
+    The user with the longest prompt, in characters, is in the sample in any case, since it decides the memory.
+
     Args:
         config: limits the prompts; here they are only counted as no longer.
         model: whose tokenizer counts, if it is on this machine; else characters are.
@@ -66,18 +68,19 @@ def measure(data: PreparedData, config: PromptConfig, model: str | None) -> tupl
             found = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
             tokenizer = found if found.chat_template else None
     examples = list(data.training_examples())
-    drawn = random_stream(0, "lengths of the estimate").permutation(len(examples))[:_SAMPLE]
-    chosen = [examples[i] for i in drawn]
+    drawn = random_stream(0, "lengths of the estimate").permutation(len(examples))[:SAMPLE]
+    whole = PromptConfig(item_first=config.item_first)
+    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, whole)  # type: ignore[arg-type]
+    longest = max(examples, key=lambda e: sum(len(message["content"]) for message in builder.recommend(e, True)))
+    chosen = [longest, *(examples[i] for i in drawn if examples[i] is not longest)][:SAMPLE]
     accepted = data.folder.parent / "rationales" / "accepted.jsonl"
     texts = {r.user_id: r.text for r in read_records(accepted, Rationale)} if accepted.exists() else {}
     usual = "x" * (sum(map(len, texts.values())) // len(texts) if texts else _RATIONALE)
     written = [(e.user_id, e.target, texts.get(e.user_id, usual)) for e in chosen]
     rationales = [Rationale(*one, "relevant", (), 1.0, "none") for one in written]
-    whole = PromptConfig(item_first=config.item_first)
-    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, whole)  # type: ignore[arg-type]
     count = _counter(tokenizer)
     lengths: dict[str, list[tuple[float, float]]] = {task: [] for task in TASKS}
-    for row in training_rows(builder, chosen, rationales, TaskMixConfig(item_info_rows=_SAMPLE), 0):
+    for row in training_rows(builder, chosen, rationales, TaskMixConfig(item_info_rows=SAMPLE), 0):
         prompt = count(row.prompt)
         lengths[row.task].append((min(prompt, config.max_prompt_tokens or prompt), count(row.completion)))
     how = f"the tokenizer of {model}" if tokenizer else f"{CHARS_PER_TOKEN} characters per token, assumed"
@@ -123,18 +126,23 @@ def estimate(
     value = recipe.trainer_value
     size, epochs = value("per_device_train_batch_size"), value("num_train_epochs")
     longest = max(sum(own for _, own in group) for count, groups, _ in pieces if count for group in groups)
-    if recipe.pack_tokens is None:
+    room = recipe.pack_tokens or (value("max_length") if value("packing") else None)  # of a pack, ours or TRL's
+    if room is None:
         batches, at_once = sum(count for count, *_ in pieces), size * longest
     else:
         drawn = [(count / computed * 5e6, groups) for count, groups, _ in pieces]  # 5 million tokens are packed
         sizes = [sum(own for _, own in groups[i % len(groups)]) for n, groups in drawn for i in range(round(n))]
-        packs = pack([{"labels": [0] * size_of} for size_of in sizes], recipe.pack_tokens, recipe.seed)
-        batches, at_once = len(packs) * computed / sum(sizes), size * max(recipe.pack_tokens, longest)
+        scale = computed / sum(sizes)
+        if recipe.pack_tokens is None:  # TRL cuts longer rows
+            sizes, longest = [min(size_of, room) for size_of in sizes], room
+        packs = pack([{"labels": [0] * size_of} for size_of in sizes], room, recipe.seed)
+        batches, at_once = len(packs) * scale, size * max(room, longest)
     per_epoch = ceil(ceil(batches) / (size * value("gradient_accumulation_steps") * processes))
     steps = value("max_steps") if value("max_steps") > 0 else ceil(per_epoch * epochs)
     epochs = steps / per_epoch
     weights = recipe.quantization if recipe.quantization != "none" else recipe.dtype
-    parts = memory(shape, recipe, at_once, weights, value("gradient_checkpointing"), zero, processes)
+    tile = at_once if value("label_smoothing_factor") else TILE_TOKENS  # TRL smooths labels on whole logits
+    parts = memory(shape, recipe, at_once, weights, value("gradient_checkpointing"), zero, processes, tile)
     batch = sum(rows.values()) / per_epoch
     return Estimate(rows, batch, steps, tokens * epochs, computed * epochs, 0.0, flops * epochs, at_once, parts)
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,13 @@ from twice_rec.data.dataset import CATALOG, PreparedData, training_files
 from twice_rec.errors import InputError
 from twice_rec.evaluation.tables import show
 from twice_rec.grpo import estimate as of_grpo
-from twice_rec.grpo.one_gpu import Card, Trainer, free_gib, remedy
+from twice_rec.grpo.one_gpu import SHARE, Card, Trainer, fault, least_gib, remedy, share_gib
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.vllm_command import server_command
 from twice_rec.llm.footprint import USABLE, card_gib, gpu_hours, read_shape
 from twice_rec.masking import masked_words
 from twice_rec.sft import estimate as of_sft
-from twice_rec.sft.estimate import Estimate, Population
+from twice_rec.sft.estimate import Estimate, Lengths, Population
 from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 from twice_rec.stages.command_line import without_dry_run
 
@@ -55,13 +56,18 @@ def plan_training(recipe: Training) -> None:
     if is_prepared:
         lines |= _work(recipe, found, processes)
         quantiles = " / ".join(f"{q:,.0f}" for q in np.percentile(lengths["direct"][:, 0], (10, 50, 90, 100)))
-        lines["prompts"] = f"{quantiles} tokens at 10 / 50 / 90 / 100 %, counted by {how}"
+        lines["prompts"] = (
+            f"{quantiles} tokens at 10 / 50 / 90 / 100 % of {len(lengths['direct'])} users, the one with "
+        )
+        lines["prompts"] += f"the longest prompt among them; counted by {how}"
     else:
         lines["steps, tokens, time"] = f"not known before {folder} is there (prepare.sh)"
-    lines |= _memory(recipe, found)
-    if isinstance(recipe, GRPORecipe) and recipe.rollout != "transformers":
-        longest = int(lengths["rationale"][:, 0].max())
-        lines["vLLM's share"] = _beside_vllm(recipe, Trainer(shape, longest, processes, zero))
+    if isinstance(recipe, GRPORecipe) and recipe.vllm_is_beside_the_trainer:
+        lines |= _memory_with_vllm(recipe, found, Trainer(shape, _longest(lengths), processes, zero))
+    else:
+        lines |= _memory(recipe, found)
+    if isinstance(recipe, GRPORecipe) and recipe.gpus_of_servers and not recipe.rollout_shares_gpu:
+        lines["vLLM's share"] = _on_other_gpus(recipe, Trainer(shape, _longest(lengths), processes, zero))
     _print(lines, [command])
 
 
@@ -69,27 +75,21 @@ def plan_serve(recipe: GRPORecipe) -> None:
     """Print the commands of the rollout servers, and the memory that they take."""
     card, whence = card_gib(recipe)
     folder = Path(_model(recipe) or recipe.run_path / "sft" / "merged")
-    commands = [shlex.join(server_command(recipe, a, folder)) for a in recipe.rollout_servers if rollout_gpus(recipe)]
+    commands = [shlex.join(server_command(recipe, a, folder)) for a in recipe.rollout_servers if recipe.gpus_of_servers]
     servers = f"{len(commands)} servers, {recipe.rollout_tensor_parallel_size} GPUs each" if commands else "no server"
     share = f"{recipe.rollout_gpu_memory_utilization * card:.1f} of {card:.1f} GiB ({whence})"
     there = "" if folder.is_dir() else "; sft.sh makes it, and the served name becomes a hash of its files"
     _print({"rollout": f"{recipe.rollout}: {servers}", "memory per GPU": share, "model": f"{folder}{there}"}, commands)
 
 
-def rollout_gpus(recipe: GRPORecipe) -> int:
-    """Return how many GPUs the rollout servers take; 0 if the trainer samples itself."""
-    if recipe.rollout in ("transformers", "trl_colocate"):
-        return 0
-    return len(recipe.rollout_servers) * recipe.rollout_tensor_parallel_size
-
-
 def hours_of(recipe: Training, found: Estimate, processes: int = 1) -> tuple[float, float, float]:
     """Return the hours of training, those of rollouts, which come in turn with it, and the GPU-hours of both."""
-    training, rollouts, servers = gpu_hours(found.flops, recipe) / processes, 0.0, 0
+    training, rollouts, gpus = gpu_hours(found.flops, recipe) / processes, 0.0, processes
     if isinstance(recipe, GRPORecipe):
-        servers = rollout_gpus(recipe)
+        servers = recipe.gpus_of_servers
         rollouts = found.written / recipe.rollout_tokens_per_second / (servers or processes) / 3600
-    return training, rollouts, (training + rollouts) * (processes + servers)
+        gpus = max(processes, servers) if recipe.vllm_is_beside_the_trainer else processes + servers
+    return training, rollouts, (training + rollouts) * gpus
 
 
 def _launch(stage: str) -> tuple[int, int, int, str]:
@@ -159,22 +159,48 @@ def _work(recipe: Training, found: Estimate, processes: int) -> dict[str, str]:
 def _memory(recipe: Training, found: Estimate) -> dict[str, str]:
     card, whence = card_gib(recipe)
     needed = sum(found.memory.values())
-    parts = ", ".join(f"{part} {size:.2f}" for part, size in found.memory.items())
-    lines = {"memory per GPU": f"{needed:.1f} GiB for {found.at_once:,} tokens at once: {parts}"}
+    lines = {"memory per GPU": _parts(found, found.memory)}
     if needed <= USABLE * card:
         lines["fits"] = f"it fits {card:.0f} GiB ({whence})"
     else:
-        remedy = "set gradient_checkpointing to true, or lower pack_tokens or per_device_train_batch_size"
-        lines["fits"] = f"IT DOES NOT FIT {card:.0f} GiB ({whence}): {remedy}"
+        in_pieces = isinstance(recipe, GRPORecipe) and recipe.share_prefixes
+        lower = "tokens_at_once" if in_pieces else "pack_tokens or per_device_train_batch_size"
+        use = f"set gradient_checkpointing to true, or lower {lower}"
+        lines["fits"] = f"IT DOES NOT FIT {card:.0f} GiB ({whence}): {use}"
     return lines
 
 
-def _beside_vllm(recipe: GRPORecipe, trainer: Trainer) -> str:
+def _parts(found: Estimate, parts: Mapping[str, float]) -> str:
+    listed = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
+    return f"{sum(parts.values()):.1f} GiB for {found.at_once:,} tokens at once: {listed}"
+
+
+def _longest(lengths: Lengths) -> int:
+    return int(lengths["rationale"][:, 0].max())
+
+
+def _memory_with_vllm(recipe: GRPORecipe, found: Estimate, trainer: Trainer) -> dict[str, str]:
+    """Return the lines of a GPU that has a trainer and a vLLM."""
     card = Card(*card_gib(recipe))
-    share = recipe.rollout_gpu_memory_utilization * card.gib
-    fits = free_gib(recipe, trainer, card) >= 0
-    beside = "fits too" if fits else f"DOES NOT FIT; there use {remedy(recipe, trainer, card)}"
-    return f"{share:.1f} GiB on each of its GPUs; on the GPU of a trainer it {beside}"
+    shared = _parts(found, {**found.memory, "vLLM": share_gib(recipe, card)})
+    if recipe.trainer_value("vllm_enable_sleep_mode"):
+        shared += ", which sleeps while the trainer works"
+    if (wrong := fault(recipe, trainer, card)) is None:
+        fits = f"it fits {card.gib:.0f} GiB ({card.name}), with vLLM on the same GPU"
+    else:
+        use = remedy(recipe, trainer, card)
+        fits = f"IT DOES NOT FIT {card.gib:.0f} GiB ({card.name}), with vLLM on the same GPU: {wrong}; use {use}"
+    return {"memory per GPU": shared, "fits": fits}
+
+
+def _on_other_gpus(recipe: GRPORecipe, trainer: Trainer) -> str:
+    card = Card(*card_gib(recipe))
+    says = f"{share_gib(recipe, card):.1f} GiB on each of its GPUs"
+    if (least := least_gib(recipe, trainer)) > share_gib(recipe, card):
+        enough = ceil(100 * least / card.gib) / 100
+        use = f"--{SHARE} {enough:g}" if enough <= USABLE else "a larger GPU, or a higher rollout_tensor_parallel_size"
+        says += f", which is TOO SMALL: its weights and least room take {least:.1f} GiB; use {use}"
+    return says
 
 
 def _print(lines: Mapping[str, str], commands: Sequence[str]) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twice_rec.errors import InputError
-from twice_rec.grpo.recipe import GRPORecipe
+from twice_rec.grpo.recipe import SERVED, GRPORecipe
 from twice_rec.study.plan import Run
 from twice_rec.study.recipe import StudyRecipe
 
 LOCAL = ("127.0.0.1", "localhost", "0.0.0.0", "[::1]")  # noqa: S104 - compared with, never bound
-SERVED = ("vllm_server", "trl_server")  # values of rollout with servers of their own
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,11 @@ class Places:
         gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES; empty on a machine without.
         processes: how many runs there are at most at the same time.
         threads: of each run.
-        shares_gpu: see `StudyRecipe.server_shares_gpu`.
     """
 
     gpus: tuple[str, ...]
     processes: int
     threads: int
-    shares_gpu: bool = False
 
     @classmethod
     def of_machine(cls, study: StudyRecipe) -> Places:
@@ -43,7 +40,7 @@ class Places:
         threads = max(1, cores // processes)
         if (given := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(given) > 0:
             threads = min(threads, int(given))
-        return cls(gpus, processes, threads, study.server_shares_gpu)
+        return cls(gpus, processes, threads)
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +51,7 @@ class Places:
         """Return how many places a run takes."""
         if not self.gpus:
             return min(1 + (num_servers(run) > 0), self.processes)
-        return 1 if self.shares_gpu else 1 + gpus_of_servers(run)
+        return 1 + gpus_of_servers(run)
 
     def environment(self, taken: Sequence[str]) -> dict[str, str]:
         """Return the environment of a run in the places that it takes, of which the first is its own."""
@@ -76,8 +73,8 @@ class Places:
             if self.gpus and (needed := self.needed(run)) > len(self.gpus):
                 raise InputError(
                     f"{run.name} takes {needed} GPUs, a trainer's and {needed - 1} of rollout servers, and this "
-                    f"machine has {len(self.gpus)}; name a recipe for one GPU in runs, such as grpo_one_gpu.yaml, with "
-                    "server_shares_gpu true"
+                    f"machine has {len(self.gpus)}; name a recipe with rollout_shares_gpu true in runs, such as "
+                    "grpo_one_gpu.yaml"
                 )
             if num_servers(run) and (far := [a for a in _servers(run) if a.rpartition(":")[0] not in LOCAL]):
                 raise InputError(
@@ -92,9 +89,9 @@ def num_servers(run: Run) -> int:
 
 
 def gpus_of_servers(run: Run) -> int:
-    """Return how many GPUs the rollout servers of a run need."""
+    """Return how many GPUs of their own the rollout servers of a run need."""
     recipe = run.recipe
-    return num_servers(run) * recipe.rollout_tensor_parallel_size if isinstance(recipe, GRPORecipe) else 0
+    return recipe.gpus_of_servers if isinstance(recipe, GRPORecipe) and not recipe.rollout_shares_gpu else 0
 
 
 def flags_of_servers(run: Run) -> list[str]:

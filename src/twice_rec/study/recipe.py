@@ -43,9 +43,6 @@ class StudyRecipe(Recipe):
     processes: int | None = key(
         None, "runs at the same time; null for one per GPU, or one per core without a GPU", ge=1, le=1024
     )
-    server_shares_gpu: bool = key(
-        False, "stage 3's rollout server is on the trainer's GPU (grpo_one_gpu.yaml) and not on GPUs of its own"
-    )
 
     @property
     def all_domains(self) -> list[str]:
