@@ -1,5 +1,6 @@
 """The loss on all candidates: values worked out by hand, probabilities by brute force, and its part in a training."""
 
+import copy
 import math
 from types import MappingProxyType, SimpleNamespace
 
@@ -15,9 +16,10 @@ from tiny_base.model import train_tokenizer
 from tiny_models import gemma3
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.confidence import ConfidenceModel
-from twice_rec.grpo.candidate_loss import CandidateLoss, cf_distributions, item_advantages, make_candidate_loss
+from twice_rec.grpo.candidate_loss import CandidateLoss, cf_scores, item_advantages, make_candidate_loss
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.trainer import SharedPrefixGRPOTrainer
+from twice_rec.llm.shared_prefix import token_scores
 from twice_rec.llm.tokens import encode_chat
 from twice_rec.prompts import rationale_answer
 from twice_rec.records import Item
@@ -70,9 +72,10 @@ def test_rewards_of_the_form_pay_nothing_for_an_item():
     np.testing.assert_allclose(found, [[-(0.5**0.5), 2**0.5, -(0.5**0.5)]], rtol=1e-3)
 
 
-def test_the_cf_models_softmax_is_that_of_its_calibrated_scores():
-    """Half the scores are 0, log 2, -log 2: shares of 1, 2 and 1/2 in 3.5."""
-    np.testing.assert_allclose(cf_distributions(ROWS, CATALOG, Fixed()), [[2 / 7, 4 / 7, 1 / 7]] * 2, rtol=1e-5)
+def test_the_cf_models_scores_are_calibrated():
+    """Half of z: 0, log 2, -log 2."""
+    expected = [[0, math.log(2), -math.log(2)]] * 2
+    np.testing.assert_allclose(cf_scores(ROWS, CATALOG, Fixed()), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,17 @@ def tokenizer():
 def model(tokenizer):
     """The head of TRL's trainers, and weights from which the answers differ clearly."""
     made = gemma3(vocab_size=len(tokenizer), max_position_embeddings=512)
+    add_fused_lm_head(made, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def other(tokenizer):
+    """The start model: the same shape, other weights."""
+    made = gemma3(vocab_size=len(tokenizer), max_position_embeddings=512)
+    with torch.no_grad():
+        for number, parameter in enumerate(made.parameters()):
+            parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel()).view(parameter.shape) + number))
     add_fused_lm_head(made, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     return made
 
@@ -121,19 +135,24 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["expected_reward", "distillation"])
+@pytest.mark.parametrize("start_weight", [None, 0.0, 0.7])
 @pytest.mark.parametrize("limit", [1, None])
-def test_the_loss_is_that_of_each_answer_in_a_row_of_its_own(model, tokenizer, kind, limit):
+def test_the_loss_is_that_of_each_answer_in_a_row_of_its_own(model, other, tokenizer, start_weight, limit):
     values = np.array([[0.2, 1.0, -1.2], [0.5, 0.4, 0.1]], dtype=np.float32)
-    loss = CandidateLoss(kind, 2.0, limit, ROWS, values, CATALOG, tokenizer)
+    loss = CandidateLoss(2.0, limit, ROWS, values, start_weight, CATALOG, tokenizer)
     batch = batch_of(tokenizer, [(ROWS[number], text) for number, text in TEXTS])
-    found, figures = loss(model, batch)
+    found, figures = loss(model, batch, lambda groups: token_scores(other, groups)[0].detach())
     used = [(0, "because of tea"), *([] if limit else [(0, "then coffee")]), (1, "what")]
     losses, on_target = [], []
     for number, rationale in used:
         p = by_brute_force(model, tokenizer, ROWS[number], rationale)
         of_row = torch.tensor(values[number])
-        losses.append(-(p * of_row).sum() if kind == "expected_reward" else -(p.log() * of_row).sum())
+        if start_weight is None:
+            losses.append(-(p * of_row).sum())
+        else:
+            before = by_brute_force(other, tokenizer, ROWS[number], rationale).detach()
+            wanted = of_row.exp() * before**start_weight
+            losses.append(-(p.log() * wanted / wanted.sum()).sum())
         on_target.append(p[1 + number])
     assert found.item() == pytest.approx(2.0 * torch.stack(losses).mean().item(), abs=2e-4)
     assert figures["candidates/loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=2e-4)
@@ -150,14 +169,20 @@ def test_the_loss_is_that_of_each_answer_in_a_row_of_its_own(model, tokenizer, k
 
 
 def test_completions_without_a_rationale_teach_nothing(model, tokenizer):
-    loss = CandidateLoss("distillation", 1.0, 1, ROWS, np.ones((2, 3), np.float32), CATALOG, tokenizer)
+    loss = CandidateLoss(1.0, 1, ROWS, np.ones((2, 3), np.float32), 0.0, CATALOG, tokenizer)
     found, figures = loss(model, batch_of(tokenizer, [(ROWS[0], "no rationale at all")]))
     assert (found.item(), figures) == (0.0, {})
     found.backward()  # other processes wait for this one's gradient
 
 
-def test_it_is_trained_on_beside_grpos_loss(tokenizer, tmp_path):
-    """With rewards of 0 alone, GRPO's gradient is 0: the policy learns from the candidates."""
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "all weights"])
+@pytest.mark.parametrize("start_weight", [0.0, 1.0])
+def test_it_is_trained_on_beside_grpos_loss(tokenizer, tmp_path, adapter, start_weight):
+    """With rewards of 0 alone, GRPO's gradient is 0: the policy learns from the candidates.
+
+    It comes to the distribution that it is shown, whose entropy is the least that the cross-entropy can be; that of the
+    start model stays what it was.
+    """
     asked = SimpleNamespace(calls=0)
 
     def rollouts(prompts, trainer):
@@ -167,27 +192,39 @@ def test_it_is_trained_on_beside_grpos_loss(tokenizer, tmp_path):
         return {"prompt_ids": ids, "completion_ids": said, "logprobs": None}
 
     made = gemma3(vocab_size=len(tokenizer), max_position_embeddings=512)
-    settings = recipe(candidate_loss="distillation", reward_funcs=["match"], reward_weights=[0.0])
+    before = copy.deepcopy(made)
+    settings = recipe(
+        candidate_loss="distillation", reward_funcs=["match"], reward_weights=[0.0], candidate_start_weight=start_weight
+    )
     trainer = SharedPrefixGRPOTrainer(
         model=made,
         reward_funcs=lambda completion_ids, **_: [0.0] * len(completion_ids),
         args=GRPOConfig(
             output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            max_steps=12, learning_rate=0.05, beta=0.0, temperature=TEMPERATURE, report_to="none", use_cpu=True,
-            bf16=False, save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
+            max_steps=12, learning_rate=0.05 if adapter else 0.02, beta=0.0, temperature=TEMPERATURE, report_to="none",
+            use_cpu=True, bf16=False, save_strategy="no", logging_steps=1, disable_tqdm=True,
+            lr_scheduler_type="constant",
         ),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        if adapter
+        else None,
         rollout_func=rollouts,
         candidate_loss=make_candidate_loss(settings, ROWS, CATALOG, Fixed(), tokenizer),
     )  # fmt: skip
     trainer.train()
     losses = [row["candidates/loss"] for row in trainer.state.log_history if "candidates/loss" in row]
-    entropy = -sum(p * math.log(p) for p in (2 / 7, 4 / 7, 1 / 7))  # the least that the cross-entropy can be
+    entropies = []
+    for row in ROWS:
+        with torch.no_grad():
+            of_start = by_brute_force(before, tokenizer, row, "because of tea")
+        wanted = torch.tensor([2 / 7, 4 / 7, 1 / 7]) * of_start**start_weight
+        wanted /= wanted.sum()
+        entropies.append(-(wanted * wanted.log()).sum().item())
     assert asked.calls == 12
     assert losses[-1] < losses[0]
-    assert losses[-1] == pytest.approx(entropy, abs=0.03)
+    assert losses[-1] == pytest.approx(sum(entropies) / 2, abs=0.03)
     steps = [row for row in trainer.state.log_history if "loss" in row]
     for row in steps:  # two micro-batches of a prompt each: the mean of both is logged as it is trained on
         assert row["loss"] == pytest.approx(row["candidates/loss"], abs=1e-4)
@@ -204,6 +241,10 @@ def test_no_loss_by_default():
         (
             {"candidate_loss": "distillation", "share_prefixes": False},
             "found item_first False and share_prefixes False",
+        ),
+        (
+            {"candidate_loss": "distillation", "candidate_cf_weight": 0.0},
+            "candidate_cf_weight and candidate_start_weight are 0",
         ),
         (
             {"candidate_loss": "expected_reward", "reward_funcs": ["structure"], "reward_weights": [1.0]},

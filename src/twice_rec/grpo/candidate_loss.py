@@ -8,15 +8,20 @@ that follows the completion's rationale, so that one rationale teaches about all
 `expected_reward` maximises the sum over c of p_c times the advantage of c: what the rewards that depend on the item
 alone would pay for it, less their mean over the candidates, divided by their standard deviation. It is GRPO's own
 objective for the item, with its exact expectation in place of samples. `distillation` minimises the cross-entropy of p
-against the CF model's calibrated softmax over the candidates: how well a policy can learn what the CF model knows, an
-upper bound for its rewards.
+against
+
+    softmax over the candidates of candidate_cf_weight * a z_c + candidate_start_weight * log p_c of the start model
+
+with the CF model's score z and its calibration a. Without the start model it is the CF model's distribution: how well a
+policy can learn what the CF model knows. With it, it is the policy that has the highest expected a z less a divergence
+from the start model: it adds what the CF model knows to what the start model read in the prompt.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,10 +30,10 @@ from torch import Tensor
 
 from twice_rec.answer_format import parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
-from twice_rec.cf.confidence import ConfidenceModel, softmax
+from twice_rec.cf.confidence import ConfidenceModel
 from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rewards import REWARDS, ScoredCompletion
-from twice_rec.llm.shared_prefix import SharedRows, token_scores
+from twice_rec.llm.shared_prefix import Group, SharedRows, token_scores
 from twice_rec.llm.tokens import encode_chat
 from twice_rec.prompts import rationale_answer
 
@@ -59,11 +64,11 @@ def item_advantages(rows: Sequence[Row], catalog: ItemCatalog, model: Confidence
     return ((earned - earned.mean(axis=1, keepdims=True)) / (spread + 1e-4)).astype(np.float32)
 
 
-def cf_distributions(rows: Sequence[Row], catalog: ItemCatalog, model: ConfidenceModel) -> Floats:
-    """Return the CF model's softmax over each row's candidates, calibrated on validation: float32 [rows, C]."""
+def cf_scores(rows: Sequence[Row], catalog: ItemCatalog, model: ConfidenceModel) -> Floats:
+    """Return the CF model's scores of each row's candidates, times the calibration's scale: float32 [rows, C]."""
     histories, shown = _indices(rows, catalog)
     scale, _ = model.calibration["raw"]
-    return softmax(scale * model.logits(histories, shown)).astype(np.float32)
+    return (scale * model.logits(histories, shown)).astype(np.float32)
 
 
 def _indices(rows: Sequence[Row], catalog: ItemCatalog) -> tuple[list[list[int]], NDArray[np.int64]]:
@@ -81,49 +86,60 @@ def make_candidate_loss(
     if recipe.candidate_loss == "none":
         return None
     if recipe.candidate_loss == "expected_reward":
-        values = item_advantages(rows, catalog, model, recipe)
+        values, start_weight = item_advantages(rows, catalog, model, recipe), None
     else:
-        values = cf_distributions(rows, catalog, model)
-    kind, weight, rationales = recipe.candidate_loss, recipe.candidate_weight, recipe.candidate_rationales
-    return CandidateLoss(kind, weight, rationales, rows, values, catalog, tokenizer)
+        values = recipe.candidate_cf_weight * cf_scores(rows, catalog, model)
+        start_weight = recipe.candidate_start_weight
+    weight, rationales = recipe.candidate_weight, recipe.candidate_rationales
+    return CandidateLoss(weight, rationales, rows, values, start_weight, catalog, tokenizer)
 
 
 class CandidateLoss:
     """The loss of a micro-batch, for `SharedPrefixGRPOTrainer`.
 
     Args:
-        kind: `expected_reward` or `distillation`.
-        rows: the prompts of stage 3. Of those with equal prompts, the first one's values count.
-        values: float32 [rows, C], `item_advantages` or `cf_distributions`.
         rationales: different rationales of a prompt that are used in a micro-batch, the first ones; None for all.
+        rows: the prompts of stage 3. Of those with equal prompts, the first one's values count.
+        values: float32 [rows, C], `item_advantages`, or weighted `cf_scores`.
+        start_weight: weight of the start model's log-probabilities beside such scores; None for `expected_reward`.
+
+    Attributes:
+        asks_start: whether the start model is asked.
     """
 
     def __init__(
         self,
-        kind: Literal["expected_reward", "distillation"],
         weight: float,
         rationales: int | None,
         rows: Sequence[Row],
         values: Floats,
+        start_weight: float | None,
         catalog: ItemCatalog,
         tokenizer: PreTrainedTokenizerBase,
     ):
-        self.weight, self._kind, self._limit = weight, kind, rationales
+        self._weight, self._limit, self._start_weight = weight, rationales, start_weight
+        self.asks_start = bool(start_weight)
         self._catalog, self._tokenizer = catalog, tokenizer
         self._rows: dict[tuple[int, ...], tuple[Row, Floats]] = {}  # token ids of a prompt -> the row, its values [C]
         for row, of_row in zip(rows, values, strict=True):
             self._rows.setdefault(tuple(encode_chat(tokenizer, row["prompt"])), (row, of_row))
 
     def __call__(
-        self, model: torch.nn.Module, batch: Mapping[str, Tensor], laid_out: Callable[[SharedRows], None] | None = None
+        self,
+        model: torch.nn.Module,
+        batch: Mapping[str, Tensor],
+        start: Callable[[Sequence[Group]], Tensor] | None = None,
+        laid_out: Callable[[SharedRows], None] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Return the mean loss of a micro-batch's rationales, times the weight, and figures for the log.
 
         Args:
             model, laid_out: see `token_scores`.
             batch: `prompt_ids`, `prompt_mask` [B, P], `completion_ids`, `completion_mask` [B, T] as TRL has them.
+            start: gives the start model's logprobs of all tokens of groups, [N], if `asks_start`.
         """
-        groups, values, targets, sizes = [], [], [], []  # per prompt; per rationale; per rationale; per continuation
+        groups, sizes = list[Group](), list[int]()  # per prompt; per continuation
+        values, targets = [], []  # per rationale
         for prompt, rationales in self._rationales(batch).items():
             row, of_row = self._rows[prompt]
             answers = [
@@ -138,13 +154,21 @@ class CandidateLoss:
         if not groups:  # all completions are malformed; the other processes' forwards may wait for this one's
             prompt = next(iter(self._rows))
             return 0.0 * token_scores(model, [(prompt, [prompt[-1:]])], laid_out)[0].sum(), {}
-        of_tokens = token_scores(model, groups, laid_out)[0]  # [N]
-        logprobs = torch.stack([part.sum() for part in of_tokens.split(sizes)]).view(len(values), -1)  # [R, C]
-        logp, value = logprobs.log_softmax(dim=1), torch.stack(values).to(logprobs.device)  # [R, C] each
-        weights = logp.exp() if self._kind == "expected_reward" else logp
-        loss = -(weights * value).sum(dim=1).mean()
+
+        def over_candidates(of_tokens: Tensor) -> Tensor:
+            logprobs = torch.stack([part.sum() for part in of_tokens.split(sizes)])  # [continuations]
+            return logprobs.view(len(values), -1).log_softmax(dim=1)  # [R, C]
+
+        logp = over_candidates(token_scores(model, groups, laid_out)[0])  # [R, C]
+        value = torch.stack(values).to(logp.device)  # [R, C]
+        if self._start_weight is None:
+            loss = -(logp.exp() * value).sum(dim=1).mean()
+        else:
+            if start is not None and self.asks_start:
+                value = value + self._start_weight * over_candidates(start(groups))
+            loss = -(logp * value.softmax(dim=1)).sum(dim=1).mean()
         on_target = logp.detach().gather(1, torch.tensor(targets, device=logp.device)[:, None]).exp().mean()
-        return self.weight * loss, {"candidates/loss": loss.item(), "candidates/target_probability": on_target.item()}
+        return self._weight * loss, {"candidates/loss": loss.item(), "candidates/target_probability": on_target.item()}
 
     def _rationales(self, batch: Mapping[str, Tensor]) -> dict[tuple[int, ...], list[str]]:
         """Return the different complete rationales of each prompt, in the order of the micro-batch."""

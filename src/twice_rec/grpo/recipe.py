@@ -135,7 +135,11 @@ class CandidateLossConfig(Settings):
     candidate_loss: Literal["none", "expected_reward", "distillation"] = key(
         "none",
         "a loss on all candidates after a sampled rationale: none (paper); the exact expectation of the rewards that "
-        "depend on the item; or the distance to the CF model's calibrated softmax",
+        "depend on the item; or the distance to a distribution of the CF model and the start model",
+    )
+    candidate_cf_weight: float = key(1.0, "of distillation: weight of the CF model's calibrated scores", ge=0)
+    candidate_start_weight: float = key(
+        0.0, "of distillation: weight of the start model's log-probabilities of the candidates", ge=0
     )
     candidate_weight: float = key(1.0, "weight of that loss beside GRPO's", gt=0)
     candidate_rationales: int | None = key(
@@ -297,6 +301,8 @@ class GRPORecipe(
             needed = "item_first false and share_prefixes true"
             found = f"item_first {self.item_first} and share_prefixes {self.share_prefixes}"
             return f"candidate_loss is {self.candidate_loss}; it needs {needed}, found {found}"
+        if self.candidate_loss == "distillation" and not (self.candidate_cf_weight or self.candidate_start_weight):
+            return "candidate_cf_weight and candidate_start_weight are 0; distillation has nothing to learn from"
         if self.candidate_loss == "expected_reward" and not any(
             weight and REWARDS[name].depends_on_item
             for name, weight in zip(self.reward_funcs, self.reward_weights, strict=False)

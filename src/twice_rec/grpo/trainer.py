@@ -5,12 +5,14 @@ This module imports TRL; import it late.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +22,7 @@ from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.grpo.rollout.base import Rollouts
 from twice_rec.grpo.trl_private import Batch, PromptHook, TrainerHooks, is_dense_text_model, metrics, shards_weights
 from twice_rec.llm.fused import fuse_on_gpu
-from twice_rec.llm.shared_prefix import SharedRows, token_scores
+from twice_rec.llm.shared_prefix import Group, SharedRows, token_scores
 from twice_rec.llm.throughput import Metered
 
 
@@ -155,6 +157,9 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
         super().__init__(*arguments, **keywords)
         self._candidate_loss = candidate_loss
         self._tokens_at_once = tokens_at_once
+        self._start = None  # a copy of the model, if all its weights are trained and a loss asks for those of before
+        if candidate_loss is not None and candidate_loss.asks_start and not isinstance(self.model, PeftModel):
+            self._start = copy.deepcopy(self.model).eval().requires_grad_(False)
         if tokens_at_once is not None and shards_weights(self):
             raise InputError(
                 "tokens_at_once gives processes different numbers of forwards, but with ZeRO stage 3 or FSDP each one "
@@ -210,10 +215,19 @@ class SharedPrefixGRPOTrainer(TrainerHooks, GRPOTrainer):
             self.meter.count(rows.position_ids, len(rows.targets), rows.real(), 0)
 
         with self.accelerator.autocast():
-            of_candidates, figures = self._candidate_loss(model, inputs, count)
+            of_candidates, figures = self._candidate_loss(model, inputs, self._start_scores, count)
         for name, value in figures.items():
             metrics(self)[name].append(value)
         return loss + of_candidates / self.current_gradient_accumulation_steps
+
+    @torch.no_grad()
+    def _start_scores(self, groups: Sequence[Group]) -> Tensor:
+        """Return the logprobs of the model that training started from, see `token_scores`: float32 [N]."""
+        if self._start is not None:
+            return token_scores(self._start, groups)[0]
+        model = extract_model_from_parallel(self.model)
+        with model.disable_adapter():
+            return token_scores(model, groups)[0]
 
 
 def make_trainer(

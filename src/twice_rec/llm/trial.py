@@ -21,6 +21,7 @@ from twice_rec.llm.attention import layer_windows
 from twice_rec.llm.recipe import ANOTHER_MODEL, VARLEN
 from twice_rec.llm.shared_prefix import Group, SharedRows
 from twice_rec.llm.tokens import first_line
+from twice_rec.random_streams import stream_seed
 
 _ENDS = ((41, 6, 13), (41, 6, 37, 4), (28,), (41, 10, 22, 9, 33))
 _GROUPS: tuple[Group, ...] = (((5, 17, 3, 29, 11, 8, 23, 2, 14, 31, 7, 19), _ENDS), ((12, 30, 1, 4), _ENDS[:2]))
@@ -81,7 +82,7 @@ class _Trial:
         for small in _small(config):
             try:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
+                    torch.manual_seed(stream_seed(0, "weights of a trial"))
                     self._model = _build(small)
                     for parameter in self._model.parameters():
                         if parameter.ndim == 2:  # what a token does must show in others
