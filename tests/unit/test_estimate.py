@@ -339,6 +339,7 @@ def test_a_dry_run_counts_the_processes_of_accelerate(tmp_path, capsys, monkeypa
         ("grpo_one_gpu", ["--gpu_memory_gib", "12"], "IT DOES NOT FIT 12 GiB (gpu_memory_gib), with vLLM on the same"),
         ("grpo_one_gpu", ["--rollout", "trl_colocate"], "logits 2.00, vLLM 20.00\n"),
         ("grpo", ["--rollout", "trl_colocate"], "IT DOES NOT FIT 80 GiB"),
+        ("grpo", ["--candidate_loss", "distillation"], "candidate_loss distillation: its operations and memory\n"),
         (
             "grpo",
             ["--gradient_accumulation_steps", "7", "--per_device_train_batch_size", "3"],

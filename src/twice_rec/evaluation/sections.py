@@ -37,7 +37,7 @@ INTRO = "Means over users with 95 % bootstrap intervals over users. Ties count a
 RULE = (
     "A claim is shown if the 95 % interval of the paired difference lies on the claimed side of 0, contradicted if it "
     "lies on the other side, and not shown if it holds 0. Intervals are over users; seeds are averaged per user first. "
-    "With several seeds the difference of each must lie on that side too: 3 of 3. "
+    "With several seeds the difference of each must lie on that side too; '2 of 3' says of how many seeds it does. "
     "p is corrected for the number of results by Holm's method."
 )
 

@@ -19,6 +19,7 @@ from the start model: it adds what the CF model knows to what the start model re
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ class CandidateLoss:
     """The loss of a micro-batch, for `SharedPrefixGRPOTrainer`.
 
     Args:
-        rationales: different rationales of a prompt that are used in a micro-batch, the first ones; None for all.
+        rationales: how many different rationales of a prompt count per micro-batch, the first ones; None for all.
         rows: the prompts of stage 3. Of those with equal prompts, the first one's values count.
         values: float32 [rows, C], `item_advantages`, or weighted `cf_scores`.
         start_weight: weight of the start model's log-probabilities beside such scores; None for `expected_reward`.
@@ -120,9 +121,9 @@ class CandidateLoss:
         self._weight, self._limit, self._start_weight = weight, rationales, start_weight
         self.asks_start = bool(start_weight)
         self._catalog, self._tokenizer = catalog, tokenizer
-        self._rows: dict[tuple[int, ...], tuple[Row, Floats]] = {}  # token ids of a prompt -> the row, its values [C]
+        self._rows: dict[bytes, tuple[Row, Floats]] = {}  # hash of a prompt's token ids -> the row, its values [C]
         for row, of_row in zip(rows, values, strict=True):
-            self._rows.setdefault(tuple(encode_chat(tokenizer, row["prompt"])), (row, of_row))
+            self._rows.setdefault(_hash(encode_chat(tokenizer, row["prompt"])), (row, of_row))
 
     def __call__(
         self,
@@ -140,8 +141,11 @@ class CandidateLoss:
         """
         groups, sizes = list[Group](), list[int]()  # per prompt; per continuation
         values, targets = [], []  # per rationale
-        for prompt, rationales in self._rationales(batch).items():
-            row, of_row = self._rows[prompt]
+        of_prompts = self._rationales(batch)
+        for prompt, rationales in of_prompts.items():
+            if not rationales:
+                continue
+            row, of_row = self._rows[_hash(prompt)]
             answers = [
                 encode_chat(self._tokenizer, row["prompt"], rationale_answer(rationale, self._catalog[item_id]))
                 for rationale in rationales
@@ -152,7 +156,7 @@ class CandidateLoss:
             values += [torch.as_tensor(of_row)] * len(rationales)
             targets += [row["candidates"].index(row["target"])] * len(rationales)
         if not groups:  # all completions are malformed; the other processes' forwards may wait for this one's
-            prompt = next(iter(self._rows))
+            prompt = next(iter(of_prompts))
             return 0.0 * token_scores(model, [(prompt, [prompt[-1:]])], laid_out)[0].sum(), {}
 
         def over_candidates(of_tokens: Tensor) -> Tensor:
@@ -180,4 +184,8 @@ class CandidateLoss:
             of_this = found[tuple(prompt[of_prompt.bool()].tolist())]
             if rationale and (self._limit is None or len(of_this) < self._limit):
                 of_this[without_tags(rationale)] = None
-        return {prompt: list(rationales) for prompt, rationales in found.items() if rationales}
+        return {prompt: list(rationales) for prompt, rationales in found.items()}
+
+
+def _hash(ids: Sequence[int]) -> bytes:
+    return hashlib.sha256(np.array(ids, dtype=np.int64).tobytes()).digest()

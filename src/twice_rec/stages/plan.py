@@ -56,10 +56,8 @@ def plan_training(recipe: Training) -> None:
     if is_prepared:
         lines |= _work(recipe, found, processes)
         quantiles = " / ".join(f"{q:,.0f}" for q in np.percentile(lengths["direct"][:, 0], (10, 50, 90, 100)))
-        lines["prompts"] = (
-            f"{quantiles} tokens at 10 / 50 / 90 / 100 % of {len(lengths['direct'])} users, the one with "
-        )
-        lines["prompts"] += f"the longest prompt among them; counted by {how}"
+        of_users = f"{len(lengths['direct'])} users, the one with the longest prompt among them"
+        lines["prompts"] = f"{quantiles} tokens at 10 / 50 / 90 / 100 % of {of_users}; counted by {how}"
     else:
         lines["steps, tokens, time"] = f"not known before {folder} is there (prepare.sh)"
     if isinstance(recipe, GRPORecipe) and recipe.vllm_is_beside_the_trainer:
@@ -68,6 +66,8 @@ def plan_training(recipe: Training) -> None:
         lines |= _memory(recipe, found)
     if isinstance(recipe, GRPORecipe) and recipe.gpus_of_servers and not recipe.rollout_shares_gpu:
         lines["vLLM's share"] = _on_other_gpus(recipe, Trainer(shape, _longest(lengths), processes, zero))
+    if isinstance(recipe, GRPORecipe) and recipe.candidate_loss != "none":
+        lines["not counted"] = f"candidate_loss {recipe.candidate_loss}: its operations and memory"
     _print(lines, [command])
 
 

@@ -3,7 +3,7 @@
 `base`, `stage2`, `stage3`, `stage2_NAME` and `stage3_NAME` are language models, asked about stored candidate lists, and
 `suffix` names those that are asked in another way (`with_rationale: false`). `oracle`, the ceilings and the models in
 `precomputed_scores` are score files that rank whatever lists are asked for; the oracle and the ceilings only those in
-which every other item has the same chance to stand beside the target, for only there are they the best rankings. CF
+which every other item has the same chance to be beside the target, for only there are they the best rankings. CF
 models are evaluated by their own stage. Killed and started again, it goes on behind the last whole batch.
 """
 
