@@ -11,7 +11,8 @@ Shapes: G rows, L columns, N tokens of all continuations, M of them different (a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -224,18 +225,34 @@ def _forward(
     model: torch.nn.Module, groups: Sequence[Group], keywords: Callable[[SharedRows], dict[str, Any]]
 ) -> tuple[SharedRows, Any]:
     """Return the layout and what a model, bare or wrapped, says where it predicts a token, [1, M, ...]."""
+    bare = bare_model(model)
+    rows = SharedRows.of(groups, bare)
+    with predicting_at(bare, rows.row, rows.column):
+        return rows, model(**rows.inputs(bare), **keywords(rows))
+
+
+def bare_model(model: torch.nn.Module) -> PreTrainedModel:
+    """Return the model without what wraps it: data parallelism, ZeRO, PEFT."""
     from accelerate.utils import extract_model_from_parallel
 
     bare = extract_model_from_parallel(model)
-    bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-    rows = SharedRows.of(groups, bare)
+    return bare.get_base_model() if isinstance(bare, PeftModel) else bare
+
+
+@contextmanager
+def predicting_at(model: PreTrainedModel, row: Tensor, column: Tensor) -> Iterator[None]:
+    """Hand a model's head only what predicts a token, so that its layers give [1, M, hidden size].
+
+    Args:
+        row, column: int64 [M], where.
+    """
 
     def keep_what_predicts(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[rows.row, rows.column][None]  # [1, M, hidden size]
+        output.last_hidden_state = output.last_hidden_state[row, column][None]  # [1, M, hidden size]
         return output
 
-    with bare.base_model.register_forward_hook(keep_what_predicts):
-        return rows, model(**rows.inputs(bare), **keywords(rows))
+    with model.base_model.register_forward_hook(keep_what_predicts):
+        yield
 
 
 def segment_inputs(model: PreTrainedModel, segments: Segments, length: int) -> dict[str, Any]:

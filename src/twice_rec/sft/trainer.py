@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from twice_rec.llm import models
 from twice_rec.llm.fused import fuse_on_gpu
+from twice_rec.llm.shared_prefix import bare_model, predicting_at
 from twice_rec.llm.throughput import Metered
 from twice_rec.markdown import markdown_table
 from twice_rec.sft import encoding
@@ -33,6 +34,17 @@ class SFTTrainer(Metered, trl.SFTTrainer):
         for batch in batches:
             self.meter.count_batch(batch)
         return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        """Return TRL's loss; on CPUs, too, the head is computed only where a token is predicted."""
+        if self.args.device.type != "cpu" or self.label_smoother is not None:
+            return super().compute_loss(model, inputs, *arguments, **keywords)
+        labels = inputs["labels"][:, 1:]  # [R, L - 1]
+        row, column = (labels != -100).nonzero(as_tuple=True)  # [M] each
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        with predicting_at(bare_model(model), row, column):
+            others["shift_labels"] = labels[row, column][None]  # [1, M]
+            return super().compute_loss(model, others, *arguments, **keywords)
 
 
 def sft_trainer(recipe: SFTRecipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, folder: Path) -> SFTTrainer:
