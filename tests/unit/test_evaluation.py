@@ -314,17 +314,23 @@ def batches_of(data):
     return [("uniform", [example]) for example in data.examples("test", "uniform")]
 
 
+def by_likelihood(folder, generator, data):
+    """Return the metrics."""
+    results = evaluate_language_model({"likelihood": folder}, generator, batches_of(data), WRITER, CONFIG)
+    return results["likelihood"][1]
+
+
 def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    _, expected = evaluate_language_model(whole, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood")
+    expected = by_likelihood(whole, FakeGenerator(), data)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_language_model(killed, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood")
+        by_likelihood(killed, FakeGenerator(fail_at=1), data)
     with open(killed / "predictions.partial.jsonl", "a") as file:
         file.write('{"user_id": "v", "tar')  # a kill in mid-line
     generator = FakeGenerator()
-    _, found = evaluate_language_model(killed, generator, batches_of(data), WRITER, CONFIG, "likelihood")
+    found = by_likelihood(killed, generator, data)
     assert len(generator.asked) == 1
     assert found == expected
     assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
@@ -334,11 +340,11 @@ def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
 def test_rows_that_were_not_asked_for_are_no_result(data, tmp_path):
     """What another process would leave if there were no lock: rows of other users, in whole batches."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate_language_model(tmp_path, FakeGenerator(fail_at=1), batches_of(data), WRITER, CONFIG, "likelihood")
+        by_likelihood(tmp_path, FakeGenerator(fail_at=1), data)
     partial = tmp_path / "predictions.partial.jsonl"
     partial.write_text(partial.read_text().replace('"user_id": "u"', '"user_id": "x"'))
     with pytest.raises(InputError, match="2 rows that are not the answers to the 2 questions"):
-        evaluate_language_model(tmp_path, FakeGenerator(), batches_of(data), WRITER, CONFIG, "likelihood")
+        by_likelihood(tmp_path, FakeGenerator(), data)
     assert not (tmp_path / "predictions.jsonl").exists()
 
 

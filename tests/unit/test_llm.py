@@ -11,6 +11,7 @@ from tiny_base.model import build_model, train_tokenizer
 from tiny_models import base_shape
 from twice_rec.errors import InputError
 from twice_rec.files import hash_file
+from twice_rec.llm import generation
 from twice_rec.llm.generation import TransformersGenerator
 from twice_rec.llm.models import load_model, lora_config, saved_weights, write_merged
 from twice_rec.llm.recipe import AdapterConfig, ModelConfig
@@ -163,6 +164,20 @@ def test_sampling_follows_its_seed_and_leaves_the_global_state(generator):
     assert a != generator.generate([PROMPT], 3, 1.0, 1.0, seed=6)
     assert len({answer.text for answer in a[0]}) > 1
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_prompts_asked_again_are_read_once(generator, monkeypatch):
+    """Greedily, sampled, scored: with the values of a generator that reads them each time."""
+    answers, read = ["green tea", "which"], generation.read_prompts
+    expected = generator.generate([PROMPT]), generator.generate([PROMPT], 2, seed=5), generator.score(PROMPT, answers)
+    counted = []
+    monkeypatch.setattr(generation, "read_prompts", lambda *given: counted.append(given[1]) or read(*given))
+    again = TransformersGenerator(generator.model, generator.tokenizer, max_new_tokens=12)
+    assert (again.generate([PROMPT]), again.generate([PROMPT], 2, seed=5)) == expected[:2]
+    assert again.score(PROMPT, answers) == pytest.approx(expected[2], abs=1e-4)
+    assert len(counted) == 1
+    again.generate([PROMPT, PROMPT[1:]])
+    assert len(counted) == 2
 
 
 def test_several_samples_need_a_seed(generator):

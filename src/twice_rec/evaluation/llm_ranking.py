@@ -6,13 +6,14 @@ votes of the same mean log-probability, as those without a vote have; `vote_ties
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -51,28 +52,40 @@ def question_batches(recipe: EvaluateRecipe, data: PreparedData) -> Iterator[tup
 
 
 def evaluate_language_model(
-    folder: Path,
+    folders: Mapping[str, Path],
     generator: TransformersGenerator,
     batches: Sequence[tuple[str, Sequence[Example]]],
     builder: PromptBuilder,
     recipe: EvaluateRecipe,
-    ranking: str,
-) -> tuple[list[Path], dict[str, float]]:
+) -> dict[str, tuple[list[Path], dict[str, float]]]:
     """Ask all questions, and write and return predictions and metrics, with the rates of the completions' outcomes.
 
     A killed run goes on after its last whole batch. `batches` are (name of the candidate list, questions), asked in
-    this order; `ranking` is `likelihood` or `sampled`, see `ask`.
+    this order. `folders` has the folder of each ranking, `likelihood` or `sampled`, see `ask`; a batch is asked for
+    all of them before the next, so that its prompts are read once.
     """
-    partial = folder / "predictions.partial.jsonl"
-    done = whole_batches(partial, [len(examples) for _, examples in batches])
-    if done:
-        logger.info("%s: going on after batch %d of %d", folder, done, len(batches))
-    for number in progress(range(done, len(batches)), desc=folder.name, unit="batch", total=len(batches), initial=done):
+    partial = {ranking: folder / "predictions.partial.jsonl" for ranking, folder in folders.items()}
+    sizes = [len(examples) for _, examples in batches]
+    done = {ranking: whole_batches(path, sizes) for ranking, path in partial.items()}
+    for ranking, count in done.items():
+        if count:
+            logger.info("%s: going on after batch %d of %d", folders[ranking], count, len(batches))
+    first, name = min(done.values()), " ".join(folder.name for folder in folders.values())
+    for number in progress(range(first, len(batches)), desc=name, unit="batch", total=len(batches), initial=first):
         kind, examples = batches[number]
         sampling_seed = stream_seed(recipe.seed, "completions of evaluation", number)
-        append(partial, ask(generator, examples, kind, builder, recipe, ranking, sampling_seed))
-    rows = list(read_records(partial, Prediction))
+        for ranking, path in partial.items():
+            if number >= done[ranking]:
+                append(path, ask(generator, examples, kind, builder, recipe, ranking, sampling_seed))
     asked = [(kind, example.user_id, example.target) for kind, examples in batches for example in examples]
+    return {ranking: _finished(folders[ranking], path, asked, builder) for ranking, path in partial.items()}
+
+
+def _finished(
+    folder: Path, partial: Path, asked: Sequence[tuple[str, str, str]], builder: PromptBuilder
+) -> tuple[list[Path], dict[str, float]]:
+    """Make predictions and metrics of the answers to all questions, (name of the list, user, target) each."""
+    rows = list(read_records(partial, Prediction))
     if [(*row.ranks, row.user_id, row.target) for row in rows] != asked:
         raise InputError(
             f"{partial} has {len(rows):,} rows that are not the answers to the {len(asked):,} questions; something "
@@ -237,16 +250,17 @@ def whole_batches(path: Path, sizes: Sequence[int]) -> int:
 
 
 def evaluate_llm_variant(
-    recipe: EvaluateRecipe, data: PreparedData, name: str, model: Path | HubModel, ranking: str, inputs: list[Path]
+    recipe: EvaluateRecipe, data: PreparedData, variant: str, model: Path | HubModel, inputs: list[Path]
 ) -> None:
-    """Write eval/<name>/ of a language model, a folder or one of the hub, unless it is there already."""
-    reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
-    reads += ["item_first", "seed"]
-    reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
-    reads += ["permutations"] if recipe.permutations > 1 else []
-    settings = {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
-    with StageRun(recipe, "evaluate", f"eval/{name}", [*inputs, model], settings) as run:
-        if run.is_finished():
+    """Write eval/<name>/ of a language model, a folder or one of the hub, for every ranking that is not there yet."""
+    with contextlib.ExitStack() as stack:
+        runs = dict[str, StageRun]()
+        for ranking in recipe.rankings:
+            folder, settings = f"eval/{recipe.result_name(variant, ranking)}", _settings_of(recipe, ranking)
+            run = stack.enter_context(StageRun(recipe, "evaluate", folder, [*inputs, model], settings))
+            if not run.is_finished():
+                runs[ranking] = run
+        if not runs:
             return
         from twice_rec.llm import model_check, models  # loads torch
         from twice_rec.llm.generation import TransformersGenerator
@@ -254,9 +268,21 @@ def evaluate_llm_variant(
         recipe = at_commit(recipe, model)
         place = model.name if isinstance(model, HubModel) else model
         tokenizer = model_check.checked_tokenizer(place, recipe)
-        run.begin()
+        for run in runs.values():
+            run.begin()
         llm = models.load_model(place, recipe, device=recipe.torch_device())
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
         builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
-        batches = list(question_batches(recipe, data))
-        run.finish(*evaluate_language_model(run.path, generator, batches, builder, recipe, ranking))
+        folders = {ranking: run.path for ranking, run in runs.items()}
+        results = evaluate_language_model(folders, generator, list(question_batches(recipe, data)), builder, recipe)
+        for ranking, run in runs.items():
+            run.finish(*results[ranking])
+
+
+def _settings_of(recipe: EvaluateRecipe, ranking: str) -> dict[str, Any]:
+    """Return what changes the results of a ranking."""
+    reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
+    reads += ["item_first", "seed"]
+    reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
+    reads += ["permutations"] if recipe.permutations > 1 else []
+    return {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}

@@ -263,7 +263,7 @@ class TransformersGenerator:
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self._stop = stop_token_ids(model, tokenizer)
-        self._read: tuple[ReadPrompts, dict[tuple[int, ...], int]] | None = None  # what was answered greedily last
+        self._read: tuple[ReadPrompts, dict[tuple[int, ...], int]] | None = None  # what was asked last
 
     @torch.inference_mode()
     def generate(
@@ -274,13 +274,18 @@ class TransformersGenerator:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> list[list[TextCompletion]]:
-        """Return completions of every prompt; without a seed, the greedy one, and `score` need not read them again."""
+        """Return completions of every prompt; without a seed, the greedy one.
+
+        The prompts need not be read again if the next call, of this or of `score`, asks them.
+        """
         if seed is None and num_generations != 1:
             raise ValueError("greedy decoding gives one completion; pass a seed to sample several")
         ids = [encode_chat(self.tokenizer, prompt) for prompt in prompts]
-        with mask_taking_attention(self.model):
-            read = read_prompts(self.model, ids)
-        self._read = (read, {tuple(prompt): row for row, prompt in enumerate(ids)}) if seed is None else None
+        rows = {tuple(prompt): row for row, prompt in enumerate(ids)}
+        if self._read is None or self._read[1] != rows:
+            self._read = None  # frees the memory
+            with mask_taking_attention(self.model):
+                self._read = read_prompts(self.model, ids), rows
         groups = sample_completions(
             self.model,
             ids,
@@ -290,7 +295,7 @@ class TransformersGenerator:
             temperature,
             None if seed is None else torch.Generator(self.model.device).manual_seed(seed),
             top_p,
-            read,
+            self._read[0],
         )
         return [[self._as_text(completion) for completion in group] for group in groups]
 

@@ -38,10 +38,8 @@ def evaluate(recipe: EvaluateRecipe) -> None:
         for variant in recipe.variants:
             if variant not in models:
                 _score_file(recipe, data, variant, inputs)
-                continue
-            for ranking in recipe.rankings:
-                name = recipe.result_name(variant, ranking)
-                evaluate_llm_variant(recipe, data, name, models[variant], ranking, inputs)
+            else:
+                evaluate_llm_variant(recipe, data, variant, models[variant], inputs)
     show_metrics(recipe.run_path)
 
 
