@@ -55,7 +55,8 @@ class MemorySource:
         return {item for item in wanted if self._titles is None or item in self._titles}
 
     def items(self, wanted):
-        return [Item(item, f"item {item}") for item in sorted(wanted) if self._titles is None or item in self._titles]
+        titles = self._titles or {item: f"item {item}" for item in wanted}
+        return [Item(item, titles[item]) for item in sorted(wanted) if item in titles]
 
     def review_texts(self, lines):
         return pl.DataFrame({"title": [f"review {line}" for line in lines.tolist()], "text": [""] * len(lines)})
@@ -240,14 +241,39 @@ def test_a_tiny_temporal_share_has_the_last_interaction():
 
 def test_items_without_title_are_dropped_or_kept_by_id():
     given_rows = [(u, i, t) for u in "uv" for t, i in enumerate("ABCD", 1)]
-    source = MemorySource(given_rows, titles={"A", "B", "C"})
+    source = MemorySource(given_rows, titles=dict.fromkeys("ABC", "a title"))
     catalog, sequences = prepared.assemble(source, config_of())
     assert catalog.ids == ("A", "B", "C")
     assert [len(sequence.interactions) for sequence in sequences] == [3, 3]
     assert source.problems.counts == {"purchase of an item without title, dropped": 2}
-    catalog, sequences = prepared.assemble(MemorySource(given_rows, titles={"A", "B", "C"}), config_of("keep"))
+    catalog, sequences = prepared.assemble(
+        MemorySource(given_rows, titles=dict.fromkeys("ABC", "a title")), config_of("keep")
+    )
     assert catalog["D"].title == "D"
     assert sequences[0].interactions[3] == Interaction("D", 4, None, "review 3", "")
+
+
+def test_long_titles_are_cut_behind_a_word():
+    titles = {
+        "A": "green tea, 20 bags",
+        "B": "green tea, 20 bags of it",
+        "C": "tea - (pack of 6), organic - and more",
+        "D": "Donaudampfschiff",
+        "E": "tea (organic) | with a flower",
+    }
+    source = MemorySource([("u", item, time) for time, item in enumerate("ABCDE", 1)], titles)
+    catalog, _ = prepared.assemble(source, config_of(title_chars=18))
+    assert [item.title for item in catalog] == [
+        "green tea, 20 bags",
+        "green tea, 20 bags",
+        "tea - (pack of 6)",
+        "Donaudampfschiff",
+        "tea (organic)",
+    ]
+    assert catalog.ambiguous_titles == 1
+    catalog, _ = prepared.assemble(source, config_of(title_chars=10))
+    assert [item.title for item in catalog] == ["green tea", "green tea", "tea", "Donaudampf", "tea"]
+    assert [item.title for item in prepared.assemble(source, config_of())[0]] == list(titles.values())
 
 
 def test_statistics():

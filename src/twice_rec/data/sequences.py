@@ -6,6 +6,7 @@ Order: by time; ties by item id; the source's own order if it has no times at al
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,8 +38,9 @@ _BATCH = 2_000_000  # interactions whose texts are in memory together
 
 
 class SequenceConfig(FilterConfig):
-    """Which interactions are kept, and how they are split."""
+    """Which interactions are kept, how they are split, and how long titles are."""
 
+    title_chars: int | None = key(None, "longest title in characters, cut behind a word; null for no cut", ge=10)
     split: Literal["leave_one_out", "temporal"] = key("leave_one_out", "how targets are chosen")
     temporal_valid: float = key(0.1, "temporal split: share of the interactions in the validation period")
     temporal_test: float = key(0.1, "temporal split: share of the interactions in the test period")
@@ -122,7 +124,7 @@ def assemble(source: Source, config: SequenceConfig) -> tuple[ItemCatalog, Seque
     table, steps = filtered(source, config)
     codes = np.unique(table.item)  # of the kept items
     ids = table.items.gather(codes).to_list()
-    catalog = _catalog(source, set(ids))
+    catalog = _catalog(source, set(ids), config.title_chars)
     index = np.zeros(len(table.items), dtype=np.int32)  # [items]
     index[codes] = catalog.indices(ids)
     begins = np.r_[0, np.flatnonzero(np.diff(table.user)) + 1, len(table)]  # [U + 1]
@@ -132,12 +134,20 @@ def assemble(source: Source, config: SequenceConfig) -> tuple[ItemCatalog, Seque
     return catalog, SequenceTable(users, begins, index[table.item], *columns, *points), steps
 
 
-def _catalog(source: Source, wanted: set[str]) -> ItemCatalog:
+def _catalog(source: Source, wanted: set[str], title_chars: int | None) -> ItemCatalog:
     """Return the items in the source's order, then those it does not describe; an item without title gets its id."""
     described = source.items(wanted)
     undescribed = sorted(wanted - {item.item_id for item in described})
     items = [*described, *(Item(item_id, item_id) for item_id in undescribed)]
-    return ItemCatalog(item if item.title else replace(item, title=item.item_id) for item in items)
+    return ItemCatalog(replace(item, title=_short(item.title, title_chars) or item.item_id) for item in items)
+
+
+def _short(title: str, limit: int | None) -> str:
+    """Return a title, without its last words and the marks before them if it is too long."""
+    if limit is None or len(title) <= limit:
+        return title
+    words = title[: limit + 1].rpartition(" ")[0] or title[:limit]
+    return re.sub(r"[^\w)\]]+$", "", words) or words
 
 
 def _split(table: InteractionTable, begins: Ints, config: SequenceConfig) -> SplitPoints:
