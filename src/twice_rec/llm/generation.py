@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +28,7 @@ from twice_rec.llm.recipe import TAKES_MASKS
 from twice_rec.llm.shared_prefix import (
     SharedRows,
     as_attention_mask,
+    bare_model,
     continuation_certainties,
     continuation_logprobs,
     masks_after,
@@ -214,7 +214,7 @@ def _next_logits(model: PreTrainedModel, chosen: Tensor, mask: Tensor, step: int
 @contextmanager
 def mask_taking_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use sdpa instead of kernels that take no mask of ours (varlen)."""
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    bare = bare_model(model)
     implementation = bare.config._attn_implementation
     if implementation in TAKES_MASKS:
         yield
