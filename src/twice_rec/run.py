@@ -220,14 +220,15 @@ class StageRun:
         }
         write_json(begun, note)
 
-    def finish(self, outputs: Iterable[Path], figures: Mapping[str, Any]) -> None:
+    def finish(self, outputs: Iterable[Path], figures: Mapping[str, Any], results: int = 1) -> None:
         """Write the manifest, last of all.
 
         Args:
             outputs: files and folders that later stages rely on.
             figures: what the stage measured.
+            results: how many results were made in the time that it took; each has its share.
         """
-        seconds = round(time.time() - self._started, 1)
+        seconds = round((time.time() - self._started) / results, 1)
         rests_on, stamps = chain(self.run_dir, self._inputs, self._places)
         written = names_of(self.run_dir, outputs)
         Manifest(

@@ -276,7 +276,7 @@ def evaluate_llm_variant(
         folders = {ranking: run.path for ranking, run in runs.items()}
         results = evaluate_language_model(folders, generator, list(question_batches(recipe, data)), builder, recipe)
         for ranking, run in runs.items():
-            run.finish(*results[ranking])
+            run.finish(*results[ranking], results=len(runs))
 
 
 def _settings_of(recipe: EvaluateRecipe, ranking: str) -> dict[str, Any]:
