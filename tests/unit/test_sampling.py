@@ -115,6 +115,23 @@ def test_top_p_leaves_the_unlikely_out(model):
 
 
 @torch.no_grad()
+def test_prompts_read_one_by_one_are_gone_on_with_as_if_read_together(model, prompts, monkeypatch):
+    together = generation.read_prompts(model, prompts)
+    answers = generation.sample_completions(model, prompts, COPIES, {1}, NEW, read=together)
+    monkeypatch.setattr(generation, "_LONG", 1)
+    alone = generation.read_prompts(model, prompts)
+    assert alone.lengths == together.lengths
+    assert torch.equal(alone.mask, together.mask)
+    torch.testing.assert_close(alone.logits, together.logits, atol=2e-5, rtol=0)
+    found = generation.sample_completions(model, prompts, COPIES, {1}, NEW, read=alone)
+    assert [[one.token_ids for one in group] for group in found] == [[one.token_ids for one in g] for g in answers]
+    for row, prompt in enumerate(prompts):
+        scores = generation.logprobs_after(model, alone, row, [7, 8, 9], [[4, 5, 6], [4, 5, 11, 12], [30]])
+        expected = generation.continuation_logprobs(model, [*prompt, 7, 8, 9], [[4, 5, 6], [4, 5, 11, 12], [30]])
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_what_follows_a_prompt_that_was_read_is_scored_as_if_all_were_computed(model, prompts, attention):
     """Twice and after sampling from the same prompts: what was read stays as it is."""

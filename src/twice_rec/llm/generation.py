@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -36,6 +36,8 @@ from twice_rec.llm.shared_prefix import (
 from twice_rec.llm.tokens import encode_chat, stop_token_ids
 from twice_rec.prompts import Message
 
+_LONG = 512  # tokens
+_TILE = 64  # tokens whose logits are float32 at the same time
 _AT_ONCE = 1024  # tokens whose logits over the whole vocabulary exist at the same time: 1 GiB for one of 262,144
 
 
@@ -135,8 +137,10 @@ def sample_completions(
 
 
 def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
-    """Compute prompts, padded on the left to the longest."""
+    """Compute prompts, padded on the left to the longest; on CPUs long ones each by itself, which needs no mask."""
     longest = max(map(len, prompts))
+    if model.device.type == "cpu" and len(prompts) > 1 and longest >= _LONG:
+        return _side_by_side([read_prompts(model, [prompt]) for prompt in prompts])
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=model.device)  # [B, P]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # [B, P]
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
@@ -144,6 +148,26 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Re
     inputs = {"input_ids": padded, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
     logits = model(**inputs, use_cache=True, logits_to_keep=1).logits  # [B, 1, V]
     return ReadPrompts([len(prompt) for prompt in prompts], mask.bool(), cache.layers, logits)
+
+
+def _side_by_side(alone: Sequence[ReadPrompts]) -> ReadPrompts:
+    """Return prompts that were read alone as if they had been read together."""
+    lengths = [one.lengths[0] for one in alone]
+    order, shorter = torch.arange(max(lengths)), max(lengths) - torch.tensor(lengths)  # [P], [B]
+    layers = []
+    for of_prompts in zip(*(one.layers for one in alone), strict=True):
+        held = max(layer.keys.shape[-2] for layer in of_prompts)
+        states = ([layer.keys for layer in of_prompts], [layer.values for layer in of_prompts])
+        keys, values = (torch.cat([pad(one, (0, 0, held - one.shape[-2], 0)) for one in kind]) for kind in states)
+        layers.append(_States(keys, values))
+    return ReadPrompts(lengths, order >= shorter[:, None], layers, torch.cat([one.logits for one in alone]))
+
+
+class _States(NamedTuple):
+    """A layer's part of `ReadPrompts.layers`."""
+
+    keys: Tensor
+    values: Tensor
 
 
 def _cache_of(model: PreTrainedModel, layers: list[_RoomyLayer]) -> DynamicCache:
@@ -171,8 +195,9 @@ def logprobs_after(
     held = {kind: cache.layers[index].held for index, kind in enumerate(kinds)}
     how = {"attention_mask": masks_after(model, rows, held), "position_ids": rows.position_ids + read.lengths[row]}
     inputs = {"input_ids": rows.input_ids, **how, "past_key_values": cache}
-    logits = model(**inputs, use_cache=True, logits_to_keep=rows.column).logits[0].float()  # [M, V]
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, rows.targets[:, None]).squeeze(1)  # [M]
+    logits = model(**inputs, use_cache=True, logits_to_keep=rows.column).logits[0]  # [M, V]
+    tiles = zip(logits.split(_TILE), rows.targets.split(_TILE), strict=True)
+    logprobs = torch.cat([-cross_entropy(tile.float(), wanted, reduction="none") for tile, wanted in tiles])  # [M]
     return list(logprobs[rows.places].split([len(continuation) for continuation in continuations]))
 
 
