@@ -32,6 +32,9 @@ class Message(TypedDict):
 # What a prompt shows of a history, oldest first.
 History = Sequence[tuple[Interaction, Item]]
 
+# Candidates that a CF model ranks first, each with its chance.
+Hints = Sequence[tuple[str, float]]
+
 # Field of an item, field of a review -> (its label in a prompt, its text).
 ITEM_FIELDS: Mapping[str, tuple[str, Callable[[Item, PromptFormat], str]]] = {
     "title": ("title", lambda item, _: item.title),
@@ -169,6 +172,7 @@ _REASON_LAST = (
     "Name it first, then give your reasons: what the purchases, the good and the bad ratings and the reviews show, "
     "what they call for next, and how this candidate answers that."
 )
+_HINTS = "A model that knows who buys what expects, the likeliest first:"
 ANSWER_IN_THIS_FORM = "Answer in this form:"
 
 
@@ -199,14 +203,27 @@ def show_lists(example: Example, catalog: ItemCatalog, shown: PromptFormat) -> l
 
 
 def recommend(
-    example: Example, catalog: ItemCatalog, shown: PromptFormat, with_rationale: bool, item_first: bool = False
+    example: Example,
+    catalog: ItemCatalog,
+    shown: PromptFormat,
+    with_rationale: bool,
+    item_first: bool = False,
+    hints: Hints = (),
 ) -> list[Message]:
-    """Return the prompt for one user: task 3, its rationale asked for before or after the item, or task 2."""
+    """Return the prompt for one user: task 3, its rationale asked for before or after the item, or task 2.
+
+    `hints` are ids of candidates.
+    """
     expected, instruction = answer_format.ITEM_ONLY, _CHOOSE
     if with_rationale:
         expected = answer_format.ITEM_FIRST if item_first else answer_format.WITH_RATIONALE
         instruction = f"{_CHOOSE} {_REASON_LAST if item_first else _REASON_FIRST}"
-    lines = [*show_lists(example, catalog, shown), "", instruction]
+    expects = [
+        f"chance: {chance:.0%} | {describe_item(catalog[item_id], ('title', 'item_id'), shown)}"
+        for item_id, chance in hints
+    ]
+    said = ["", _HINTS, *_numbered(expects)] if expects else []
+    lines = [*show_lists(example, catalog, shown), *said, "", instruction]
     return _conversation(_RECOMMENDER, "\n".join([*lines, ANSWER_IN_THIS_FORM, answer_format.describe(expected)]))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from stages.pipeline import ROOT, STAGES, run, start
 from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.files import MANIFEST
+from twice_rec.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 
@@ -345,6 +346,27 @@ def test_variants_of_stage_3_stand_beside_each_other(finished, tmp_path):
     assert all("_proj" in name for name in changed)
     after = files_of(run_dir)
     assert {name: after[name] for name in before} == before
+
+
+def test_a_policy_is_shown_what_the_cf_model_expects(finished, tmp_path):
+    """Stage 3 and evaluation put it into the prompts; an evaluation without it is another one."""
+    whole, base = finished
+    run_dir = tmp_path / "tiny"
+    for folder in ("data", "sft", "sasrec"):
+        shutil.copytree(whole / folder, run_dir / folder)
+    assert run("grpo", run_dir, base, "--variant", "stage3_hinted", "--cf_hints", "2") == 0
+    assert run("evaluate", run_dir, base, "--variants", "stage3_hinted", "--cf_hints", "2") == 0
+    assert run("evaluate", run_dir, base, "--variants", "stage3_hinted", "--suffix", "unaided") == 0
+    rows = parquet.read_table(run_dir / "grpo_hinted" / "completions" / "completions_00001.parquet").to_pylist()
+    assert all("A model that knows who buys what expects" in str(row["prompt"]) for row in rows)
+    asked = Manifest.load(run_dir / "eval" / "stage3_hinted")
+    assert asked.config["cf_hints"] == "2 of sasrec"
+    assert "sasrec/model.safetensors" in asked.inputs
+    unaided = Manifest.load(run_dir / "eval" / "stage3_hinted_unaided")
+    assert "sasrec/model.safetensors" not in unaided.inputs
+    arms = '{"stage3_hinted": 0.5, "random": 0.5}'
+    assert run("sasrec", run_dir, base) == 0  # evaluates random
+    assert run("ab_test", run_dir, base, "--arms", arms) == 0
 
 
 def test_both_rankings_beside_each_other(finished, tmp_path):

@@ -91,6 +91,28 @@ def test_recommendation_prompt():
     assert "<think>" not in prompts.recommend(EXAMPLE, CATALOG, SHOWN, with_rationale=False)[1]["content"]
 
 
+def test_hints_stand_behind_the_candidates_in_the_words_of_the_answer():
+    asked = []
+
+    def hints(example):
+        asked.append(example)
+        return [("B2", 0.625), ("B3", 0.004)]
+
+    builder = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(), hints)
+    with_hints = builder.recommend(EXAMPLE, True)[1]["content"].splitlines()
+    said = [
+        "",
+        "A model that knows who buys what expects, the likeliest first:",
+        "1. chance: 62% | title: Alder Vegan Pesto | id: B2",
+        "2. chance: 0% | title: Birch Keto Chai | id: B3",
+    ]
+    without = BUILDER.recommend(EXAMPLE, True)[1]["content"].splitlines()
+    assert with_hints == [*without[:7], *said, *without[7:]]
+    other = dataclasses.replace(EXAMPLE, candidates=("B2", "B3"))
+    builder.recommend(other, True)
+    assert asked == [EXAMPLE, other]
+
+
 def test_review_text_and_long_reviews_are_cut():
     shown = prompt_format(prompt_review_fields=["review_title"], prompt_review_chars=8)
     content = prompts.recommend(EXAMPLE, CATALOG, shown, with_rationale=False)[1]["content"]

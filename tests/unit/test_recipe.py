@@ -41,7 +41,7 @@ CLASSES = {
     "rationales_self_verified": RationalesRecipe,
     "sft_self_verified": SFTRecipe,
     "sdpo": SDPORecipe,
-    **dict.fromkeys(("grpo_rank", "grpo_certainty", "grpo_distilled", "grpo_combined"), GRPORecipe),
+    **dict.fromkeys(("grpo_rank", "grpo_certainty", "grpo_distilled", "grpo_combined", "grpo_hinted"), GRPORecipe),
     **dict.fromkeys(("sft_4gpus", "sft_8gpus"), SFTRecipe),
     "sasrec": SASRecRecipe,
     "sasrec_release": SASRecRecipe,

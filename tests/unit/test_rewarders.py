@@ -9,6 +9,7 @@ import torch
 from twice_rec.catalog import ItemCatalog
 from twice_rec.cf.baselines import BASELINES, baseline
 from twice_rec.cf.held_out import NOTHING
+from twice_rec.cf.hints import CFHints, make_hints
 from twice_rec.cf.recipe import ConfidenceConfig, SASRecConfig
 from twice_rec.cf.rewarders import load_rewarder, rewarder_inputs
 from twice_rec.cf.sasrec import SASRec, SASRecScorer
@@ -16,7 +17,7 @@ from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.files import write_records
-from twice_rec.records import CandidateLists, Interaction, Item, UserSequence
+from twice_rec.records import CandidateLists, Example, Interaction, Item, UserSequence
 
 CATALOG = ItemCatalog([Item(f"I{i}", f"item {i}") for i in range(1, 5)])
 
@@ -136,6 +137,18 @@ def test_a_confidence_does_not_depend_on_who_else_is_asked_about(tmp_path):
 def test_without_uniform_lists_the_prompts_list_calibrates(tmp_path):
     model = loaded(tmp_path, kind="hard", cf_model="popularity")
     assert model.calibration["raw"] == (pytest.approx(2 * log(3)), pytest.approx(-3 * log(3)))
+
+
+def test_hints_are_the_first_candidates_with_their_chances(tmp_path):
+    """By popularity items 4 and 3 have the scores 3 and 1; the chance is the softmax of the calibrated scores."""
+    model = loaded(tmp_path, cf_model="popularity")
+    scale, _ = model.calibration["raw"]
+    asked = Example("u", (Interaction("I1"),), ("I3", "I2", "I4"), "I2")
+    weights = {"I4": exp(3 * scale), "I2": exp(2 * scale), "I3": exp(scale)}
+    chances = [(item, pytest.approx(weight / sum(weights.values()))) for item, weight in weights.items()]
+    assert CFHints(model, CATALOG, 2)(asked) == chances[:2]
+    assert CFHints(model, CATALOG, 9)(asked) == chances
+    assert make_hints(ConfidenceConfig(), model, CATALOG) is None
 
 
 def test_a_new_rewarder_is_one_class(tmp_path):

@@ -24,7 +24,7 @@ class HeldOut:
 
     def covers(self, prompts: HeldOut) -> bool:
         """Return whether the targets of all prompts of such a stage 3 were kept from the model."""
-        return prompts.seed == self.seed and prompts.fraction <= self.fraction
+        return not prompts.fraction or (prompts.seed == self.seed and prompts.fraction <= self.fraction)
 
 
 NOTHING = HeldOut()

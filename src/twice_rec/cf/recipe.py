@@ -96,14 +96,20 @@ class SASRecTrainerConfig(Settings):
     )
 
 
-class ConfidenceConfig(Settings):
-    """Which CF model judges recommended items, and how its scores become confidences."""
+class HintConfig(Settings):
+    """What prompts say of a CF model's ranking; see `hints`. The same values belong in grpo and evaluate."""
 
     cf_model: str = key(
         "sasrec",
-        "CF model that gives the confidences: the results' folder of a SASRec under run_dir (sasrec, sasrec_release), "
-        f"or one of {', '.join(BASELINES)}, which is fitted when the stage starts",
+        "CF model that gives confidences and hints: the results' folder of a SASRec under run_dir (sasrec, "
+        f"sasrec_release), or one of {', '.join(BASELINES)}, which is fitted when the stage starts",
     )
+    cf_hints: int = key(0, "how many of the candidates that cf_model ranks first prompts name; 0 (paper): none", ge=0)
+
+
+class ConfidenceConfig(HintConfig):
+    """Which CF model judges recommended items, and how its scores become confidences."""
+
     confidence: ConfidenceKind = key(
         "sigmoid", "how scores become confidences: sigmoid (paper), calibrated on validation, or softmax over the list"
     )

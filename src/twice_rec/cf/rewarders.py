@@ -18,7 +18,7 @@ from twice_rec.cf.baselines import BASELINES, CFScorer
 from twice_rec.cf.confidence import ConfidenceModel, Floats, Histories
 from twice_rec.cf.held_out import NOTHING, HeldOut
 from twice_rec.cf.ranking import Data, fit_baseline
-from twice_rec.cf.recipe import ConfidenceConfig
+from twice_rec.cf.recipe import ConfidenceConfig, HintConfig
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.errors import InputError
 from twice_rec.recipe import DeviceConfig
@@ -54,7 +54,7 @@ class ScorerRewarder(ConfidenceModel):
             yield rows, np.asarray(self._scorer.scores(users, histories[rows]))
 
 
-def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
+def rewarder_inputs(config: HintConfig, run_path: Path) -> list[Path]:
     """Return the files that a rewarder is loaded from, or calibrated on, for the manifest.
 
     Raises:
@@ -71,7 +71,7 @@ def rewarder_inputs(config: ConfidenceConfig, run_path: Path) -> list[Path]:
     return [path]
 
 
-def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, prompts: HeldOut = NOTHING) -> ConfidenceModel:
+def load_rewarder(config: HintConfig, run_path: Path, data: Data, prompts: HeldOut = NOTHING) -> ConfidenceModel:
     """Load the SASRec that `cf_model` names, onto a GPU if there is one, or fit the baseline on the run's data.
 
     A baseline is fitted without the prompts' targets. A SASRec that was trained on them is named in the log.
@@ -96,7 +96,8 @@ def load_rewarder(config: ConfidenceConfig, run_path: Path, data: Data, prompts:
     (kind,) = data.list_kinds("train")
     valid = data.questions("valid", [kind])
     model.calibrate(valid.histories, valid.candidates[kind], valid.targets)
-    if config.confidence_debiased and "debiased" not in model.calibration:
+    debiased = isinstance(config, ConfidenceConfig) and config.confidence_debiased
+    if debiased and "debiased" not in model.calibration:
         raise InputError(
             f"confidence_debiased is true, but cf_model {config.cf_model} scores an item alike for all users, which "
             "leaves nothing; set confidence_debiased to false, or choose another cf_model"

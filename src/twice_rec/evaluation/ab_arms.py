@@ -166,7 +166,7 @@ def _language_model(
     Raises:
         InputError: if another version evaluated it, or its model is gone.
     """
-    from twice_rec.evaluation.llm_ranking import ask
+    from twice_rec.evaluation.llm_ranking import ask, load_hints
     from twice_rec.llm import model_check, models
     from twice_rec.llm.generation import TransformersGenerator
     from twice_rec.llm.prompt_builder import PromptBuilder
@@ -174,13 +174,16 @@ def _language_model(
     manifest = Manifest.load(recipe.run_path / "eval" / arm)
     assert manifest is not None  # its predictions are an input, which is checked
     try:
-        asked = EvaluateRecipe.model_validate({**manifest.about["recipe"], "device": recipe.device})
+        asked = EvaluateRecipe.model_validate(
+            {**manifest.about["recipe"], "run_dir": recipe.run_dir, "device": recipe.device}
+        )
     except (KeyError, ValidationError):
         raise InputError(
             f"arm {arm} was evaluated by another version, whose settings cannot be read, so its calls cannot be timed; "
             "evaluate it again with --overwrite true, or set latency_calls to 0"
         ) from None
-    (name,) = (name for name in manifest.inputs if not name.startswith("data/"))
+    of_hints = f"{asked.cf_model}/"
+    (name,) = (name for name in manifest.inputs if not name.startswith(("data/", of_hints)))
     place: str | Path = recipe.run_path / name
     if name.startswith(HUB):
         place = name[len(HUB) :].partition("@")[0]
@@ -191,7 +194,7 @@ def _language_model(
     generator = TransformersGenerator(
         models.load_model(place, asked, device=asked.torch_device()), tokenizer, asked.max_new_tokens
     )
-    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, asked)
+    builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, asked, load_hints(asked, data))
     examples = {example.user_id: example for example in data.examples("test", recipe.shown_list)}
 
     def answer(row: int) -> object:

@@ -19,6 +19,9 @@ import numpy as np
 
 from twice_rec.answer_format import closing, opening, parse, without_tags
 from twice_rec.catalog import ItemCatalog, Outcome
+from twice_rec.cf.held_out import HeldOut
+from twice_rec.cf.hints import CFHints, make_hints
+from twice_rec.cf.rewarders import load_rewarder
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
 from twice_rec.evaluation.position import order_metrics
@@ -272,11 +275,19 @@ def evaluate_llm_variant(
             run.begin()
         llm = models.load_model(place, recipe, device=recipe.torch_device())
         generator = TransformersGenerator(llm, tokenizer, recipe.max_new_tokens)
-        builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
+        builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe, load_hints(recipe, data))
         folders = {ranking: run.path for ranking, run in runs.items()}
         results = evaluate_language_model(folders, generator, list(question_batches(recipe, data)), builder, recipe)
         for ranking, run in runs.items():
             run.finish(*results[ranking], results=len(runs))
+
+
+def load_hints(recipe: EvaluateRecipe, data: PreparedData) -> CFHints | None:
+    """Return what the prompts say of the CF model's ranking, None if the recipe asks for nothing."""
+    if not recipe.cf_hints:
+        return None
+    model = load_rewarder(recipe, recipe.run_path, data, HeldOut(0.0, recipe.seed))
+    return make_hints(recipe, model, data.catalog)
 
 
 def _settings_of(recipe: EvaluateRecipe, ranking: str) -> dict[str, Any]:
@@ -285,4 +296,5 @@ def _settings_of(recipe: EvaluateRecipe, ranking: str) -> dict[str, Any]:
     reads += ["item_first", "seed"]
     reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
     reads += ["permutations"] if recipe.permutations > 1 else []
-    return {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}}
+    hints = {"cf_hints": f"{recipe.cf_hints} of {recipe.cf_model}"} if recipe.cf_hints else {}
+    return {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}, **hints}

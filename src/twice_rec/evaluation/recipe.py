@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from twice_rec.cf.baselines import BASELINES
 from twice_rec.cf.recbole_models import RECBOLE_MODELS
-from twice_rec.cf.recipe import RankedList
+from twice_rec.cf.recipe import HintConfig, RankedList
 from twice_rec.data.candidates import ListKind
 from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.grpo.recipe import is_grpo_variant
@@ -30,7 +30,7 @@ def _is_ours(variant: str) -> bool:
 # Settings of an evaluation that say how a language model was asked and ranked; results of others are not its equals.
 TERMS = (
     "ranking", "num_samples", "temperature", "top_p", "with_rationale", "item_first", "max_prompt_tokens",
-    "max_new_tokens", "vote_ties", "permutations",
+    "max_new_tokens", "vote_ties", "permutations", "cf_hints",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class LLMRankingConfig(Settings):
     )
 
 
-class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, DeviceConfig):
+class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, HintConfig, DeviceConfig):
     """Stage 4: the same test questions to every variant."""
 
     RENAMED: ClassVar = {"outside_scores": "precomputed_scores"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from twice_rec.catalog import ItemCatalog
 from twice_rec.errors import InputError
 from twice_rec.llm.recipe import PromptConfig
 from twice_rec.llm.tokens import encode_chat
-from twice_rec.prompts import Message, PromptFormat, recommend
+from twice_rec.prompts import Hints, Message, PromptFormat, recommend
 from twice_rec.records import Example
 
 if TYPE_CHECKING:
@@ -26,10 +27,16 @@ class PromptBuilder:
     Args:
         shown: how much a prompt shows if the limit allows it.
         tokenizer: counts the tokens of a prompt, the chat template's included; not used without a limit.
+        hints: what prompts say of a CF model's ranking; always stays.
     """
 
     def __init__(
-        self, catalog: ItemCatalog, shown: PromptFormat, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
+        self,
+        catalog: ItemCatalog,
+        shown: PromptFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PromptConfig,
+        hints: Callable[[Example], Hints] | None = None,
     ):
         self.catalog = catalog
         self.shown = shown
@@ -37,6 +44,8 @@ class PromptBuilder:
         self.truncated = Counter[str]()
         self._limit = config.max_prompt_tokens
         self._tokenizer = tokenizer
+        self._hints = hints
+        self._of_example: tuple[Example | None, Hints] = (None, ())  # the last one's hints
 
     def recommend(self, example: Example, with_rationale: bool) -> list[Message]:
         """Build the prompt of one user.
@@ -59,7 +68,9 @@ class PromptBuilder:
         return self._with_less_text(example, with_rationale)
 
     def _write(self, example: Example, with_rationale: bool, shown: PromptFormat) -> list[Message]:
-        return recommend(example, self.catalog, shown, with_rationale, self.item_first)
+        if self._hints is not None and self._of_example[0] is not example:
+            self._of_example = (example, self._hints(example))
+        return recommend(example, self.catalog, shown, with_rationale, self.item_first, self._of_example[1])
 
     def _fits(self, prompt: list[Message]) -> bool:
         return self._limit is None or len(encode_chat(self._tokenizer, prompt)) <= self._limit

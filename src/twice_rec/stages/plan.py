@@ -66,8 +66,11 @@ def plan_training(recipe: Training) -> None:
         lines |= _memory(recipe, found)
     if isinstance(recipe, GRPORecipe) and recipe.gpus_of_servers and not recipe.rollout_shares_gpu:
         lines["vLLM's share"] = _on_other_gpus(recipe, Trainer(shape, _longest(lengths), processes, zero))
-    if isinstance(recipe, GRPORecipe) and recipe.candidate_loss != "none":
-        lines["not counted"] = f"candidate_loss {recipe.candidate_loss}: its operations and memory"
+    if isinstance(recipe, GRPORecipe):
+        hints = ["cf_hints: its lines of the prompt"] if recipe.cf_hints else []
+        loss = f"candidate_loss {recipe.candidate_loss}: its operations and memory"
+        left_out = [*hints, loss] if recipe.candidate_loss != "none" else hints
+        lines |= {"not counted": "; ".join(left_out)} if left_out else {}
     _print(lines, [command])
 
 

@@ -2,7 +2,6 @@
 
 A share of the training examples is prompted as in task 3; the policy samples a group of completions for each, and
 `grpo/rewards.py` judges them. A new LoRA adapter is trained on the merged stage-2 model, or on `model_name_or_path`.
-
 Deviations from the release: the id alone decides an answer; items outside the candidate list earn nothing; a failure of
 the infrastructure ends the run. Resumes from the newest whole checkpoint. `variant` stage3_NAME goes to grpo_NAME/.
 """
@@ -13,6 +12,7 @@ import logging
 import sys
 
 from twice_rec.cf.held_out import HeldOut
+from twice_rec.cf.hints import make_hints
 from twice_rec.cf.rewarders import load_rewarder, rewarder_inputs
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
@@ -55,7 +55,8 @@ def grpo(recipe: GRPORecipe) -> None:
         rollouts = make_rollouts(recipe, tokenizer, start)
         model = models.load_for_training(start, recipe, recipe)
         rewards = StepRewards(recipe, data, rewarder, PolicyScorer(model, tokenizer))
-        builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe)
+        hints = make_hints(recipe, rewarder, data.catalog)
+        builder = PromptBuilder(data.catalog, data.prompt_format, tokenizer, recipe, hints)
         rows = prompt_rows(builder, list(data.training_examples()), recipe.train_fraction, recipe.seed)
         check_one_gpu(recipe, model.config, rows, tokenizer)
         first = targets_first(recipe, data, rewarder)

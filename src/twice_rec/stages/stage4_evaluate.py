@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from twice_rec.cf.baselines import PrecomputedScorer
+from twice_rec.cf.rewarders import rewarder_inputs
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
 from twice_rec.errors import InputError
@@ -33,13 +34,16 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     names = (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, dataset.candidates_file("test"))
     inputs = dataset.required_files(recipe.run_path, *names)
     models = {name: _model_of(recipe, name) for name in recipe.variants if not _is_score_file(recipe, name)}
-    with held([*inputs, *(model for model in models.values() if isinstance(model, Path))]):  # before any work
+    of_hints = rewarder_inputs(recipe, recipe.run_path) if recipe.cf_hints else []
+    with held(
+        [*inputs, *of_hints, *(model for model in models.values() if isinstance(model, Path))]
+    ):  # before any work
         data = PreparedData(recipe.run_path / "data")
         for variant in recipe.variants:
             if variant not in models:
                 _score_file(recipe, data, variant, inputs)
             else:
-                evaluate_llm_variant(recipe, data, variant, models[variant], inputs)
+                evaluate_llm_variant(recipe, data, variant, models[variant], [*inputs, *of_hints])
     show_metrics(recipe.run_path)
 
 
