@@ -84,6 +84,11 @@ class ConfidenceModel(ABC):
             z = a * z + b
         return CONFIDENCES[kind](z).astype(np.float32)
 
+    def scaled_logits(self, histories: Histories, items: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return z times the scale of its calibration: as `logits`; their softmax is a distribution over candidates."""
+        scale, _ = self.calibration["raw"]
+        return (scale * self.logits(histories, items)).astype(np.float32)
+
     def calibrate(self, histories: Histories, shown: NDArray[np.integer], targets: NDArray[np.integer]) -> None:
         """Fit item means over B validation users, and calibrations of raw and debiased scores on their candidates.
 

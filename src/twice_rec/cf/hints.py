@@ -1,4 +1,4 @@
-"""What a prompt says of the CF model's ranking; ours, none in the paper's recipes.
+"""What a prompt says of the CF model's ranking. It is ours; the paper's recipes use none.
 
 The paper lets a CF model only judge what the policy recommends. A hint shows what it expects in the question itself, so
 that the policy can weigh it against what it reads there.
@@ -29,7 +29,6 @@ class CFHints:
 
     def __init__(self, model: ConfidenceModel, catalog: ItemCatalog, count: int):
         self._model, self._catalog, self._count = model, catalog, count
-        self._scale, _ = model.calibration["raw"]
 
     def __call__(self, example: Example) -> list[tuple[str, float]]:
         """Return item ids, best first, each with its chance of being the target if one candidate is.
@@ -38,6 +37,6 @@ class CFHints:
         """
         history = self._catalog.indices([interaction.item_id for interaction in example.history])
         candidates = np.array([self._catalog.indices(example.candidates)])  # [1, C]
-        chances = softmax(self._scale * self._model.logits([history], candidates))[0]  # [C]
+        chances = softmax(self._model.scaled_logits([history], candidates))[0]  # [C]
         best = np.argsort(-chances, kind="stable")[: self._count]
         return [(example.candidates[place], float(chances[place])) for place in best]

@@ -68,8 +68,7 @@ def item_advantages(rows: Sequence[Row], catalog: ItemCatalog, model: Confidence
 def cf_scores(rows: Sequence[Row], catalog: ItemCatalog, model: ConfidenceModel) -> Floats:
     """Return the CF model's scores of each row's candidates, times the calibration's scale: float32 [rows, C]."""
     histories, shown = _indices(rows, catalog)
-    scale, _ = model.calibration["raw"]
-    return (scale * model.logits(histories, shown)).astype(np.float32)
+    return model.scaled_logits(histories, shown)
 
 
 def _indices(rows: Sequence[Row], catalog: ItemCatalog) -> tuple[list[list[int]], NDArray[np.int64]]:

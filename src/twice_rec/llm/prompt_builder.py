@@ -17,6 +17,8 @@ from twice_rec.records import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Writer = Callable[[PromptFormat], list[Message]]  # of one user's prompt
+
 
 class PromptBuilder:
     """Builds the prompts of tasks 2 and 3, and truncates those over `max_prompt_tokens`.
@@ -45,7 +47,6 @@ class PromptBuilder:
         self._limit = config.max_prompt_tokens
         self._tokenizer = tokenizer
         self._hints = hints
-        self._of_example: tuple[Example | None, Hints] = (None, ())  # the last one's hints
 
     def recommend(self, example: Example, with_rationale: bool) -> list[Message]:
         """Build the prompt of one user.
@@ -53,33 +54,33 @@ class PromptBuilder:
         Raises:
             InputError: if it is too long even with one interaction and no descriptions.
         """
-        whole = self._write(example, with_rationale, self.shown)
+        write = self._writer(example, with_rationale)
+        whole = write(self.shown)
         if self._fits(whole):
             self.truncated["whole"] += 1
             return whole
         fewer = range(1, _shown_interactions(example, self.shown))
         kept = bisect_left(  # the most interactions that fit
-            fewer, True, key=lambda n: not self._fits(self._write(example, with_rationale, _shortened(self.shown, n)))
+            fewer, True, key=lambda n: not self._fits(write(_shortened(self.shown, n)))
         )
         if kept:
             self.truncated["interactions dropped"] += 1
-            return self._write(example, with_rationale, _shortened(self.shown, kept))
+            return write(_shortened(self.shown, kept))
         self.truncated["descriptions cut"] += 1
-        return self._with_less_text(example, with_rationale)
+        return self._with_less_text(example, write)
 
-    def _write(self, example: Example, with_rationale: bool, shown: PromptFormat) -> list[Message]:
-        if self._hints is not None and self._of_example[0] is not example:
-            self._of_example = (example, self._hints(example))
-        return recommend(example, self.catalog, shown, with_rationale, self.item_first, self._of_example[1])
+    def _writer(self, example: Example, with_rationale: bool) -> Writer:
+        hints = self._hints(example) if self._hints is not None else ()
+        return lambda shown: recommend(example, self.catalog, shown, with_rationale, self.item_first, hints)
 
     def _fits(self, prompt: list[Message]) -> bool:
         return self._limit is None or len(encode_chat(self._tokenizer, prompt)) <= self._limit
 
-    def _with_less_text(self, example: Example, with_rationale: bool) -> list[Message]:
+    def _with_less_text(self, example: Example, write: Writer) -> list[Message]:
         """Keep one interaction, and halve the limit of descriptions and details until the prompt fits."""
         items = [self.catalog[item_id] for item_id in (*example.candidates, example.history[-1].item_id)]
         chars = max(len(text) for item in items for text in (item.description, item.details))
-        prompt = self._write(example, with_rationale, _shortened(self.shown, 1))
+        prompt = write(_shortened(self.shown, 1))
         while not self._fits(prompt):
             if chars == 0:
                 raise InputError(
@@ -88,7 +89,7 @@ class PromptBuilder:
                     "fewer candidates (num_candidates) or fields (prompt_candidate_fields) in prepare.yaml"
                 )
             chars //= 2
-            prompt = self._write(example, with_rationale, _shortened(self.shown, 1, chars))
+            prompt = write(_shortened(self.shown, 1, chars))
         return prompt
 
 

@@ -67,10 +67,12 @@ def plan_training(recipe: Training) -> None:
     if isinstance(recipe, GRPORecipe) and recipe.gpus_of_servers and not recipe.rollout_shares_gpu:
         lines["vLLM's share"] = _on_other_gpus(recipe, Trainer(shape, _longest(lengths), processes, zero))
     if isinstance(recipe, GRPORecipe):
-        hints = ["cf_hints: its lines of the prompt"] if recipe.cf_hints else []
-        loss = f"candidate_loss {recipe.candidate_loss}: its operations and memory"
-        left_out = [*hints, loss] if recipe.candidate_loss != "none" else hints
-        lines |= {"not counted": "; ".join(left_out)} if left_out else {}
+        left_out = {
+            "cf_hints: its lines of the prompt": recipe.cf_hints > 0,
+            f"candidate_loss {recipe.candidate_loss}: its operations and memory": recipe.candidate_loss != "none",
+        }
+        if any(left_out.values()):
+            lines["not counted"] = "; ".join(what for what, is_used in left_out.items() if is_used)
     _print(lines, [command])
 
 
