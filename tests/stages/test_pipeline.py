@@ -348,15 +348,17 @@ def test_variants_of_stage_3_stand_beside_each_other(finished, tmp_path):
     assert {name: after[name] for name in before} == before
 
 
-def test_a_policy_is_shown_what_the_cf_model_expects(finished, tmp_path):
-    """Stage 3 and evaluation put it into the prompts; an evaluation without it is another one."""
+def test_a_policy_is_shown_what_the_cf_model_expects(finished, tmp_path, caplog):
+    """Stage 3 and evaluation put it into the prompts; an evaluation without it is another one, and says so."""
     whole, base = finished
     run_dir = tmp_path / "tiny"
     for folder in ("data", "sft", "sasrec"):
         shutil.copytree(whole / folder, run_dir / folder)
     assert run("grpo", run_dir, base, "--variant", "stage3_hinted", "--cf_hints", "2") == 0
     assert run("evaluate", run_dir, base, "--variants", "stage3_hinted", "--cf_hints", "2") == 0
+    assert "its prompts are not" not in caplog.text
     assert run("evaluate", run_dir, base, "--variants", "stage3_hinted", "--suffix", "unaided") == 0
+    assert "stage3_hinted: its prompts are not those of its training: cf_hints was 2, is 0" in caplog.text
     rows = parquet.read_table(run_dir / "grpo_hinted" / "completions" / "completions_00001.parquet").to_pylist()
     assert all("A model that knows who buys what expects" in str(row["prompt"]) for row in rows)
     asked = Manifest.load(run_dir / "eval" / "stage3_hinted")

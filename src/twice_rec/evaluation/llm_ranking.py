@@ -30,7 +30,7 @@ from twice_rec.evaluation.recipe import EvaluateRecipe
 from twice_rec.files import read_records, to_row, write_json
 from twice_rec.llm.hub import at_commit
 from twice_rec.llm.prompt_builder import PromptBuilder
-from twice_rec.manifest import HubModel
+from twice_rec.manifest import HubModel, Manifest, stage_folder
 from twice_rec.metrics import ranks_from_scores
 from twice_rec.progress import progress
 from twice_rec.prompts import Message, item_answer, rationale_answer
@@ -270,6 +270,8 @@ def evaluate_llm_variant(
 
         recipe = at_commit(recipe, model)
         place = model.name if isinstance(model, HubModel) else model
+        if differences := other_prompts(recipe, place):
+            logger.warning("%s: its prompts are not those of its training: %s", variant, "; ".join(differences))
         tokenizer = model_check.checked_tokenizer(place, recipe)
         for run in runs.values():
             run.begin()
@@ -280,6 +282,19 @@ def evaluate_llm_variant(
         results = evaluate_language_model(folders, generator, list(question_batches(recipe, data)), builder, recipe)
         for ranking, run in runs.items():
             run.finish(*results[ranking], results=len(runs))
+
+
+def other_prompts(recipe: EvaluateRecipe, model: Path | str) -> list[str]:
+    """Return which settings of the prompts differ from those that a stage has trained the model with, in words."""
+    folder = stage_folder(Path(model))
+    trained = Manifest.load(folder) if folder is not None else None
+    if trained is None or "item_first" not in trained.config:  # not trained by us
+        return []
+    names = ["max_prompt_tokens", "cf_hints"]
+    names += ["item_first"] if recipe.with_rationale else []
+    names += ["cf_model"] if recipe.cf_hints and trained.config.get("cf_hints") else []
+    were = recipe.defaults(names) | trained.config
+    return [f"{name} was {were[name]}, is {now}" for name in names if were[name] != (now := getattr(recipe, name))]
 
 
 def load_hints(recipe: EvaluateRecipe, data: PreparedData) -> CFHints | None:
