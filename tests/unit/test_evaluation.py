@@ -20,6 +20,7 @@ from twice_rec.evaluation.llm_ranking import (
     answer_rates,
     ask,
     evaluate_language_model,
+    question_batches,
     rank_by_votes,
     rationale_of,
     reordered,
@@ -335,6 +336,15 @@ def test_killed_evaluation_goes_on_after_the_last_whole_batch(data, tmp_path):
     assert found == expected
     assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
     assert not (killed / "predictions.partial.jsonl").exists()
+
+
+def test_more_users_than_there_are_is_said(data, caplog):
+    recipe = SimpleNamespace(seed=1, num_users=2, batch_size=1, lists=["uniform"])
+    assert [example.user_id for _, [example] in question_batches(recipe, data)] == ["u", "v"]
+    assert not caplog.text
+    recipe.num_users = 3
+    assert len(list(question_batches(recipe, data))) == 2
+    assert "num_users is 3, but uniform lists have 2: all are asked" in caplog.text
 
 
 def test_rows_that_were_not_asked_for_are_no_result(data, tmp_path):

@@ -48,6 +48,9 @@ def question_batches(recipe: EvaluateRecipe, data: PreparedData) -> Iterator[tup
     """Yield the drawn users' questions in batches, list after list; users in the files' order."""
     for kind in recipe.lists:
         examples = list(data.examples("test", kind))
+        if recipe.num_users is not None and recipe.num_users > len(examples):
+            there = len(examples)
+            logger.warning("num_users is %d, but %s lists have %d: all are asked", recipe.num_users, kind, there)
         shuffled = random_stream(recipe.seed, "evaluated users").permutation(len(examples))
         drawn = np.sort(shuffled[: recipe.num_users])
         for start in range(0, len(drawn), recipe.batch_size):
