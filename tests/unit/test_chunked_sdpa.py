@@ -67,6 +67,15 @@ def test_values_and_gradients_are_those_of_sdpa(monkeypatch, name, dtype, heads)
         torch.testing.assert_close(one.double(), other, atol=4 * rounding, rtol=2 * rounding)
 
 
+@pytest.mark.parametrize("length", [5, 40])
+def test_values_may_be_narrower_than_keys(length):
+    """As in DeepSeek's attention."""
+    states = [torch.randn(2, 4, length, size, generator=torch.Generator().manual_seed(size)) for size in (16, 16, 8)]
+    mask = torch.ones(2, 1, length, length, dtype=torch.bool).tril()
+    exact = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask)
+    torch.testing.assert_close(chunked_sdpa(torch.nn.Module(), *states, mask)[0], exact.transpose(1, 2))
+
+
 def test_without_a_mask_all_earlier_tokens_are_seen():
     states = [torch.randn(1, heads, 30, 8, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2, 2)]
     causal = torch.ones(1, 1, 30, 30, dtype=torch.bool).tril()

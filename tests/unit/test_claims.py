@@ -143,6 +143,14 @@ def test_only_rq6_compares_across_prompt_forms(run_dir):
     assert results_of(read_variants([run_dir])[0], recipe)["comparisons"] == []
 
 
+def test_the_papers_claims_are_of_prompts_without_hints(run_dir):
+    evaluated(run_dir, "sasrec", [2] * 8)
+    evaluated(run_dir, "stage3", [1] * 8, ASKED | {"cf_hints": "3 of sasrec"})
+    row = claims(run_dir)["table1_sasrec"]
+    assert row["verdict"] == "not run"
+    assert row["why"] == "stage3 was asked with cf_hints 3 of sasrec, and the paper's prompts have none"
+
+
 @pytest.mark.parametrize(
     ("of_stage3", "of_lambda0", "why"),
     [
@@ -151,6 +159,8 @@ def test_only_rq6_compares_across_prompt_forms(run_dir):
         ({"reward_lambda": 2.0}, {"reward_lambda": 0.0}, "stage3 of RUN was trained with reward_lambda 2.0, not 3.0"),
         ({}, {"reward_lambda": 0.0, "max_steps": 4}, "they were trained with different max_steps (128 and 4) in RUN"),
         ({}, {"reward_lambda": 0.0, "save_steps": 4}, None),
+        ({}, {"reward_lambda": 0.0, "cf_hints": 0}, None),  # what the other did, whose version had no such key
+        ({}, {"reward_lambda": 0.0, "cf_hints": 3}, "they were trained with different cf_hints (0 and 3) in RUN"),
     ],
 )
 def test_a_variant_is_what_it_was_trained_as_not_what_it_is_called(run_dir, of_stage3, of_lambda0, why):

@@ -193,6 +193,9 @@ class FakeGenerator:
         self.asked.append((len(prompts), num_samples, seed))
         return [[Given(self.text)] * num_samples for _ in prompts]
 
+    def forget(self):
+        self.asked.append("forgotten")
+
     def score(self, prompt, answers):
         assert all(answer.startswith("<think> tea </think> <item_nm>") for answer in answers)
         return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
@@ -220,8 +223,10 @@ def test_if_the_item_comes_first_nothing_is_generated():
             return [float(answer.partition("<item_id> I")[2][0]) for answer in answers]
 
     writer = PromptBuilder(CATALOG, SHOWN, None, PromptConfig(item_first=True))
-    (prediction,) = ask(NoRationale(), [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 1)
+    generator = NoRationale()
+    (prediction,) = ask(generator, [EXAMPLE], "uniform", writer, CONFIG, "likelihood", 1)
     assert prediction.ranks == {"uniform": 3}
+    assert generator.asked == ["forgotten"]  # whatever was asked before, the rounding is the same
 
 
 def test_sampled_ranks_by_votes():
@@ -353,9 +358,17 @@ def test_rows_that_were_not_asked_for_are_no_result(data, tmp_path):
         by_likelihood(tmp_path, FakeGenerator(fail_at=1), data)
     partial = tmp_path / "predictions.partial.jsonl"
     partial.write_text(partial.read_text().replace('"user_id": "u"', '"user_id": "x"'))
-    with pytest.raises(InputError, match="2 rows that are not the answers to the 2 questions"):
+    with pytest.raises(InputError, match="2 rows that are not the answers to the 2 questions; .* remove it and run"):
         by_likelihood(tmp_path, FakeGenerator(), data)
     assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_whole_predictions_without_a_manifest_are_not_asked_again(data, tmp_path):
+    """A kill behind the last answer, or rows of the other ranking that are wrong."""
+    expected = by_likelihood(tmp_path, FakeGenerator(), data)
+    generator = FakeGenerator()
+    assert by_likelihood(tmp_path, generator, data) == expected
+    assert generator.asked == []
 
 
 def test_metrics_are_flat_and_count_users():

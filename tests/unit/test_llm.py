@@ -6,6 +6,7 @@ import string
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tiny_base.model import build_model, train_tokenizer
 from tiny_models import base_shape
@@ -87,6 +88,21 @@ def test_missing_folder_and_missing_template(base, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty has no config.json"):
         load_model(tmp_path / "empty", FLOAT32)
+
+
+def test_a_soft_cap_that_is_left_out_is_told(tmp_path, caplog):
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=20, num_key_value_heads=1, **shape)).save_pretrained(tmp_path)
+    for kind, says in (("sdpa", True), ("chunked_sdpa", True), ("eager", False)):
+        caplog.clear()
+        load_model(tmp_path, ModelConfig(dtype="float32", attn_implementation=kind))
+        assert (f"{kind} leaves out the soft cap of this model's attention; eager has it" in caplog.text) == says
 
 
 ADAPTER = AdapterConfig(lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "up_proj"])

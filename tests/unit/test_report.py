@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from twice_rec.errors import InputError
+from twice_rec.evaluation.equals import Terms, labels
 from twice_rec.evaluation.recipe import ReportRecipe
 from twice_rec.evaluation.report import compare, read_variants, results_of, summarise_variants
 from twice_rec.evaluation.sections import sections_of
@@ -112,6 +113,7 @@ def test_runs_that_were_asked_something_else_are_not_averaged(tmp_path, other, s
         ({"asked": {**ASKED, "ranking": "sampled"}}, "different ranking (likelihood and sampled)"),
         ({"asked": {**ASKED, "max_prompt_tokens": 900}}, "different max_prompt_tokens (None and 900)"),
         ({"asked": {**ASKED, "vote_ties": "listed"}}, "different vote_ties (None and listed)"),
+        ({"asked": {**ASKED, "cf_hints": "3 of sasrec"}}, "different cf_hints (0 and 3 of sasrec)"),
         ({"ranks": {"a": 1, "b": 1}}, "different users (3 and 2, of which both have 2)"),
         ({"sft__merged": "other"}, "different sft/merged (hashes one and other)"),
     ],
@@ -123,6 +125,15 @@ def test_unequals_are_not_compared(tmp_path, other, says):
     assert results["comparisons"] == []
     assert results["left_out"][0].startswith("stage2 - stage3 left out: ")
     assert says in results["left_out"][0]
+
+
+def test_hints_are_named_in_the_table(tmp_path):
+    hinted = labels({"stage3": Terms(tmp_path, {**ASKED, "cf_hints": "3 of sasrec"}, {})})
+    assert hinted == {"stage3": "cf_hints 3 of sasrec"}
+    without = {name: Terms(tmp_path, {**ASKED, "cf_hints": 0}, {}) for name in ("stage2", "stage3")}
+    assert labels(without) == {}
+    both = {**without, "stage3_hinted": Terms(tmp_path, {**ASKED, "cf_hints": "3 of sasrec"}, {})}
+    assert labels(both)["stage2"] == "cf_hints 0"
 
 
 def test_equals_are_compared_and_a_language_model_may_answer_for_some_users(tmp_path):

@@ -126,6 +126,9 @@ def test_signs_of_poor_training_are_logged_and_told_again_in_stage_3(data, tmp_p
     assert "cf_model sasrec was trained on targets of these prompts (it held out those of a share of 0, seed 3; " in (
         caplog.text
     )
+    with pytest.raises(InputError, match=r"was trained on targets .*, or cf_hints to 0: .* copy that memory$"):
+        load_rewarder(ConfidenceConfig(cf_hints=3), tmp_path, data, HeldOut(0.2, 3))
+    load_rewarder(ConfidenceConfig(cf_hints=3), tmp_path, data, HeldOut(0.0, 3))  # an evaluation's
 
 
 def test_a_model_that_held_the_prompts_out_is_not_named(data, tmp_path, caplog):

@@ -91,6 +91,25 @@ def test_a_baseline_of_stage_2_and_rewards_without_cf_are_told_as_what_they_are(
     assert "lambda 3" not in match.text
 
 
+def test_a_card_tells_of_hints_and_how_to_ask_with_them(tmp_path):
+    run_dir = make_run(tmp_path)
+    model = Path("grpo_hinted/merged")
+    write(run_dir / model / "model.safetensors", b"weights")
+    ours = {"cf_hints": 3, "candidate_loss": "distillation", "candidate_weight": 1.0}
+    inputs = [Path("data/sequences.jsonl"), Path("sft/merged")]
+    finish(run_dir, "grpo", "grpo_hinted", {**GRPO, **ours}, inputs, [model], steps=6)
+    assert share(run_dir, "--variant", "stage3_hinted") == share(run_dir) == 0
+    hinted, plain = (
+        ModelCard.load(run_dir / "share" / name / "README.md").text for name in ("stage3_hinted", "stage3")
+    )
+    assert (
+        "a loss on all candidates, `distillation`, weight 1. Its prompts name the 3 candidates that `sasrec`" in hinted
+    )
+    assert 'ask variant `base`, with `cf_hints: 3`, `cf_model: "sasrec"` as in its training.' in hinted
+    assert "hints" not in plain
+    assert "ask variant `base`." in plain
+
+
 def test_a_card_tells_of_the_rationales_that_were_read(tmp_path):
     run_dir = make_run(tmp_path)
     other, sequences, model = Path("rationales_own/accepted.jsonl"), Path("data/sequences.jsonl"), Path("sft/merged")
@@ -108,7 +127,7 @@ def test_results_are_also_numbers_of_the_same_users(tmp_path):
     assert share(run_dir) == 0
     row = json.loads((run_dir / "share" / "stage3" / "results.json").read_text())["stage3"]
     assert row["n"] == 4
-    assert row["asked"] == {"ranking": "likelihood"}
+    assert row["asked"] == {"ranking": "likelihood", "permutations": 1, "cf_hints": 0}
     assert row["metrics"]["uniform/hr@1"]["value"] == 2 / 4
     assert row["others"]["sasrec"]["uniform/hr@1"]["value"] == 3 / 4  # without the fifth user, whom it misses
 

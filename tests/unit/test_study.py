@@ -204,12 +204,14 @@ def test_seconds_are_those_of_equal_results_whatever_their_seed(tmp_path):
 def test_seconds_of_an_evaluation_are_those_of_all_its_rankings(tmp_path):
     recipe = study(tmp_path / "tiny", overrides={"evaluate": {"rankings": ["likelihood", "sampled"]}})
     of = {run.name: run for run in make_plan(recipe)}
-    settings = of["seed 42 evaluate stage2"].recipe.settings()
-    asked = {name: settings[name] for name in ("num_users", "lists", "with_rationale", "seed")}
-    results(tmp_path / "tiny" / "eval" / "base", "evaluate", {"ranking": "likelihood", **asked}, 30.0)
+    asked = {
+        ranking: of["seed 42 evaluate stage2"].recipe.ranking_settings(ranking) for ranking in ("likelihood", "sampled")
+    }
+    del asked["likelihood"]["cf_hints"], asked["likelihood"]["permutations"]  # as an earlier version left it
+    results(tmp_path / "tiny" / "eval" / "base", "evaluate", asked["likelihood"], 30.0)
     expected = expected_of(list(of.values()), recipe)
     assert expected[of["seed 43 evaluate stage2"]].how == UNKNOWN  # nobody knows of the sampled one
-    results(tmp_path / "tiny" / "eval" / "base_sampled", "evaluate", {"ranking": "sampled", **asked}, 50.0)
+    results(tmp_path / "tiny" / "eval" / "base_sampled", "evaluate", asked["sampled"], 50.0)
     expected = expected_of(list(of.values()), recipe)
     assert expected[of["seed 43 evaluate stage2"]] == Expected(80.0, MEASURED)
     assert expected[of["seed 42 evaluate base"]] == Expected(0.0, THERE)
@@ -217,6 +219,20 @@ def test_seconds_of_an_evaluation_are_those_of_all_its_rankings(tmp_path):
     score_lists = {"lists": of["seed 42 evaluate oracle"].recipe.lists_of("oracle")}
     results(tmp_path / "tiny_seed43" / "eval" / "oracle", "evaluate", score_lists, 2.0)
     assert expected_of(list(of.values()), recipe)[of["seed 42 evaluate oracle"]] == Expected(2.0, MEASURED)
+
+
+def test_an_evaluation_with_hints_waits_for_their_model_and_is_another_one(tmp_path):
+    asked = {"variants": ["base"], "cf_hints": 3, "suffix": "hinted", "rankings": ["likelihood"]}
+    runs = [*RUNS, {"stage": "evaluate", **asked}]
+    recipe = study(tmp_path / "tiny", runs, seeds=1, parts=[])
+    plan = make_plan(recipe)
+    (hinted,) = (run for run in plan if run.recipe.everything().get("suffix") == "hinted")
+    assert tmp_path / "tiny" / "sasrec" in hinted.reads
+    results(tmp_path / "tiny" / "eval" / "base_hinted", "evaluate", hinted.recipe.ranking_settings("likelihood"), 200.0)
+    assert expected_of(plan, recipe)[hinted] == Expected(0.0, THERE)
+    without = hinted.recipe.ranking_settings("likelihood") | {"cf_hints": 0}
+    Manifest("evaluate", without, {}, {}, {}, {"seconds": 200.0}).save(tmp_path / "tiny" / "eval" / "base_hinted")
+    assert expected_of(plan, recipe)[hinted].how != THERE
 
 
 def test_ceilings_are_score_files_which_have_one_result_whatever_the_rankings(tmp_path):

@@ -77,19 +77,24 @@ def load_rewarder(config: HintConfig, run_path: Path, data: Data, prompts: HeldO
     A baseline is fitted without the prompts' targets. A SASRec that was trained on them is named in the log.
 
     Raises:
-        InputError: if there is no such model, or it cannot give the confidences that the recipe asks for.
+        InputError: if there is no such model, it cannot give the confidences that the recipe asks for, or hints would
+            tell a target that it remembers.
     """
     if config.cf_model not in BASELINES:
-        scorer = SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, DeviceConfig().torch_device())
+        device = config if isinstance(config, DeviceConfig) else DeviceConfig()
+        scorer = SASRecScorer.load(rewarder_inputs(config, run_path)[0], data.catalog, device.torch_device())
         for sign in scorer.signs:
             logger.warning("cf_model %s: %s", config.cf_model, sign)
         if not scorer.held_out.covers(prompts):
-            logger.warning(
-                "cf_model %s was trained on targets of these prompts (it held out those of a share of %g, seed %d; "
-                "train_fraction is %g, seed %d), so its confidence in them is partly memory; set held_out_prompts in "
-                "sasrec.yaml to train_fraction, with the same seed",
-                config.cf_model, scorer.held_out.fraction, scorer.held_out.seed, prompts.fraction, prompts.seed,
-            )  # fmt: skip
+            remembers = (
+                f"cf_model {config.cf_model} was trained on targets of these prompts (it held out those of a share of "
+                f"{scorer.held_out.fraction:g}, seed {scorer.held_out.seed}; train_fraction is {prompts.fraction:g}, "
+                f"seed {prompts.seed}), so its confidence in them is partly memory; set held_out_prompts in "
+                "sasrec.yaml to train_fraction, with the same seed"
+            )
+            if config.cf_hints:
+                raise InputError(f"{remembers}, or cf_hints to 0: the policy would learn to copy that memory")
+            logger.warning(remembers)
         return scorer
     model = ScorerRewarder(fit_baseline(config.cf_model, data, prompts.seed, held_out=prompts))
     model.held_out = prompts

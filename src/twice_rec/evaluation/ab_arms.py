@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from twice_rec.cf.baselines import BASELINES, CFScorer, PrecomputedScorer
 from twice_rec.cf.ranking import fit_baseline
+from twice_rec.cf.rewarders import rewarder_inputs
 from twice_rec.cf.sasrec import SASRecScorer
 from twice_rec.data import dataset
 from twice_rec.data.dataset import PreparedData
@@ -26,7 +27,7 @@ from twice_rec.evaluation.predictions import PREDICTIONS
 from twice_rec.evaluation.recipe import AbTestRecipe, EvaluateRecipe
 from twice_rec.files import read_records
 from twice_rec.item_sequences import Questions
-from twice_rec.manifest import HUB, Manifest, environment
+from twice_rec.manifest import HUB, Manifest, environment, names_of
 from twice_rec.progress import progress
 from twice_rec.random_streams import random_stream
 from twice_rec.records import Prediction
@@ -182,8 +183,8 @@ def _language_model(
             f"arm {arm} was evaluated by another version, whose settings cannot be read, so its calls cannot be timed; "
             "evaluate it again with --overwrite true, or set latency_calls to 0"
         ) from None
-    of_hints = f"{asked.cf_model}/"
-    (name,) = (name for name in manifest.inputs if not name.startswith(("data/", of_hints)))
+    of_hints = names_of(recipe.run_path, rewarder_inputs(asked, recipe.run_path)) if asked.cf_hints else {}
+    (name,) = (name for name in manifest.inputs if not name.startswith("data/") and name not in of_hints)
     place: str | Path = recipe.run_path / name
     if name.startswith(HUB):
         place = name[len(HUB) :].partition("@")[0]

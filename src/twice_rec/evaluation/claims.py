@@ -144,7 +144,11 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
         stages = dict.fromkeys(_MADE_BY.get(name, "study") for name in missing)
         commands = [making_command(recipe.run_path, stage) for stage in stages]
         return {**row, "why": f"{' and '.join(missing)} not evaluated", "commands": commands}
-    differs = unequal(variants, a, b, metric, claim.but_for) or _trained_for_another(claim, variants[a], variants[b])
+    differs = (
+        unequal(variants, a, b, metric, claim.but_for)
+        or _hinted(a, variants[a])
+        or _trained_for_another(claim, variants[a], variants[b])
+    )
     if differs:
         return {**row, "why": differs, "commands": []}
     found = compare(variants, a, b, metric, recipe.bootstrap_samples, recipe.seed)
@@ -155,6 +159,12 @@ def _compared(claim: Claim, suffix: str, variants: Mapping[str, Variant], recipe
         "way": RANKINGS.get(variants[a].terms[0].asked.get("ranking", ""), ""),
         "verdict": verdict(*found["ci95"], claim.or_equal, found["by_seed"]),
     }
+
+
+def _hinted(name: str, variant: Variant) -> str | None:
+    """Return that a variant's prompts told what a CF model expects, in words; the paper's do not."""
+    hints = variant.terms[0].asked.get("cf_hints")
+    return f"{name} was asked with cf_hints {hints}, and the paper's prompts have none" if hints else None
 
 
 def _trained_for_another(claim: Claim, a: Variant, b: Variant) -> str | None:

@@ -12,10 +12,12 @@ from typing import Any
 
 from twice_rec.errors import InputError
 from twice_rec.evaluation.predictions import PREDICTIONS
-from twice_rec.evaluation.recipe import TERMS
+from twice_rec.evaluation.recipe import TERMS, EvaluateRecipe
 from twice_rec.files import MANIFEST, read_json
 from twice_rec.locks import owner_of, run_folder
 from twice_rec.manifest import BEGUN, HUB, Hashes, Manifest, check_fresh, stage_folder
+
+_LATER = ("permutations", "cf_hints")  # evaluations of earlier versions have none of these; ours alone
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Terms:
         """Return the terms of a finished evaluation; InputError if it is not finished."""
         if (manifest := Manifest.load(folder)) is None:
             raise InputError(f"{folder} is unfinished; run evaluate.sh or sasrec.sh again")
-        asked = {name: manifest.config[name] for name in TERMS if name in manifest.config}
+        asked = EvaluateRecipe.defaults(_LATER) | {n: manifest.config[n] for n in TERMS if n in manifest.config}
         return cls(folder, asked if "ranking" in asked else {}, manifest.everything(folder))
 
     def data(self) -> dict[str, str]:
@@ -108,11 +110,14 @@ def reference_users(evaluations: Mapping[str, tuple[Terms, Iterable[str]]]) -> s
 
 
 def labels(terms: Mapping[str, Terms]) -> dict[str, str]:
-    """Return variant -> how it was asked, as far as the language models among them differ; empty if they do not."""
+    """Return variant -> how it was asked: where the language models among them differ, or differ from the paper."""
     asked = {name: of.asked for name, of in terms.items() if of.asked}
     differing = [
-        name for name in TERMS if len({str(of[name]) for of in asked.values() if name in of}) > 1
-    ]  # what only one ranking has does not differ
+        name
+        for name in TERMS
+        if len({str(of[name]) for of in asked.values() if name in of}) > 1  # what only one ranking has does not differ
+        or (name == "cf_hints" and any(of[name] for of in asked.values()))
+    ]
     if not differing:
         return {}
     says = lambda name, value: str(value) if name == "ranking" else f"{name} {value}"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -66,11 +66,15 @@ def evaluate_language_model(
 ) -> dict[str, tuple[list[Path], dict[str, float]]]:
     """Ask all questions, and write and return predictions and metrics, with the rates of the completions' outcomes.
 
-    A killed run goes on after its last whole batch. `batches` are (name of the candidate list, questions), asked in
-    this order. `folders` has the folder of each ranking, `likelihood` or `sampled`, see `ask`; a batch is asked for
-    all of them before the next, so that its prompts are read once.
+    A killed run goes on after its last whole batch, and takes up whole predictions that no manifest names yet.
+    `batches` are (name of the candidate list, questions), asked in this order. `folders` has the unfinished folder of
+    each ranking, `likelihood` or `sampled`, see `ask`; a batch is asked for all of them before the next, so that its
+    prompts are read once.
     """
     partial = {ranking: folder / "predictions.partial.jsonl" for ranking, folder in folders.items()}
+    for ranking, folder in folders.items():
+        if (folder / PREDICTIONS).exists():
+            (folder / PREDICTIONS).replace(partial[ranking])
     sizes = [len(examples) for _, examples in batches]
     done = {ranking: whole_batches(path, sizes) for ranking, path in partial.items()}
     for ranking, count in done.items():
@@ -95,7 +99,7 @@ def _finished(
     if [(*row.ranks, row.user_id, row.target) for row in rows] != asked:
         raise InputError(
             f"{partial} has {len(rows):,} rows that are not the answers to the {len(asked):,} questions; something "
-            "else wrote to it; run the same command with --overwrite true"
+            "else wrote to it; remove it and run the same command again"
         )
     metrics = {**metrics_of(rows), **answer_rates(rows, builder.catalog), **order_metrics(rows)}
     write_json(folder / METRICS_FILE, metrics)
@@ -129,6 +133,8 @@ def ask(
             completions = generator.generate(prompts, recipe.num_samples, recipe.temperature, recipe.top_p, seed)
         elif recipe.with_rationale and not builder.item_first:
             completions = generator.generate(prompts)
+        else:
+            generator.forget()  # else rounding would depend on what was asked before
         rounds.append([Asked(*one) for one in zip(asked, prompts, completions, strict=True)])
     predictions = []
     for example, orders in zip(examples, zip(*rounds, strict=True), strict=True):
@@ -262,7 +268,7 @@ def evaluate_llm_variant(
     with contextlib.ExitStack() as stack:
         runs = dict[str, StageRun]()
         for ranking in recipe.rankings:
-            folder, settings = f"eval/{recipe.result_name(variant, ranking)}", _settings_of(recipe, ranking)
+            folder, settings = f"eval/{recipe.result_name(variant, ranking)}", recipe.ranking_settings(ranking)
             run = stack.enter_context(StageRun(recipe, "evaluate", folder, [*inputs, model], settings))
             if not run.is_finished():
                 runs[ranking] = run
@@ -306,13 +312,3 @@ def load_hints(recipe: EvaluateRecipe, data: PreparedData) -> CFHints | None:
         return None
     model = load_rewarder(recipe, recipe.run_path, data, HeldOut(0.0, recipe.seed))
     return make_hints(recipe, model, data.catalog)
-
-
-def _settings_of(recipe: EvaluateRecipe, ranking: str) -> dict[str, Any]:
-    """Return what changes the results of a ranking."""
-    reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
-    reads += ["item_first", "seed"]
-    reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
-    reads += ["permutations"] if recipe.permutations > 1 else []
-    hints = {"cf_hints": f"{recipe.cf_hints} of {recipe.cf_model}"} if recipe.cf_hints else {}
-    return {"ranking": ranking, **{key: getattr(recipe, key) for key in reads}, **hints}

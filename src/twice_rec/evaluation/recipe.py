@@ -108,6 +108,14 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, HintCo
         last = None if ranking == self.rankings[0] else ranking
         return "_".join(part for part in (variant, self.suffix, last) if part is not None)
 
+    def ranking_settings(self, ranking: str) -> dict[str, Any]:
+        """Return what changes the results of a language model by one ranking."""
+        reads = ["num_users", "lists", "with_rationale", "max_prompt_tokens", "max_new_tokens", "batch_size", "dtype"]
+        reads += ["item_first", "seed", "permutations"]
+        reads += ["num_samples", "temperature", "top_p", "vote_ties"] if ranking == "sampled" else []
+        hints = f"{self.cf_hints} of {self.cf_model}" if self.cf_hints else 0
+        return {"ranking": ranking, **{key: getattr(self, key) for key in reads}, "cf_hints": hints}
+
     @property
     def settings_alone(self) -> list[str]:
         """See `ModelConfig`; a question is always computed once for its completions."""
@@ -121,7 +129,9 @@ class EvaluateRecipe(Recipe, LLMRankingConfig, ModelConfig, PromptConfig, HintCo
 
     @rule
     def something_is_ranked(self) -> str | None:
-        return None if self.rankings else "rankings is empty; give likelihood, sampled or both"
+        return (
+            _named_twice(self, "rankings") if self.rankings else "rankings is empty; give likelihood, sampled or both"
+        )
 
     @rule
     def the_base_is_named(self) -> str | None:

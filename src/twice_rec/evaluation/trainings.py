@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.evaluation.report import Variant
+from twice_rec.grpo.recipe import GRPORecipe
 from twice_rec.locks import run_folder
 from twice_rec.manifest import Manifest
+from twice_rec.recipe import Recipe
+from twice_rec.sft.recipe import SDPORecipe, SFTRecipe
 
 ANY = "any"  # of a key that must be set
+_RECIPES: Mapping[str, type[Recipe]] = {"sft": SFTRecipe, "sdpo": SDPORecipe, "grpo": GRPORecipe}
 _NO_PART = ("logging_steps", "save_steps", "save_strategy", "save_total_limit")  # keys that change no weights
 
 
@@ -50,9 +54,12 @@ def trained_otherwise(a: Variant, b: Variant, apart: Collection[str]) -> str | N
     for (run_a, one), (run_b, other) in itertools.product(trainings_of(a).items(), trainings_of(b).items()):
         if run_a.resolve() != run_b.resolve() or one.stage != other.stage:
             continue
-        for key in sorted(one.config.keys() | other.config.keys()):
-            if (was := one.config.get(key)) != (now := other.config.get(key)) and key not in (*apart, *_NO_PART):
+        keys = one.config.keys() | other.config.keys()
+        later = _RECIPES[one.stage].defaults(keys) if one.stage in _RECIPES else {}  # what one did that has no such key
+        left, right = later | one.config, later | other.config
+        for key in sorted(keys):
+            if (was := left.get(key)) != (now := right.get(key)) and key not in (*apart, *_NO_PART):
                 return f"they were trained with different {key} ({was} and {now}) in {run_a}"
-        if apart and all(one.config.get(key) == other.config.get(key) for key in apart):
+        if apart and all(left.get(key) == right.get(key) for key in apart):
             return f"they were trained with the same {', '.join(apart)} in {run_a}"
     return None

@@ -64,10 +64,11 @@ def chunked_sdpa(
 
 def _few_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
     """Take the heads that share keys as queries of one head."""
-    (batch, heads, length, size), groups = query.shape, key.shape[1]
+    (batch, heads, length, size), groups = query.shape, key.shape[1]  # values may have another size
     mask = mask[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(2, 3)  # [B, 1, H / groups * L, S]
     together = query.reshape(batch, groups, heads // groups * length, size)
-    return scaled_dot_product_attention(together, key, value, attn_mask=mask, **options).reshape(query.shape)
+    attended = scaled_dot_product_attention(together, key, value, attn_mask=mask, **options)
+    return attended.reshape(batch, heads, length, value.shape[-1])
 
 
 def _causal_beginning(mask: Tensor) -> int:

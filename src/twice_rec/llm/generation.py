@@ -324,6 +324,10 @@ class TransformersGenerator:
         )
         return [[self._as_text(completion) for completion in group] for group in groups]
 
+    def forget(self) -> None:
+        """Free what was read; what `score` is asked next is read anew."""
+        self._read = None
+
     def _as_text(self, completion: Completion) -> TextCompletion:
         ids = completion.token_ids if completion.truncated else completion.token_ids[:-1]
         mean = sum(completion.logprobs) / len(completion.logprobs)

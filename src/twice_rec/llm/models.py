@@ -61,6 +61,9 @@ def load_model(
         )
     if config.attn_implementation == VARLEN:
         check_varlen(model.config, model.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind, layers = config.attn_implementation, model.config.get_text_config()
+    if "sdpa" in kind and getattr(layers, "attn_logit_softcapping", None):
+        logger.warning("attn_implementation %s leaves out the soft cap of this model's attention; eager has it", kind)
     return model.to(device) if device else model
 
 

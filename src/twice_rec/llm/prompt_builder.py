@@ -86,7 +86,7 @@ class PromptBuilder:
                 raise InputError(
                     f"the prompt of user {example.user_id} has {len(encode_chat(self._tokenizer, prompt))} tokens with "
                     f"one interaction and no descriptions, but max_prompt_tokens is {self._limit}; raise it, or show "
-                    "fewer candidates (num_candidates) or fields (prompt_candidate_fields) in prepare.yaml"
+                    "fewer candidates or fields (num_candidates, prompt_candidate_fields in prepare.yaml) or cf_hints"
                 )
             chars //= 2
             prompt = write(_shortened(self.shown, 1, chars))

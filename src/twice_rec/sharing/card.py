@@ -137,7 +137,8 @@ def _method(facts: Facts) -> Iterable[str]:
             f"**Stage 3**, GRPO from {start}. Rewards and weights: {', '.join(f'`{n}` {w:g}' for n, w in rewards)}. "
             f"{behind if _asks_cf(facts) else 'No collaborative-filtering model has a part in them. '}"
             f"{setting('num_generations')} completions per prompt, KL weight {setting('beta')}, loss "
-            f"`{setting('loss_type')}`. {_trained(facts.training.config)}, {figures.get('steps', '?')} steps."
+            f"`{setting('loss_type')}`. {_ours(facts)}"
+            f"{_trained(facts.training.config)}, {figures.get('steps', '?')} steps."
         )
     if _trainer(facts) == "dpo":
         setting, figures = facts.setting, facts.training.figures
@@ -222,6 +223,16 @@ def _cell(found: Mapping[str, Any]) -> str:
     return "{:.4f} [{:.4f}, {:.4f}]".format(found["value"], *found["ci95"])
 
 
+def _ours(facts: Facts) -> str:
+    """What of stage 3 the paper has not."""
+    setting, says = facts.setting, ""
+    if (loss := setting("candidate_loss") or "none") != "none":
+        says += f"Beside them a loss on all candidates, `{loss}`, weight {setting('candidate_weight'):g}. "
+    if setting("cf_hints"):
+        says += f"Its prompts name the {setting('cf_hints')} candidates that `{setting('cf_model')}` ranks first. "
+    return says
+
+
 def _limits(recipe: ShareRecipe, facts: Facts, evaluations: Sequence[Evaluation]) -> Iterable[str]:
     if facts.source == "synthetic":
         yield (
@@ -266,8 +277,15 @@ def _use(recipe: ShareRecipe, facts: Facts) -> str:
     load += 'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")'
     return (
         f"It answers by {_FORM}.\n\n```python\n{load}\n```\n\ntwice_rec writes the prompts and reads the answers: set "
-        "`model_name_or_path` of `evaluate.yaml` to this model and ask variant `base`."
+        f"`model_name_or_path` of `evaluate.yaml` to this model and ask variant `base`{_as_trained(facts)}."
     )
+
+
+def _as_trained(facts: Facts) -> str:
+    """The settings of its prompts that an evaluation needs, if they are not the defaults."""
+    names = ("max_prompt_tokens", "item_first", "cf_hints", *(["cf_model"] if facts.setting("cf_hints") else []))
+    given = [f"`{name}: {_value(facts.setting(name))}`" for name in names if facts.setting(name)]
+    return f", with {', '.join(given)} as in its training" if given else ""
 
 
 def _licence(facts: Facts) -> str:

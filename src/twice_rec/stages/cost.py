@@ -167,16 +167,15 @@ def _stages(
     for name in ("grpo", "grpo_improved"):
         grpo = load_recipe(folder / f"{name}.yaml", GRPORecipe, flags, here=False)
         stages[name] = trained(grpo, of_grpo.estimate(grpo, shape, lengths, there.users))
-    # Each question is read once per ranking, and answered once by likelihood, num_samples times by votes.
+    # Each question is read once, and answered once by likelihood, num_samples times by votes.
     evaluated = load_recipe(folder / "evaluate.yaml", EvaluateRecipe, flags)
     questions = min(there.users, evaluated.num_users or there.users) * len(evaluated.variants) * len(evaluated.lists)
     prompt, completion = (float(part) for part in lengths["rationale"].mean(axis=0))
-    read = questions * len(evaluated.rankings)
-    flops = read * shape.arithmetic.forward(Work.of([(0, int(prompt))], 0, shape.arithmetic.windows))
+    flops = questions * shape.arithmetic.forward(Work.of([(0, int(prompt))], 0, shape.arithmetic.windows))
     samples = sum(evaluated.num_samples if ranking == "sampled" else 1 for ranking in evaluated.rankings)
     written = questions * samples * completion
     hours = gpu_hours(flops, sft) + written / recipe.evaluation_tokens_per_second / 3600
-    stages["evaluate"] = {"tokens": read * prompt + written, "FLOPs": flops, "GPU-hours": hours}
+    stages["evaluate"] = {"tokens": questions * prompt + written, "FLOPs": flops, "GPU-hours": hours}
     return stages
 
 

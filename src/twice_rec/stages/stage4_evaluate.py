@@ -34,7 +34,7 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     names = (dataset.CATALOG, dataset.SEQUENCES, dataset.PROMPT, dataset.candidates_file("test"))
     inputs = dataset.required_files(recipe.run_path, *names)
     models = {name: _model_of(recipe, name) for name in recipe.variants if not _is_score_file(recipe, name)}
-    of_hints = rewarder_inputs(recipe, recipe.run_path) if recipe.cf_hints else []
+    of_hints = rewarder_inputs(recipe, recipe.run_path) if recipe.cf_hints and models else []
     folders = [model for model in models.values() if isinstance(model, Path)]
     with held([*inputs, *of_hints, *folders]):  # before any work
         data = PreparedData(recipe.run_path / "data")

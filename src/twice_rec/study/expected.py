@@ -123,7 +123,12 @@ def _difference(manifest: Manifest, run: Run, ranking: str | None) -> set[str] |
     if isinstance(recipe, EvaluateRecipe) and ranking is None:
         given["lists"] = recipe.lists_of(recipe.variants[0])  # of a score file, which is a run of its own
     of_trl = recipe.trainer_keys if isinstance(recipe, TrainerRecipe) else {}
-    was = {name: value for name, value in recipe.under_present_names(manifest.config).items() if name not in _OWN}
+    settings = recipe.settings() if isinstance(recipe, TrainerRecipe) else {}
+    if isinstance(recipe, EvaluateRecipe) and ranking is not None:
+        settings = recipe.ranking_settings(ranking)
+        given |= settings
+    stored = recipe.defaults(settings) | recipe.under_present_names(manifest.config)
+    was = {name: value for name, value in json.loads(json.dumps(stored)).items() if name not in _OWN}
     differing = {name for name, value in was.items() if name not in given or given[name] != value}
     return differing | {name for name in of_trl if name not in was}
 

@@ -252,7 +252,8 @@ def _reads(stage: str, recipe: Recipe) -> list[str]:
         start = ["sft"] if recipe.model_name_or_path is None else []
         return ["data", *start, *([recipe.cf_model] if recipe.cf_model not in BASELINES else [])]
     if isinstance(recipe, EvaluateRecipe):
-        return ["data", *filter(None, map(_model_folder, recipe.variants))]
+        of_hints = [recipe.cf_model] if recipe.cf_hints and recipe.cf_model not in BASELINES else []
+        return ["data", *filter(None, map(_model_folder, recipe.variants)), *of_hints]
     return ["data"]
 
 
