@@ -116,7 +116,7 @@ def labels(terms: Mapping[str, Terms]) -> dict[str, str]:
         name
         for name in TERMS
         if len({str(of[name]) for of in asked.values() if name in of}) > 1  # what only one ranking has does not differ
-        or (name == "cf_hints" and any(of[name] for of in asked.values()))
+        or (name == "cf_hints" and any(of.get(name) for of in asked.values()))
     ]
     if not differing:
         return {}
