@@ -361,12 +361,14 @@ def test_a_policy_is_shown_what_the_cf_model_expects(finished, tmp_path, caplog)
     assert "stage3_hinted: its prompts are not those of its training: cf_hints was 2, is 0" in caplog.text
     rows = parquet.read_table(run_dir / "grpo_hinted" / "completions" / "completions_00001.parquet").to_pylist()
     assert all("A model that knows who buys what expects" in str(row["prompt"]) for row in rows)
+    elsewhere = ["--cf_model", "../tiny/sasrec", "--suffix", "elsewhere"]  # the same folder by another path
+    assert run("evaluate", run_dir, base, "--variants", "stage3_hinted", "--cf_hints", "2", *elsewhere) == 0
     asked = Manifest.load(run_dir / "eval" / "stage3_hinted")
     assert asked.config["cf_hints"] == "2 of sasrec"
     assert "sasrec/model.safetensors" in asked.inputs
     unaided = Manifest.load(run_dir / "eval" / "stage3_hinted_unaided")
     assert "sasrec/model.safetensors" not in unaided.inputs
-    arms = '{"stage3_hinted": 0.5, "random": 0.5}'
+    arms = '{"stage3_hinted": 0.4, "stage3_hinted_elsewhere": 0.4, "random": 0.2}'
     assert run("sasrec", run_dir, base) == 0  # evaluates random
     assert run("ab_test", run_dir, base, "--arms", arms) == 0
 

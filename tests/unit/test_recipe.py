@@ -310,6 +310,7 @@ PREPARE = MINIMAL + "source: release\n"
         (RationalesRecipe, {"extra_body": "{model: m}"}, "extra_body may not hold model"),
         (EvaluateRecipe, {"variants": ["stage2", "bert"]}, "variants names bert; known are"),
         (EvaluateRecipe, {"variants": ["base"]}, "variants names base: set model_name_or_path"),
+        (EvaluateRecipe, {"rankings": ["sampled", "sampled"]}, "rankings names one twice: sampled, sampled"),
         (EvaluateRecipe, {"precomputed_scores": {"oracle": "x.npz"}}, "precomputed_scores uses a name of ours"),
         (EvaluateRecipe, {"precomputed_scores": {"stage3_D": "x.npz"}}, "precomputed_scores uses a name of ours"),
         (EvaluateRecipe, {"variants": ["stage3_D", "stage2_D", "stage1_D"]}, "variants names stage1_D; known are"),

@@ -1,4 +1,4 @@
-"""What a prompt says of the CF model's ranking. It is ours; the paper's recipes use none.
+"""What a prompt says of the CF model's ranking. The paper has no such hints.
 
 The paper lets a CF model only judge what the policy recommends. A hint shows what it expects in the question itself, so
 that the policy can weigh it against what it reads there.

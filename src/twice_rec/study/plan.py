@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from twice_rec.cf.baselines import BASELINES
-from twice_rec.cf.recipe import SASRecRecipe
+from twice_rec.cf.recipe import HintConfig, SASRecRecipe
 from twice_rec.data.dataset import KNOWN_SCORES
 from twice_rec.errors import InputError
 from twice_rec.evaluation.recipe import EvaluateRecipe
@@ -250,11 +250,15 @@ def _reads(stage: str, recipe: Recipe) -> list[str]:
         return ["data", *(["sft"] if recipe.model_name_or_path is None else [])]
     if isinstance(recipe, GRPORecipe):
         start = ["sft"] if recipe.model_name_or_path is None else []
-        return ["data", *start, *([recipe.cf_model] if recipe.cf_model not in BASELINES else [])]
+        return ["data", *start, *_cf_folder(recipe)]
     if isinstance(recipe, EvaluateRecipe):
-        of_hints = [recipe.cf_model] if recipe.cf_hints and recipe.cf_model not in BASELINES else []
+        of_hints = _cf_folder(recipe) if recipe.cf_hints else []
         return ["data", *filter(None, map(_model_folder, recipe.variants)), *of_hints]
     return ["data"]
+
+
+def _cf_folder(recipe: HintConfig) -> list[str]:
+    return [recipe.cf_model] if recipe.cf_model not in BASELINES else []
 
 
 def _model_folder(variant: str) -> str | None:
